@@ -1,0 +1,41 @@
+"""KaLM-Reranker-V1 for LangChain, LlamaIndex and Haystack, with passage encodings kept in the host's docstore.
+
+Names are loaded when they are first used: importing the package loads neither torch nor a framework.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kalm_integrations.core.encoding import EncodedPassage as EncodedPassage
+    from kalm_integrations.core.reranker import KalmReranker as KalmReranker
+    from kalm_integrations.core.types import Passage as Passage
+    from kalm_integrations.core.types import RankedPassage as RankedPassage
+    from kalm_integrations.core.types import Reranker as Reranker
+    from kalm_integrations.core.types import RuntimeStats as RuntimeStats
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "EncodedPassage": "kalm_integrations.core.encoding",
+    "KalmReranker": "kalm_integrations.core.reranker",
+    "Passage": "kalm_integrations.core.types",
+    "RankedPassage": "kalm_integrations.core.types",
+    "Reranker": "kalm_integrations.core.types",
+    "RuntimeStats": "kalm_integrations.core.types",
+}
+
+__all__ = ["EncodedPassage", "KalmReranker", "Passage", "RankedPassage", "Reranker", "RuntimeStats", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,61 @@
+"""The passage encoder: token ids in, states after the final norm out."""
+
+from __future__ import annotations
+
+import torch
+
+from kalm_integrations.core.layers import (
+    EmbeddingWeights,
+    StackConfig,
+    StackWeights,
+    attend,
+    finish_layer,
+    project_all,
+    rms_norm,
+)
+
+
+def encode(
+    token_ids: torch.Tensor,
+    n_tokens: torch.Tensor,
+    embedding: EmbeddingWeights,
+    weights: StackWeights,
+    config: StackConfig,
+) -> torch.Tensor:
+    """Run the encoder over a right-padded batch.
+
+    Args:
+        token_ids: shape (batch, length).
+        n_tokens: real tokens of each row, at least 1. Shape: (batch,).
+        embedding: the token embeddings.
+        weights: the encoder's layers.
+        config: the encoder's configuration.
+
+    Returns:
+        Last hidden states, float32; rows are meaningless from `n_tokens` on. Shape: (batch, length, hidden).
+    """
+    length = token_ids.shape[1]
+    x = embedding.embed(token_ids, config, weights.dtype)
+    ropes = {kind: rope.table(0, length, x.device) for kind, rope in config.ropes.items()}
+    masks = {kind: _mask(kind, n_tokens, length, config.sliding_window) for kind in config.ropes}
+    for layer, kind in zip(weights.layers, config.layer_types, strict=True):
+        normed = rms_norm(x, layer.pre_attention_norm, config.norm_epsilon, weights.dtype)
+        queries, keys, values = project_all(normed, layer, config, ropes[kind])
+        attended = attend(queries, keys, values, masks[kind], config.attention_scale)
+        x = finish_layer(x, attended, layer, config)
+    return rms_norm(x, weights.final_norm, config.norm_epsilon, x.dtype)
+
+
+def _mask(kind: str, n_tokens: torch.Tensor, length: int, window: int | None) -> torch.Tensor | None:
+    """Return where attention may look, (batch or 1, length, length), or None if it may look everywhere."""
+    is_padded = bool((n_tokens < length).any())
+    # A window of w tokens in an encoder looks (w + 1) // 2 - 1 back and w // 2 ahead.
+    is_windowed = kind == "sliding_attention" and window is not None and length > (window + 1) // 2
+    if not is_padded and not is_windowed:
+        return None
+    positions = torch.arange(length, device=n_tokens.device)
+    mask = (positions < n_tokens[:, None])[:, None, :].expand(-1, length, -1)
+    if is_windowed and window is not None:
+        distance = positions[:, None] - positions
+        mask = mask & (distance < (window + 1) // 2) & (-distance < window // 2 + 1)
+    return mask

@@ -1,0 +1,394 @@
+"""KalmReranker: the facade over model, encodings and caches, and the only module that sees all three."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from kalm_integrations.core import prompts
+from kalm_integrations.core.caches import CacheKey, EncodingCache
+from kalm_integrations.core.encoding import EncodedPassage, fingerprint, hash_text
+from kalm_integrations.core.runtime import Runtime, get_runtime
+from kalm_integrations.core.settings import (
+    COMPRESSION_RATIOS,
+    EncoderSettings,
+    QuerySettings,
+    StorageSettings,
+    make_settings,
+)
+from kalm_integrations.core.types import AnyPassage, Passage, RankedPassage, RuntimeStats
+from kalm_integrations.errors import (
+    CorruptEncodingError,
+    EncodingTooLargeError,
+    SettingsError,
+    StaleEncodingError,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+class KalmReranker:
+    """Scores passages for a query with a KaLM-Reranker-V1 model, encoding each passage once.
+
+    Make one with `from_pretrained`. All methods may be called from any thread.
+
+    ```python
+    reranker = KalmReranker.from_pretrained("pico")
+    encodings = reranker.encode_passages(passages)      # at ingest: once per passage
+    reranker.rank("who won?", encodings, top_k=3)       # at query time: the decoder only
+    ```
+    """
+
+    def __init__(
+        self, runtime: Runtime, encoder: EncoderSettings, storage: StorageSettings, query: QuerySettings
+    ) -> None:
+        """Put the parts together; `from_pretrained` makes them."""
+        self._runtime = runtime
+        self._encoder = encoder
+        self._storage = storage
+        self._query = query
+        self._cache = EncodingCache(query.cache_bytes)
+        self._stats = RuntimeStats()
+        self._stats_lock = threading.Lock()
+        self._warned: set[str] = set()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str] = "pico",
+        *,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        compression_ratio: int | None = None,
+        storage_codec: str | None = None,
+        max_inline_bytes: int | None = None,
+        max_passage_tokens: int | None = None,
+        max_query_tokens: int | None = None,
+        instruction: str | None = None,
+        system_instruction: str | None = None,
+        allow_special_tokens: bool = False,
+        encode_batch_size: int | None = None,
+        score_batch_size: int | None = None,
+        cache_bytes: int | None = None,
+    ) -> KalmReranker:
+        """Open a checkpoint. Its weights are loaded when they are first needed.
+
+        Args:
+            model: an alias (`pico` is built in; `nano`, `small`, `large`, `nano-r2`, `small-r2`, `large-r2` are fetched
+                from the hub), a hub id, or a local folder.
+            revision: branch, tag or commit of a hub id; aliases pin one.
+            device: a torch device; None takes CUDA if there is one.
+            dtype: "float32" or "bfloat16"; None takes bfloat16 on CUDA and float32 elsewhere.
+            compression_ratio: encoder tokens per stored state (the paper's MEP factor, `chunk_size` upstream); 4 by
+                default. A finer stored encoding is pooled to it, a coarser one is used as it is.
+            storage_codec: how `EncodedPassage.to_metadata` writes states: fp32, fp16, bf16, int8 or int4.
+            max_inline_bytes: if set, `encode_passages` chooses for each passage the finest ratio whose metadata string is not
+                longer.
+            max_passage_tokens: longer passages are cut, as the reference does; 1,024 by default.
+            max_query_tokens: longer queries are cut; 512 by default.
+            instruction: what makes a passage relevant; may also be given per query. Does not touch encodings.
+            system_instruction: the sentence that tells the model to judge.
+            allow_special_tokens: read strings such as `<end_of_turn>` in passages and queries as control tokens, as the
+                reference does, instead of as text.
+            encode_batch_size: passages per encoder batch; None chooses by device.
+            score_batch_size: passages per decoder batch; None chooses by device.
+            cache_bytes: bound of the in-memory cache of encodings; 256 MiB by default, 0 switches it off.
+
+        Raises:
+            SettingsError: a setting is out of range or unknown.
+            CheckpointError: the checkpoint is not there or cannot be used.
+        """
+        given = {k: v for k, v in locals().items() if k not in ("cls", "model", "revision", "device", "dtype")}
+        # Bad settings are refused before a checkpoint is fetched; its own defaults come in afterwards.
+        kinds = (EncoderSettings, StorageSettings, QuerySettings)
+        for kind in kinds:
+            make_settings(kind, given)
+        runtime = get_runtime(model, revision, device, dtype)
+        defaults = runtime.checkpoint.defaults.model_dump()
+        return cls(
+            runtime,
+            make_settings(EncoderSettings, given, defaults),
+            make_settings(StorageSettings, given),
+            make_settings(QuerySettings, given, defaults),
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """What made an encoding: checkpoint content, tokenizer, template and encoder settings; 32 hex digits.
+
+        Encodings with this fingerprint can be scored by this reranker, whoever made them, on whatever device.
+        """
+        return fingerprint(
+            {
+                "checkpoint": self._runtime.checkpoint.identity,
+                "template": prompts.PASSAGE_TEMPLATE,
+                "settings": self._encoder.model_dump(),
+                "format": 1,
+            }
+        )
+
+    @property
+    def stats(self) -> RuntimeStats:
+        """A snapshot of the counters."""
+        return self._stats
+
+    @property
+    def runtime(self) -> Runtime:
+        """The loaded model, which rerankers of the same checkpoint, device and dtype share."""
+        return self._runtime
+
+    @property
+    def compression_ratio(self) -> int:
+        """Encoder tokens per state."""
+        return self._storage.compression_ratio
+
+    def warm_up(self) -> None:
+        """Load encoder and decoder now instead of at the first miss and the first score."""
+        self._runtime.embedding()
+        self._runtime.stack("encoder")
+        self._runtime.stack("decoder")
+
+    def encode_passages(self, texts: Sequence[str], show_progress: bool = False) -> list[EncodedPassage]:
+        """Encode passages; duplicates, and passages still in memory, are not encoded again.
+
+        Args:
+            texts: the passages, without the template's prefix.
+            show_progress: draw a progress bar.
+
+        Returns:
+            The encodings, in order, at `compression_ratio`, or coarser where `max_inline_bytes` demands it.
+
+        Raises:
+            SettingsError: `texts` is one string, or holds something else than strings.
+            EncodingTooLargeError: a passage does not fit `max_inline_bytes` even at the coarsest ratio.
+        """
+        for text in _checked_list(texts, "texts"):
+            if not isinstance(text, str):
+                msg = f"texts must be strings, but got {type(text).__name__}"
+                raise SettingsError(msg)
+        hashes = [self._text_hash(text) for text in texts]
+        wanted = dict(zip(hashes, texts, strict=True))
+        encodings = {h: self._fit_inline(e) for h, e in self._encode(wanted, show_progress=show_progress).items()}
+        return [encodings[text_hash] for text_hash in hashes]
+
+    def score(self, query: str, passages: Sequence[AnyPassage], instruction: str | None = None) -> list[float]:
+        """Return P(yes) for each passage, in order.
+
+        Args:
+            query: the query.
+            passages: texts, encodings, or `Passage`s (a text with the metadata string of its encoding, which is used if it
+                is sound and otherwise made anew, and counted in `stats`).
+            instruction: replaces the reranker's instruction for this call.
+
+        Raises:
+            SettingsError: an argument has the wrong type.
+            StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
+            NonFiniteScoreError: the model produced NaN or infinite logits.
+        """
+        return [_sigmoid(margin) for margin in self._margins(query, passages, instruction)]
+
+    def rank(
+        self,
+        query: str,
+        passages: Sequence[AnyPassage],
+        top_k: int | None = None,
+        score_threshold: float | None = None,
+        instruction: str | None = None,
+    ) -> list[RankedPassage]:
+        """Return passages, best first; ties keep the order of `passages`.
+
+        Args:
+            query: the query.
+            passages: see `score`.
+            top_k: how many to return at most; None returns all.
+            score_threshold: passages that score less are left out, before `top_k` is applied.
+            instruction: replaces the reranker's instruction for this call.
+
+        Raises:
+            SettingsError: an argument has the wrong type, or `top_k` is not positive.
+            StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
+            NonFiniteScoreError: the model produced NaN or infinite logits.
+        """
+        if top_k is not None and (type(top_k) is not int or top_k < 1):
+            msg = f"top_k must be a positive whole number or None, but got {top_k!r}"
+            raise SettingsError(msg)
+        margins = self._margins(query, passages, instruction)
+        ranked = [RankedPassage(i, _sigmoid(margin), margin) for i, margin in enumerate(margins)]
+        ranked.sort(key=lambda passage: -passage.margin)
+        if score_threshold is not None:
+            ranked = [passage for passage in ranked if passage.score >= score_threshold]
+        return ranked[:top_k]
+
+    def _margins(self, query: str, passages: Sequence[AnyPassage], instruction: str | None) -> list[float]:
+        if not isinstance(query, str):
+            msg = f"query must be a string, but got {type(query).__name__}"
+            raise SettingsError(msg)
+        if not _checked_list(passages, "passages"):
+            return []
+        keys, encodings = self._resolve(passages)
+        started = time.perf_counter()
+        tokenizer = self._runtime.tokenizer(allow_special_tokens=self._encoder.allow_special_tokens)
+        prompt = tokenizer.prompt(
+            self._query.system_instruction,
+            self._query.instruction if instruction is None else instruction,
+            tokenizer.truncate_query(query, self._query.max_query_tokens),
+        )
+        states = [encoding.states for encoding in encodings.values()]
+        margins = self._runtime.margins(prompt, tokenizer.answer_ids, states, self._query.score_batch_size)
+        self._count(passages_scored=len(margins), score_seconds=time.perf_counter() - started)
+        by_key = dict(zip(encodings, margins, strict=True))
+        return [by_key[key] for key in keys]
+
+    def _resolve(self, passages: Sequence[AnyPassage]) -> tuple[list[object], dict[object, EncodedPassage]]:
+        """Find or make the encoding of each passage.
+
+        Returns:
+            A key for each passage, and the encoding of each key; passages with the same text share a key.
+        """
+        keys: list[object] = []
+        found: dict[object, EncodedPassage] = {}
+        missing: dict[str, str] = {}
+        current = self.fingerprint
+        for passage in passages:
+            if isinstance(passage, EncodedPassage):
+                # A text may be given at several ratios on purpose: here the object decides what is the same.
+                keys.append(id(passage))
+                found[id(passage)] = self._at_ratio(self._checked(passage, current))
+                continue
+            text, value = (passage.text, passage.encoding) if isinstance(passage, Passage) else (passage, None)
+            if not isinstance(text, str):
+                msg = f"passages must be str, EncodedPassage or Passage, but got {type(passage).__name__}"
+                raise SettingsError(msg)
+            text_hash = self._text_hash(text)
+            keys.append(text_hash)
+            if text_hash in found:
+                continue
+            stored = None if value is None else self._read(value, text_hash, current)
+            if stored is None:
+                missing[text_hash] = text
+            else:
+                found[text_hash] = self._at_ratio(stored)
+        missing = {text_hash: text for text_hash, text in missing.items() if text_hash not in found}
+        found.update(self._encode(missing))
+        return keys, found
+
+    def _read(self, value: str, text_hash: str, current: str) -> EncodedPassage | None:
+        """Return a stored encoding if it is sound and of this text and model; otherwise count why not."""
+        try:
+            stored = EncodedPassage.from_metadata(value)
+        except CorruptEncodingError as error:
+            self._count(corrupt=1)
+            self._warn_once("corrupt", "a stored encoding is corrupt and is made anew (counted in stats.corrupt): %s", error)
+            return None
+        width = self._runtime.checkpoint.encoder_config.hidden_width
+        if stored.fingerprint != current or stored.text_hash != text_hash or stored.states.shape[1] != width:
+            self._count(stale=1)
+            return None
+        self._count(cache_hits=1, metadata_hits=1)
+        return stored
+
+    def _checked(self, passage: EncodedPassage, current: str) -> EncodedPassage:
+        if passage.fingerprint != current:
+            msg = (
+                f"an EncodedPassage must carry this reranker's fingerprint {current}, but has {passage.fingerprint}; encode "
+                "the text again, or pass Passage(text, encoding), which does so by itself"
+            )
+            raise StaleEncodingError(msg)
+        return passage
+
+    def _at_ratio(self, encoding: EncodedPassage) -> EncodedPassage:
+        """Pool a finer encoding to the reranker's ratio; one that cannot be is scored at its own."""
+        ratio = self.compression_ratio
+        if encoding.compression_ratio > ratio:
+            self._count(coarser=1)
+        elif ratio % encoding.compression_ratio == 0:
+            return encoding.pool(ratio)
+        return encoding
+
+    def _encode(self, texts: dict[str, str], *, show_progress: bool = False) -> dict[str, EncodedPassage]:
+        """Return the encodings of texts by hash, from memory or from the encoder, at the reranker's ratio."""
+        if not texts:
+            return {}
+        current = self.fingerprint
+        keys: dict[CacheKey, str] = {(current, text_hash): text for text_hash, text in texts.items()}
+        # Under the model's lock, so that what another thread is encoding right now is found in the cache afterwards.
+        with self._runtime.lock:
+            found = self._cache.get_many(keys)
+            missing = {key: text for key, text in keys.items() if key not in found}
+            made = self._encode_now(missing, show_progress=show_progress) if missing else {}
+            self._cache.put_many(made)
+        self._count(cache_hits=len(found), cache_misses=len(missing))
+        return {text_hash: encoding for (_, text_hash), encoding in (found | made).items()}
+
+    def _encode_now(self, texts: dict[CacheKey, str], *, show_progress: bool) -> dict[CacheKey, EncodedPassage]:
+        started = time.perf_counter()
+        tokenizer = self._runtime.tokenizer(allow_special_tokens=self._encoder.allow_special_tokens)
+        whole = tokenizer.passages([prompts.passage_text(text) for text in texts.values()])
+        limit = self._encoder.max_passage_tokens
+        n_truncated = sum(len(ids) > limit for ids in whole)
+        if n_truncated:
+            rule = "%d of %d passages are longer than max_passage_tokens=%d and were cut (counted in stats.truncated)"
+            self._warn_once("truncated", rule, n_truncated, len(whole), limit)
+        token_ids = [ids[:limit] for ids in whole]
+        states = self._runtime.encode(
+            token_ids, self.compression_ratio, self._query.encode_batch_size, show_progress=show_progress
+        )
+        self._count(
+            passages_encoded=len(texts), truncated=n_truncated, encode_seconds=time.perf_counter() - started
+        )
+        return {
+            key: EncodedPassage(rows, len(ids), self.compression_ratio, *key, self._storage.storage_codec)
+            for key, ids, rows in zip(texts, token_ids, states, strict=True)
+        }
+
+    def _fit_inline(self, encoding: EncodedPassage) -> EncodedPassage:
+        """Return the encoding at the finest published ratio whose string has at most `max_inline_bytes`."""
+        limit = self._storage.max_inline_bytes
+        if limit is None:
+            return encoding
+        ratio = encoding.compression_ratio
+        for coarser in (ratio, *(r for r in COMPRESSION_RATIOS if r > ratio and r % ratio == 0)):
+            pooled = encoding.pool(coarser)
+            if pooled.metadata_length() <= limit:
+                return pooled
+        msg = (
+            f"an encoding must fit max_inline_bytes={limit}, but one takes {pooled.metadata_length()} characters even at "
+            f"ratio {pooled.compression_ratio}; raise max_inline_bytes or use a smaller storage_codec"
+        )
+        raise EncodingTooLargeError(msg)
+
+    def _text_hash(self, text: str) -> str:
+        return hash_text(prompts.passage_text(text))
+
+    def _count(self, **increments: float) -> None:
+        with self._stats_lock:
+            counted = {name: getattr(self._stats, name) + n for name, n in increments.items()}
+            self._stats = replace(self._stats, **counted)
+
+    def _warn_once(self, kind: str, message: str, *arguments: object) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning(message, *arguments)
+
+
+def _checked_list(values: Sequence[AnyPassage], name: str) -> Sequence[AnyPassage]:
+    if isinstance(values, (str, bytes, EncodedPassage, Passage)) or not isinstance(values, Iterable):
+        msg = f"{name} must be a list, but got one {type(values).__name__}; put it into a list"
+        raise SettingsError(msg)
+    return values
+
+
+def _sigmoid(margin: float) -> float:
+    """Return P(yes) in float32, as the softmax over two logits gives it."""
+    import torch
+
+    return float(torch.sigmoid(torch.tensor(margin, dtype=torch.float32)))

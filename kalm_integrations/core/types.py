@@ -1,0 +1,87 @@
+"""Values that go in and out of a reranker, and the protocol that every reranker (and the fake) follows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+
+if TYPE_CHECKING:
+    from kalm_integrations.core.encoding import EncodedPassage
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A passage's text, with the metadata string of its encoding if the store had one."""
+
+    text: str
+    encoding: str | None = None
+
+
+AnyPassage: TypeAlias = "str | EncodedPassage | Passage"
+"""What can be scored: a text, an encoding, or a text with its stored encoding."""
+
+
+@dataclass(frozen=True)
+class RankedPassage:
+    """A passage's place in a ranking."""
+
+    index: int
+    """Position in the passages that were given."""
+    score: float
+    """P(yes), between 0 and 1."""
+    margin: float
+    """logit(yes) - logit(no): the score before the sigmoid, which keeps apart what rounds to the same score."""
+
+
+@dataclass(frozen=True)
+class RuntimeStats:
+    """What a reranker has done since it was made. Counts are of passages, duplicates within a call counted once."""
+
+    passages_encoded: int = 0
+    cache_hits: int = 0
+    """Served without encoding, from metadata or from memory."""
+    metadata_hits: int = 0
+    """Served from the encoding that came with the passage; part of `cache_hits`."""
+    cache_misses: int = 0
+    """Had to be encoded; stale and corrupt ones included."""
+    stale: int = 0
+    """Came with a sound encoding of another checkpoint, setting or text."""
+    corrupt: int = 0
+    """Came with something that is not an encoding, or a damaged one."""
+    coarser: int = 0
+    """Came with an encoding coarser than `compression_ratio`, and were scored at its ratio."""
+    truncated: int = 0
+    """Longer than `max_passage_tokens` when encoded."""
+    passages_scored: int = 0
+    encode_seconds: float = 0.0
+    score_seconds: float = 0.0
+
+
+@runtime_checkable
+class Reranker(Protocol):
+    """What adapters need of a reranker; `KalmReranker` and `testing.FakeReranker` have it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What made an encoding: checkpoint and encoder settings."""
+
+    @property
+    def stats(self) -> RuntimeStats:
+        """A snapshot of the counters."""
+
+    def encode_passages(self, texts: Sequence[str], show_progress: bool = False) -> list[EncodedPassage]:
+        """Encode passages, in order."""
+
+    def score(self, query: str, passages: Sequence[AnyPassage], instruction: str | None = None) -> list[float]:
+        """Return P(yes) of each passage, in order."""
+
+    def rank(
+        self,
+        query: str,
+        passages: Sequence[AnyPassage],
+        top_k: int | None = None,
+        score_threshold: float | None = None,
+        instruction: str | None = None,
+    ) -> list[RankedPassage]:
+        """Return passages, best first."""

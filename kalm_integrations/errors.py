@@ -1,0 +1,65 @@
+"""Exceptions raised by kalm_integrations.
+
+```text
+KalmError
+├── SettingsError (ValueError)          a setting or an argument breaks a stated rule
+├── MissingExtraError (ImportError)     an optional dependency is not installed
+├── CheckpointError                     a checkpoint cannot be used
+│   ├── CheckpointNotFoundError         no such folder, or the hub cannot be reached
+│   └── InvalidCheckpointError          not T5Gemma2, a tensor missing or of the wrong shape
+├── EncodingError (ValueError)          a stored encoding cannot be used
+│   ├── CorruptEncodingError            not the format, or damaged
+│   ├── StaleEncodingError              another checkpoint, setting or text made it
+│   └── EncodingTooLargeError           no ratio fits into `max_inline_bytes`
+└── NonFiniteScoreError (ArithmeticError)   the model produced NaN or infinity
+```
+
+On the query path `EncodingError` is never raised for metadata: a bad value is a miss, counted, and the passage is encoded
+again. It is raised by `EncodedPassage.from_metadata` and when an `EncodedPassage` of another model is passed to be scored.
+"""
+
+from __future__ import annotations
+
+
+class KalmError(Exception):
+    """Base class of every exception that this package raises on purpose."""
+
+
+class SettingsError(KalmError, ValueError):
+    """A setting or an argument breaks a rule that the message states."""
+
+
+class MissingExtraError(KalmError, ImportError):
+    """An optional dependency is missing; the message holds the pip command."""
+
+
+class CheckpointError(KalmError):
+    """A checkpoint cannot be used."""
+
+
+class CheckpointNotFoundError(CheckpointError):
+    """No such folder or hub repository, or the hub cannot be reached."""
+
+
+class InvalidCheckpointError(CheckpointError):
+    """The files are there, but they are not a T5Gemma2 reranker."""
+
+
+class EncodingError(KalmError, ValueError):
+    """A stored passage encoding cannot be used."""
+
+
+class CorruptEncodingError(EncodingError):
+    """The value is not a `kalm1` string, or it was damaged."""
+
+
+class StaleEncodingError(EncodingError):
+    """The value is sound, but another checkpoint, setting or text made it."""
+
+
+class EncodingTooLargeError(EncodingError):
+    """Even the coarsest ratio does not fit into `max_inline_bytes`."""
+
+
+class NonFiniteScoreError(KalmError, ArithmeticError):
+    """The model produced NaN or infinite logits, which are never turned into a score."""

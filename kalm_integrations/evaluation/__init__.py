@@ -1,0 +1,1 @@
+"""Evaluation of rerankers (extra `eval`)."""

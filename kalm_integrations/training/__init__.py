@@ -1,0 +1,1 @@
+"""Training of T5Gemma2 rerankers (extra `train`)."""

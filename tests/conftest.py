@@ -1,0 +1,39 @@
+"""Offline by force, and the checkpoints that tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoints import make_checkpoint
+
+from kalm_integrations import KalmReranker
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random T5Gemma2 checkpoint with everything switched on: windows, scaled RoPE, soft cap, grouped heads."""
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def other_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same architecture and tokenizer with other weights."""
+    return make_checkpoint(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture
+def make_reranker(tiny_checkpoint: Path) -> Callable[..., KalmReranker]:
+    """Makes a reranker with empty caches on the tiny checkpoint."""
+
+    def make(model: Path = tiny_checkpoint, **settings: object) -> KalmReranker:
+        return KalmReranker.from_pretrained(model, **settings)
+
+    return make
