@@ -1,10 +1,14 @@
-"""Bounded in-memory caches, safe to share between threads."""
+"""Where encodings are kept outside the host's metadata: a bounded in-memory cache, and a byte store on disk."""
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
 
+import lmdb
 from cachetools import LRUCache
 
 from kalm_integrations.core.encoding import EncodedPassage
@@ -52,3 +56,55 @@ class EncodingCache:
         """Drop everything."""
         with self._lock:
             self._entries.clear()
+
+
+class LmdbPayloadStore(MutableMapping[str, bytes]):
+    """Payloads of reference-mode encodings in an LMDB environment: one folder, many readers, any number of processes."""
+
+    def __init__(self, path: str | os.PathLike[str], max_bytes: int = 2**40) -> None:
+        """Open or create the store.
+
+        Args:
+            path: its folder.
+            max_bytes: the size it may grow to; a limit, not an allocation.
+        """
+        Path(path).mkdir(parents=True, exist_ok=True)
+        self._environment = lmdb.open(os.fspath(path), map_size=max_bytes)
+
+    def __getitem__(self, key: str) -> bytes:
+        """Return a payload."""
+        with self._environment.begin() as transaction:
+            value = transaction.get(key.encode())
+        if value is None:
+            raise KeyError(key)
+        return bytes(value)
+
+    def __setitem__(self, key: str, value: bytes) -> None:
+        """Write a payload durably; `update` writes many at the price of one."""
+        self.update({key: value})
+
+    def __delitem__(self, key: str) -> None:
+        """Delete a payload."""
+        with self._environment.begin(write=True) as transaction:
+            if not transaction.delete(key.encode()):
+                raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the keys, in order."""
+        with self._environment.begin() as transaction:
+            for key in transaction.cursor().iternext(keys=True, values=False):
+                yield bytes(key).decode()
+
+    def __len__(self) -> int:
+        """Return the number of payloads."""
+        return int(self._environment.stat()["entries"])
+
+    def update(self, *args: Any, **kwargs: bytes) -> None:
+        """Write many payloads in one transaction."""
+        with self._environment.begin(write=True) as transaction:
+            for key, value in dict(*args, **kwargs).items():
+                transaction.put(key.encode(), value)
+
+    def close(self) -> None:
+        """Release the environment."""
+        self._environment.close()

@@ -122,7 +122,7 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
         SettingsError: neither an alias, nor a hub id, nor a folder; or a revision of something without revisions.
     """
     name = os.fspath(model)
-    is_local = name in BUILT_IN_ALIASES or os.path.isdir(name)
+    is_local = name in BUILT_IN_ALIASES or Path(name).is_dir()
     if is_local and revision is not None:
         msg = f"revision applies to hub repositories only, but got revision={revision!r} with model={name!r}; leave it out"
         raise SettingsError(msg)
@@ -136,7 +136,7 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _fetch(name, revision)
     known = ", ".join((*BUILT_IN_ALIASES, *ALIASES))
-    if os.sep in name or os.path.exists(name):
+    if os.sep in name or Path(name).exists():
         msg = f"a local checkpoint must be an existing folder, but got {name!r}; check the path, or use one of: {known}"
         raise CheckpointNotFoundError(msg)
     msg = f"model must be one of {known}, a hub id (owner/name) or a local folder, but got {name!r}"

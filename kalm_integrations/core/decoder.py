@@ -43,9 +43,7 @@ class Memory:
     """Prompt tokens read so far."""
 
 
-def remember_passages(
-    states: torch.Tensor, n_states: torch.Tensor, weights: StackWeights, config: StackConfig
-) -> Memory:
+def remember_passages(states: torch.Tensor, n_states: torch.Tensor, weights: StackWeights, config: StackConfig) -> Memory:
     """Project passage states, right-padded (batch, width, hidden), into every layer's keys and values."""
     states = states.to(weights.dtype)
     pairs = [project_keys_values(states, layer, config, rope=None) for layer in weights.layers]
@@ -137,9 +135,7 @@ def _append(remembered: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return torch.cat((remembered, new.expand(remembered.shape[0], -1, -1, -1)), dim=2)
 
 
-def _mask(
-    kind: str, memory: Memory, positions: torch.Tensor, n_new: int, window: int | None
-) -> torch.Tensor | None:
+def _mask(kind: str, memory: Memory, positions: torch.Tensor, n_new: int, window: int | None) -> torch.Tensor | None:
     """Return where the prompt tokens at `positions` (batch or 1, n) may look, or None if everywhere.
 
     Shape: (batch or 1, n, memory.width + memory.n_prompt + n_new).

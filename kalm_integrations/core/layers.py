@@ -7,13 +7,14 @@ sequences, grouped key/value heads without copies, query/key/value and gate/up p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
     "silu": F.silu,
@@ -186,9 +187,8 @@ def project_all(
     x: torch.Tensor, weights: LayerWeights, config: StackConfig, rope: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return queries, keys and values of `x` from one matrix product; shapes as in the two functions above."""
-    queries, keys, values = F.linear(x, weights.qkv).split(
-        (config.query_width, config.kv_width, config.kv_width), dim=-1
-    )
+    widths = [config.query_width, config.kv_width, config.kv_width]
+    queries, keys, values = torch.split(F.linear(x, weights.qkv), widths, dim=-1)
     queries = queries.unflatten(-1, (config.n_heads, config.head_width))
     keys = keys.unflatten(-1, (config.n_kv_heads, config.head_width))
     queries = rotate(rms_norm(queries, weights.q_norm, config.norm_epsilon, queries.dtype), *rope)

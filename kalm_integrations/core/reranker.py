@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kalm_integrations.core import prompts
-from kalm_integrations.core.caches import CacheKey, EncodingCache
+from kalm_integrations.core.caches import CacheKey, EncodingCache, LmdbPayloadStore
 from kalm_integrations.core.encoding import EncodedPassage, fingerprint, hash_text
 from kalm_integrations.core.runtime import Runtime, get_runtime
 from kalm_integrations.core.settings import (
@@ -21,9 +22,18 @@ from kalm_integrations.core.settings import (
     StorageSettings,
     make_settings,
 )
-from kalm_integrations.core.types import AnyPassage, Passage, RankedPassage, RuntimeStats
+from kalm_integrations.core.types import (
+    ENCODING_KEY,
+    FINGERPRINT_KEY,
+    AnyPassage,
+    Passage,
+    RankedPassage,
+    Reranker,
+    RuntimeStats,
+)
 from kalm_integrations.errors import (
     CorruptEncodingError,
+    EncodingError,
     EncodingTooLargeError,
     SettingsError,
     StaleEncodingError,
@@ -48,9 +58,15 @@ class KalmReranker:
     """
 
     def __init__(
-        self, runtime: Runtime, encoder: EncoderSettings, storage: StorageSettings, query: QuerySettings
+        self,
+        runtime: Runtime,
+        encoder: EncoderSettings,
+        storage: StorageSettings,
+        query: QuerySettings,
+        payload_store: MutableMapping[str, bytes] | None = None,
     ) -> None:
         """Put the parts together; `from_pretrained` makes them."""
+        self._payload_store = payload_store
         self._runtime = runtime
         self._encoder = encoder
         self._storage = storage
@@ -71,6 +87,8 @@ class KalmReranker:
         compression_ratio: int | None = None,
         storage_codec: str | None = None,
         max_inline_bytes: int | None = None,
+        storage_mode: str | None = None,
+        payload_store: MutableMapping[str, bytes] | str | os.PathLike[str] | None = None,
         max_passage_tokens: int | None = None,
         max_query_tokens: int | None = None,
         instruction: str | None = None,
@@ -93,6 +111,11 @@ class KalmReranker:
             storage_codec: how `EncodedPassage.to_metadata` writes states: fp32, fp16, bf16, int8 or int4.
             max_inline_bytes: if set, `encode_passages` chooses for each passage the finest ratio whose metadata string is not
                 longer.
+            storage_mode: "inline" puts encodings into the metadata string, "reference" puts them into `payload_store` and a
+                short reference into the metadata; "auto" (the default) does the latter only where `max_inline_bytes` is
+                too small for the coarsest ratio.
+            payload_store: a mapping from str to bytes, or the folder of an LMDB store. Needed to write references, and to
+                read them.
             max_passage_tokens: longer passages are cut, as the reference does; 1,024 by default.
             max_query_tokens: longer queries are cut; 512 by default.
             instruction: what makes a passage relevant; may also be given per query. Does not touch encodings.
@@ -107,11 +130,16 @@ class KalmReranker:
             SettingsError: a setting is out of range or unknown.
             CheckpointError: the checkpoint is not there or cannot be used.
         """
-        given = {k: v for k, v in locals().items() if k not in ("cls", "model", "revision", "device", "dtype")}
+        given = {
+            k: v for k, v in locals().items() if k not in ("cls", "model", "revision", "device", "dtype", "payload_store")
+        }
         # Bad settings are refused before a checkpoint is fetched; its own defaults come in afterwards.
         kinds = (EncoderSettings, StorageSettings, QuerySettings)
         for kind in kinds:
             make_settings(kind, given)
+        if storage_mode == "reference" and payload_store is None:
+            msg = "storage_mode='reference' needs a payload_store, but got None; pass a mapping or the folder of an LMDB store"
+            raise SettingsError(msg)
         runtime = get_runtime(model, revision, device, dtype)
         defaults = runtime.checkpoint.defaults.model_dump()
         return cls(
@@ -119,6 +147,7 @@ class KalmReranker:
             make_settings(EncoderSettings, given, defaults),
             make_settings(StorageSettings, given),
             make_settings(QuerySettings, given, defaults),
+            LmdbPayloadStore(payload_store) if isinstance(payload_store, (str, os.PathLike)) else payload_store,
         )
 
     @property
@@ -179,6 +208,45 @@ class KalmReranker:
         wanted = dict(zip(hashes, texts, strict=True))
         encodings = {h: self._fit_inline(e) for h, e in self._encode(wanted, show_progress=show_progress).items()}
         return [encodings[text_hash] for text_hash in hashes]
+
+    def encode_to_metadata(self, texts: Sequence[str], show_progress: bool = False) -> list[dict[str, str]]:
+        """Encode passages and return for each, in order, the metadata to store: `kalm_encoding` and `kalm_fp`.
+
+        Args:
+            texts: the passages, without the template's prefix.
+            show_progress: draw a progress bar.
+
+        Raises:
+            SettingsError: `texts` is one string, or holds something else than strings.
+            EncodingTooLargeError: a passage does not fit `max_inline_bytes`, and there is no `payload_store`.
+        """
+        encodings = self.encode_passages(texts, show_progress)
+        payloads: dict[str, bytes] = {}
+        values = [e.to_metadata(payloads if self._is_referenced(e) else None) for e in encodings]
+        if payloads and self._payload_store is not None:
+            self._payload_store.update(payloads)
+        return [
+            {ENCODING_KEY: value, FINGERPRINT_KEY: encoding.fingerprint}
+            for value, encoding in zip(values, encodings, strict=True)
+        ]
+
+    def find_unencoded(self, passages: Sequence[Passage]) -> list[int]:
+        """Return the indices of the passages whose encoding is missing, corrupt, or of another text or model.
+
+        These are the ones that a query has to encode. Nothing is counted in `stats`.
+        """
+        current = self.fingerprint
+
+        def is_unencoded(passage: Passage) -> bool:
+            if passage.encoding is None:
+                return True
+            try:
+                self._read(passage.encoding, self._text_hash(passage.text), current)
+            except EncodingError:
+                return True
+            return False
+
+        return [index for index, passage in enumerate(passages) if is_unencoded(passage)]
 
     def score(self, query: str, passages: Sequence[AnyPassage], instruction: str | None = None) -> list[float]:
         """Return P(yes) for each passage, in order.
@@ -272,7 +340,7 @@ class KalmReranker:
             keys.append(text_hash)
             if text_hash in found:
                 continue
-            stored = None if value is None else self._read(value, text_hash, current)
+            stored = self._read_or_count(value, text_hash, current)
             if stored is None:
                 missing[text_hash] = text
             else:
@@ -281,16 +349,31 @@ class KalmReranker:
         found.update(self._encode(missing))
         return keys, found
 
-    def _read(self, value: str, text_hash: str, current: str) -> EncodedPassage | None:
-        """Return a stored encoding if it is sound and of this text and model; otherwise count why not."""
-        try:
-            stored = EncodedPassage.from_metadata(value)
-        except CorruptEncodingError as error:
-            self._count(corrupt=1)
-            self._warn_once("corrupt", "a stored encoding is corrupt and is made anew (counted in stats.corrupt): %s", error)
-            return None
+    def _read(self, value: str, text_hash: str, current: str) -> EncodedPassage:
+        """Return a stored encoding.
+
+        Raises:
+            CorruptEncodingError: it is not sound.
+            StaleEncodingError: it belongs to another text or model.
+        """
+        stored = EncodedPassage.from_metadata(value, self._payload_store)
         width = self._runtime.checkpoint.encoder_config.hidden_width
         if stored.fingerprint != current or stored.text_hash != text_hash or stored.states.shape[1] != width:
+            msg = f"an encoding must be of this text and of fingerprint {current}, but has {stored.fingerprint}"
+            raise StaleEncodingError(msg)
+        return stored
+
+    def _read_or_count(self, value: str | None, text_hash: str, current: str) -> EncodedPassage | None:
+        """Return a stored encoding, or None, counting why not."""
+        if value is None:
+            return None
+        try:
+            stored = self._read(value, text_hash, current)
+        except CorruptEncodingError as error:
+            self._count(corrupt=1)
+            self._warn_once("corrupt", "a stored encoding is made anew (counted in stats.corrupt): %s", error)
+            return None
+        except StaleEncodingError:
             self._count(stale=1)
             return None
         self._count(cache_hits=1, metadata_hits=1)
@@ -342,9 +425,7 @@ class KalmReranker:
         states = self._runtime.encode(
             token_ids, self.compression_ratio, self._query.encode_batch_size, show_progress=show_progress
         )
-        self._count(
-            passages_encoded=len(texts), truncated=n_truncated, encode_seconds=time.perf_counter() - started
-        )
+        self._count(passages_encoded=len(texts), truncated=n_truncated, encode_seconds=time.perf_counter() - started)
         return {
             key: EncodedPassage(rows, len(ids), self.compression_ratio, *key, self._storage.storage_codec)
             for key, ids, rows in zip(texts, token_ids, states, strict=True)
@@ -353,18 +434,25 @@ class KalmReranker:
     def _fit_inline(self, encoding: EncodedPassage) -> EncodedPassage:
         """Return the encoding at the finest published ratio whose string has at most `max_inline_bytes`."""
         limit = self._storage.max_inline_bytes
-        if limit is None:
+        if limit is None or self._storage.storage_mode == "reference":
             return encoding
         ratio = encoding.compression_ratio
         for coarser in (ratio, *(r for r in COMPRESSION_RATIOS if r > ratio and r % ratio == 0)):
             pooled = encoding.pool(coarser)
             if pooled.metadata_length() <= limit:
                 return pooled
+        if self._payload_store is not None and self._storage.storage_mode == "auto":
+            return encoding
         msg = (
             f"an encoding must fit max_inline_bytes={limit}, but one takes {pooled.metadata_length()} characters even at "
-            f"ratio {pooled.compression_ratio}; raise max_inline_bytes or use a smaller storage_codec"
+            f"ratio {pooled.compression_ratio}; raise max_inline_bytes, use a smaller storage_codec, or give a payload_store"
         )
         raise EncodingTooLargeError(msg)
+
+    def _is_referenced(self, encoding: EncodedPassage) -> bool:
+        """Return whether an encoding's payload goes into the payload store."""
+        mode, limit = self._storage.storage_mode, self._storage.max_inline_bytes
+        return mode == "reference" or (mode == "auto" and limit is not None and encoding.metadata_length() > limit)
 
     def _text_hash(self, text: str) -> str:
         return hash_text(prompts.passage_text(text))
@@ -378,6 +466,32 @@ class KalmReranker:
         if kind not in self._warned:
             self._warned.add(kind)
             logger.warning(message, *arguments)
+
+
+def as_reranker(model: Reranker | str | os.PathLike[str], **settings: Any) -> Reranker:
+    """Return what an adapter was given as `model` as a reranker: itself if it is one, else `from_pretrained` of it.
+
+    Says once per process that the built-in checkpoint is not the one for production.
+
+    Raises:
+        SettingsError: settings were given for a reranker that has its own.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        given = sorted(name for name, value in settings.items() if value is not None)
+        if given:
+            msg = (
+                f"a reranker given as model brings its own settings, but got {', '.join(given)} too; set them on the reranker"
+            )
+            raise SettingsError(msg)
+        return model
+    if model == "pico":
+        _notice_pico()
+    return KalmReranker.from_pretrained(model, **settings)
+
+
+@functools.cache
+def _notice_pico() -> None:
+    logger.warning("using the small built-in checkpoint 'pico'; for production pass model='nano' or larger")
 
 
 def _checked_list(values: Sequence[AnyPassage], name: str) -> Sequence[AnyPassage]:

@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 
 
 class Runtime:
-    """The weights and the passes over them. Weights are loaded when first needed; every method may be called from any thread."""
+    """The weights and the passes over them, loaded when first needed. Every method may be called from any thread."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         """Remember what to load; use `get_runtime`, which shares runtimes."""

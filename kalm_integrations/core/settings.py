@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
@@ -34,6 +34,7 @@ class StorageSettings(_Settings):
     compression_ratio: int = Field(4, ge=1, le=MAX_TOKENS)
     storage_codec: Annotated[str, AfterValidator(check_codec)] = DEFAULT_CODEC
     max_inline_bytes: PositiveInt | None = None
+    storage_mode: Literal["auto", "inline", "reference"] = "auto"
 
 
 class QuerySettings(_Settings):
@@ -50,9 +51,7 @@ class QuerySettings(_Settings):
 AnySettings = TypeVar("AnySettings", bound=_Settings)
 
 
-def make_settings(
-    kind: type[AnySettings], given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
-) -> AnySettings:
+def make_settings(kind: type[AnySettings], given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> AnySettings:
     """Build settings; None means unset, first in what the user gave, then in the checkpoint's defaults.
 
     Raises:

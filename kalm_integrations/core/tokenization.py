@@ -32,9 +32,7 @@ class PromptTokenizer:
         self._tokenizer = tokenizer
         self._allow_special_tokens = allow_special_tokens
         self._special_ids = {
-            token.content: token_id
-            for token_id, token in tokenizer.get_added_tokens_decoder().items()
-            if token.special
+            token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         }
         self.answer_ids = tuple(self._answer_id(answer) for answer in prompts.ANSWERS)
         if not allow_special_tokens:

@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 if TYPE_CHECKING:
     from kalm_integrations.core.encoding import EncodedPassage
 
+ENCODING_KEY = "kalm_encoding"
+"""Metadata key of a passage's encoding."""
+FINGERPRINT_KEY = "kalm_fp"
+"""Metadata key of the encoding's fingerprint, short, for stores to filter on. Readers trust the one in the encoding only."""
+
 
 @dataclass(frozen=True)
 class Passage:
@@ -70,8 +75,14 @@ class Reranker(Protocol):
     def stats(self) -> RuntimeStats:
         """A snapshot of the counters."""
 
-    def encode_passages(self, texts: Sequence[str], show_progress: bool = False) -> list[EncodedPassage]:
-        """Encode passages, in order."""
+    def warm_up(self) -> None:
+        """Load the weights now instead of when they are first needed."""
+
+    def encode_to_metadata(self, texts: Sequence[str], show_progress: bool = False) -> list[dict[str, str]]:
+        """Encode passages and return for each, in order, the metadata to store: `kalm_encoding` and `kalm_fp`."""
+
+    def find_unencoded(self, passages: Sequence[Passage]) -> list[int]:
+        """Return the indices of the passages whose encoding is missing, corrupt, or of another text or model."""
 
     def score(self, query: str, passages: Sequence[AnyPassage], instruction: str | None = None) -> list[float]:
         """Return P(yes) of each passage, in order."""

@@ -46,9 +46,7 @@ class Collection:
                 except (KeyError, TypeError, ValueError) as error:
                     msg = f"{qrels_path}: every line must be query-id, corpus-id and a whole score, but got {row}"
                     raise SettingsError(msg) from error
-        passages = {
-            row["_id"]: f"{row.get('title') or ''} {row['text']}".strip() for row in _rows(folder / "corpus.jsonl")
-        }
+        passages = {row["_id"]: f"{row.get('title') or ''} {row['text']}".strip() for row in _rows(folder / "corpus.jsonl")}
         queries = {row["_id"]: row["text"] for row in _rows(folder / "queries.jsonl") if row["_id"] in qrels}
         return cls(folder.name, passages, queries, qrels)
 

@@ -69,7 +69,12 @@ class ClusterDataset(Dataset[dict[str, object]]):
     """Steps of a phase, each drawn from its own seed, so that a resumed run sees what the first one would have seen."""
 
     def __init__(
-        self, collections: Sequence[TokenizedCollection], weights: Sequence[float], prefix: list[int], phase: PhaseConfig, seed: int
+        self,
+        collections: Sequence[TokenizedCollection],
+        weights: Sequence[float],
+        prefix: list[int],
+        phase: PhaseConfig,
+        seed: int,
     ) -> None:
         """Draw clusters from collections in proportion to `weights`."""
         self._collections = collections
@@ -123,4 +128,3 @@ class ClusterDataset(Dataset[dict[str, object]]):
 def _draw(queries: list[list[int]], phase: PhaseConfig, generator: random.Random) -> list[list[int]]:
     short = [query for query in queries if len(query) <= phase.max_query_tokens]
     return generator.sample(short, min(len(short), phase.queries_per_passage))
-

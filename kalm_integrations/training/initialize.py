@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ def create_checkpoint(architecture: ArchitectureConfig, folder: Path, seed: int)
     """Write config.json, kalm_reranker.json and freshly initialised weights into `folder`.
 
     Queries and passages meet in merged attention, where self keys and passage keys come from one projection: left alone, a
-    query token matches itself best and never looks at the passage. The mirror breaks this without changing the architecture: the
+    query token matches itself best and never looks at the passage. The mirror breaks this within the same architecture: the
     encoder's final norm starts at alternating +1 and -1 (weights 0 and -2), and every decoder query projection starts as the
     key projection times those signs. A query token then finds its own kind in the passage and is nearly orthogonal to itself.
     """
@@ -90,7 +91,7 @@ def _config(a: ArchitectureConfig) -> dict[str, object]:
 
 def _weights(a: ArchitectureConfig) -> dict[str, torch.Tensor]:
     def linear(n_out: int, n_in: int) -> torch.Tensor:
-        return torch.randn(n_out, n_in) * n_in**-0.5
+        return torch.randn(n_out, n_in) / math.sqrt(n_in)
 
     hidden = a.hidden_width
     mirror = torch.ones(hidden)

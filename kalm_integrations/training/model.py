@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -75,9 +76,7 @@ class TrainableReranker(nn.Module):
         pair_queries = queries[:, :, None].expand(-1, -1, n_passages, -1).reshape(-1, length)
         pair_last = last[:, :, None].expand(-1, -1, n_passages).reshape(-1)
         head = embedding.tokens[self.answer_ids]
-        logits = answer_logits(
-            _select(memory, rows), pair_queries, pair_last, embedding, decoder, head, self.decoder_config
-        )
+        logits = answer_logits(_select(memory, rows), pair_queries, pair_last, embedding, decoder, head, self.decoder_config)
         margins = (logits[:, 0] - logits[:, 1]).view(n_clusters * n_queries, n_passages)
         target = relevant.reshape(-1)
         ranking = F.cross_entropy(margins, target)
@@ -85,7 +84,7 @@ class TrainableReranker(nn.Module):
         return {"loss": ranking + BCE_WEIGHT * binary, "margins": margins.detach()}
 
 
-def _stack(tensors: dict[str, torch.Tensor], side: str, config: StackConfig) -> StackWeights:
+def _stack(tensors: Mapping[str, torch.Tensor], side: str, config: StackConfig) -> StackWeights:
     prefix = next(p for p in SIDE_PREFIXES[side] if p + "norm.weight" in tensors)
     return stack_weights(lambda name: tensors[prefix + name], config)
 
@@ -104,7 +103,7 @@ def _register(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Register a parameter under its dotted name, so that `named_parameters` gives the name back."""
     *path, leaf = name.split(".")
     for part in path:
-        if part not in root._modules:
+        if part not in dict(root.named_children()):
             root.add_module(part, nn.Module())
         root = root.get_submodule(part)
     root.register_parameter(leaf, nn.Parameter(tensor))

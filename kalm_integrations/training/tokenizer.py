@@ -15,9 +15,9 @@ SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_o
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int, folder: Path) -> None:
     """Learn a byte-level BPE vocabulary and save it as a Hugging Face tokenizer.
 
-    Text is lower-cased and every word, number or punctuation mark becomes a piece of its own that starts with a space, so a word
-    is the same token at the start of a text, after a space, after a quote or after a bracket: a small model matches words,
-    and each spelling of a word would have to be learnt on its own. Digits are split one by one. Runs of newlines are pieces too.
+    Text is lower-cased and every word, number or punctuation mark becomes a piece of its own that starts with a space, so a
+    word is the same token at the start of a text, after a space, after a quote or after a bracket: a small model matches
+    words, and each spelling of a word would have to be learnt on its own. Runs of newlines are pieces too.
 
     Args:
         texts: what the vocabulary is learnt from.

@@ -95,7 +95,8 @@ def _run_phase(
         data_collator=lambda steps: steps[0],
         optimizers=(optimizer, schedule),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
     save_file(model.state_dict(), finished)
 
 
@@ -121,7 +122,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         super().__init__([p for _, p in named], {})
         self.param_groups = [group for part in self._parts for group in part.param_groups]
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update all parameters."""
         for part in self._parts:
             part.step(closure)

@@ -1,0 +1,106 @@
+"""A reranker without a model, for the tests of applications that rerank."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kalm_integrations.core.types import (
+    ENCODING_KEY,
+    FINGERPRINT_KEY,
+    AnyPassage,
+    Passage,
+    RankedPassage,
+    RuntimeStats,
+)
+from kalm_integrations.errors import SettingsError
+
+
+class FakeReranker:
+    """Scores by the share of the query's words that a passage has, and counts encodes as a real reranker does.
+
+    Deterministic and without torch. Its encodings are strings that only a fake of the same `name` accepts, so that a test can
+    play through stale and corrupt metadata.
+    """
+
+    def __init__(self, name: str = "fake") -> None:
+        """Make a fake; another `name` stands for another checkpoint."""
+        self.fingerprint = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+        self.stats = RuntimeStats()
+
+    def warm_up(self) -> None:
+        """Do nothing: there are no weights."""
+
+    def encode_to_metadata(self, texts: Sequence[str], show_progress: bool = False) -> list[dict[str, str]]:
+        """Return metadata with a fake encoding for each text; duplicates are counted once."""
+        del show_progress
+        n_encoded = self.stats.passages_encoded + len(set(texts))
+        self.stats = replace(self.stats, passages_encoded=n_encoded)
+        return [{ENCODING_KEY: self._encoding(text), FINGERPRINT_KEY: self.fingerprint} for text in texts]
+
+    def find_unencoded(self, passages: Sequence[Passage]) -> list[int]:
+        """Return the indices of the passages whose encoding this fake has not made for this text."""
+        return [i for i, passage in enumerate(passages) if passage.encoding != self._encoding(passage.text)]
+
+    def score(self, query: str, passages: Sequence[AnyPassage], instruction: str | None = None) -> list[float]:
+        """Return a score for each passage, in order; those without a valid encoding count as encoded."""
+        return [_sigmoid(margin) for margin in self._margins(query, passages, instruction)]
+
+    def rank(
+        self,
+        query: str,
+        passages: Sequence[AnyPassage],
+        top_k: int | None = None,
+        score_threshold: float | None = None,
+        instruction: str | None = None,
+    ) -> list[RankedPassage]:
+        """Return passages, best first; ties keep their order."""
+        if top_k is not None and top_k < 1:
+            msg = f"top_k must be a positive whole number or None, but got {top_k!r}"
+            raise SettingsError(msg)
+        margins = self._margins(query, passages, instruction)
+        ranked = [RankedPassage(i, _sigmoid(margin), margin) for i, margin in enumerate(margins)]
+        ranked.sort(key=lambda passage: -passage.margin)
+        if score_threshold is not None:
+            ranked = [passage for passage in ranked if passage.score >= score_threshold]
+        return ranked[:top_k]
+
+    def _margins(self, query: str, passages: Sequence[AnyPassage], instruction: str | None) -> list[float]:
+        del instruction
+        given = [self._passage(passage) for passage in passages]
+        missing = {given[index].text for index in self.find_unencoded(given)}
+        unique = {passage.text for passage in given}
+        self.stats = replace(
+            self.stats,
+            passages_encoded=self.stats.passages_encoded + len(missing),
+            cache_misses=self.stats.cache_misses + len(missing),
+            cache_hits=self.stats.cache_hits + len(unique - missing),
+            metadata_hits=self.stats.metadata_hits + len(unique - missing),
+            passages_scored=self.stats.passages_scored + len(unique),
+        )
+        words = set(_words(query))
+        shares = [len(words & set(_words(passage.text))) / max(len(words), 1) for passage in given]
+        return [8 * share - 4 for share in shares]
+
+    def _encoding(self, text: str) -> str:
+        return f"kalm1.{self.fingerprint}.{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+
+    @staticmethod
+    def _passage(passage: AnyPassage) -> Passage:
+        if isinstance(passage, str):
+            return Passage(passage)
+        if isinstance(passage, Passage):
+            return passage
+        msg = f"a fake scores str and Passage, but got {type(passage).__name__}; it cannot read states"
+        raise SettingsError(msg)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _sigmoid(margin: float) -> float:
+    return 1 / (1 + math.exp(-margin))
