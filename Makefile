@@ -1,0 +1,43 @@
+# Every target works on a fresh machine with make and Python >= 3.10: the first one sets up .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Written last, so that an interrupted set-up is done again.
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test notebooks lint types docs clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv with the tested versions of everything (other targets do it when needed)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]' --group dev
+	touch $@
+
+demo: $(READY) ## rerank real passages with the built-in checkpoint
+	$(BIN)/kalm demo
+
+test: $(READY) ## run the tests, offline
+	$(BIN)/python -m pytest --ignore tests/test_notebooks.py
+
+notebooks: $(READY) ## run the notebooks
+	$(BIN)/python -m pytest tests/test_notebooks.py
+
+lint: $(READY) ## check style, format and the direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-logo
+
+types: $(READY) ## check types
+	$(BIN)/mypy
+
+docs: $(READY) ## build the documentation into site/, refusing broken links
+	$(BIN)/mkdocs build --strict
+
+clean: ## remove what was built and cached, but not .venv
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
