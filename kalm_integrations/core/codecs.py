@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kalm_integrations.errors import CorruptEncodingError
+from kalm_integrations.errors import CorruptEncodingError, NonFiniteScoreError
 
 INT4_GROUP = 64
 """Values that share a scale in int4."""
@@ -38,11 +38,17 @@ def write_states(states: torch.Tensor, codec: str) -> tuple[str, bytes]:
     """Write float32 states (n_states, width) and return the codec used and the bytes.
 
     Half precision overflows above 65,504; states that do not fit (or whose scales do not) are written as bf16 instead.
+
+    Raises:
+        NonFiniteScoreError: a state is NaN, infinite, or beyond bf16 too.
     """
     tensors = CODECS[codec].write(states)
-    if not all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point()):
+    if not _is_finite(tensors):
         codec = "bf16"
         tensors = CODECS[codec].write(states)
+        if not _is_finite(tensors):
+            msg = "states must be finite to be stored, but some are NaN or infinite; check the checkpoint, use dtype='float32'"
+            raise NonFiniteScoreError(msg)
     return codec, b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
 
 
@@ -59,6 +65,10 @@ def read_states(payload: bytes, codec: str, n_states: int, width: int) -> torch.
         msg = "a passage encoding must hold finite numbers, but a state or a scale is NaN or infinite; encode it again"
         raise CorruptEncodingError(msg)
     return states
+
+
+def _is_finite(tensors: list[torch.Tensor]) -> bool:
+    return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
 
 
 def _float_codec(dtype: torch.dtype) -> Codec:

@@ -1,7 +1,8 @@
 """One metadata string per passage: `kalm1.<header>.<payload>`, both base64url without padding.
 
-Where a store takes no long strings the value is `kalm1r.<header>`, and the payload's bytes lie in a byte store under
-`<fp>:<th>:<r>:<c>`.
+Where a store takes no long strings the value is `kalm1r.<header>`, and a byte store has the payload, behind eight bytes of
+checksum, under `<fp>:<th>:<r>:<c>`. Such a value depends on the text and the settings only, so one that is written again (by
+another device or batch, whose payload differs in the last bits) refers to the same entry and does not break the older ones.
 
 The header is a JSON object with exactly these keys, in this order:
 
@@ -13,11 +14,11 @@ The header is a JSON object with exactly these keys, in this order:
 | r | compression ratio |
 | s | [number of states, width] |
 | c | codec of the payload (see `codecs.py`) |
-| x | checksum of all the above and the payload (its base64 text, or its bytes in a byte store), 16 hex digits |
+| x | checksum of all the above and, inline, of the payload's bytes, 16 hex digits |
 
 A value comes from somebody's store and is not trusted: sizes are checked before anything is allocated, every character counts
 (the text is canonical, so no other spelling decodes to the same encoding), and nothing is ever unpickled. The format is a
-promise: a reader of this version reads every value that starts with `kalm1.`.
+promise: a reader of this version reads every value that starts with `kalm1.` or `kalm1r.`. `docs/format.md` specifies it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import torch
 
 from kalm_integrations.core.codecs import CODECS, read_states, write_states
 from kalm_integrations.core.pooling import n_pooled_states, repool_states
-from kalm_integrations.errors import CorruptEncodingError, SettingsError
+from kalm_integrations.errors import CorruptEncodingError, EncodingTooLargeError, SettingsError
 
 PREFIX = "kalm1"
 REFERENCE_PREFIX = "kalm1r"
@@ -46,6 +47,7 @@ MAX_TOKENS = 2**17
 """The position limit that the model cards claim."""
 
 _HEADER_KEYS = ("fp", "th", "n", "r", "s", "c", "x")
+_CHECKSUM_BYTES = 8
 
 
 def hash_text(text: str) -> str:
@@ -88,14 +90,24 @@ class EncodedPassage:
 
         Args:
             payload_store: if given, the payload goes there and the string only refers to it.
+
+        Raises:
+            EncodingTooLargeError: the string would be longer than readers accept, 64 Mi characters.
+            NonFiniteScoreError: a state is NaN or infinite.
         """
         codec, payload = write_states(self.states, self.codec)
         fields = self._fields(codec)
         if payload_store is not None:
-            payload_store[_payload_key(fields)] = payload
-            return f"{REFERENCE_PREFIX}.{_write_header(fields, payload)}"
-        body = _to_base64(payload)
-        return f"{PREFIX}.{_write_header(fields, body.encode())}.{body}"
+            payload_store[_payload_key(fields)] = _checksum(fields, payload) + payload
+            return f"{REFERENCE_PREFIX}.{_write_header(fields)}"
+        value = f"{PREFIX}.{_write_header(fields, payload)}.{_to_base64(payload)}"
+        if len(value) > MAX_VALUE_CHARS:
+            msg = (
+                f"an encoding must have at most {MAX_VALUE_CHARS} characters, but this one has {len(value)}; pool it, use a "
+                "smaller codec, or give a payload_store"
+            )
+            raise EncodingTooLargeError(msg)
+        return value
 
     @classmethod
     def from_metadata(cls, value: str, payload_store: Mapping[str, bytes] | None = None) -> EncodedPassage:
@@ -118,12 +130,12 @@ class EncodedPassage:
                 # Sizes first: nothing is allocated for a payload that does not have the length its header claims.
                 if len(body) != _base64_length(_n_bytes(fields)):
                     _refuse(f"hold {_n_bytes(fields)} bytes of payload, but has {len(body)} base64 characters")
-                _check_header(fields, header, body.encode("ascii", "replace"))
                 payload = _from_base64(body)
+                _check_header(fields, header, payload)
             case [prefix, header] if prefix == REFERENCE_PREFIX:
                 fields = _read_header(header)
+                _check_header(fields, header)
                 payload = _fetch_payload(fields, payload_store)
-                _check_header(fields, header, payload)
             case _:
                 _refuse(f"look like {PREFIX}.<header>.<payload>, but got {value[:24]!r}")
         states = read_states(payload, fields["c"], *fields["s"])
@@ -133,15 +145,18 @@ class EncodedPassage:
         """Return the encoding at a coarser compression ratio, exactly as if it had been encoded at it.
 
         Raises:
-            SettingsError: `ratio` is not a multiple of the present one.
+            SettingsError: `ratio` is not a multiple of the present one, or larger than the format allows.
         """
+        if type(ratio) is not int or ratio > MAX_TOKENS:
+            msg = f"a compression ratio must be a whole number up to {MAX_TOKENS}, but got {ratio!r}"
+            raise SettingsError(msg)
         states = repool_states(self.states, self.n_tokens, self.compression_ratio, ratio)
         return replace(self, states=states, compression_ratio=ratio)
 
     def metadata_length(self) -> int:
-        """Return the length of `to_metadata()` in characters, without making it (fp16 overflow aside)."""
-        fields = self._fields(self.codec)
-        return len(PREFIX) + len(_write_header(fields, b"")) + _base64_length(_n_bytes(fields)) + 2
+        """Return the length of `to_metadata()` in characters."""
+        codec, payload = write_states(self.states, self.codec)
+        return len(PREFIX) + len(_write_header(self._fields(codec))) + _base64_length(len(payload)) + 2
 
     def _fields(self, codec: str) -> dict[str, Any]:
         shape = [int(size) for size in self.states.shape]
@@ -161,27 +176,39 @@ def check_codec(codec: str) -> str:
     return codec
 
 
-def _write_header(fields: dict[str, Any], payload: bytes) -> str:
-    """Return the header for fields without checksum, adding the checksum over them and the payload."""
-    digest = hashlib.blake2b(_json(fields), digest_size=8)
+def _checksum(fields: dict[str, Any], payload: bytes) -> bytes:
+    """Return the BLAKE2b of the fields without checksum and of the payload."""
+    digest = hashlib.blake2b(_json(fields), digest_size=_CHECKSUM_BYTES)
     digest.update(payload)
-    return _to_base64(_json({**fields, "x": digest.hexdigest()}))
+    return digest.digest()
 
 
-def _check_header(fields: dict[str, Any], header: str, payload: bytes) -> None:
+def _write_header(fields: dict[str, Any], payload: bytes = b"") -> str:
+    """Return the header for fields without checksum, adding it; a reference's does not cover the payload."""
+    return _to_base64(_json({**fields, "x": _checksum(fields, payload).hex()}))
+
+
+def _check_header(fields: dict[str, Any], header: str, payload: bytes = b"") -> None:
     """Compare a header with the one that its fields and the payload give, character by character."""
-    if _write_header({key: fields[key] for key in _HEADER_KEYS[:-1]}, payload) != header:
+    if _write_header(_without_checksum(fields), payload) != header:
         _refuse("match its checksum, but it does not: a character was changed")
+
+
+def _without_checksum(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: fields[key] for key in _HEADER_KEYS[:-1]}
 
 
 def _fetch_payload(fields: dict[str, Any], store: Mapping[str, bytes] | None) -> bytes:
     key = _payload_key(fields)
-    payload = None if store is None else store.get(key)
-    if not isinstance(payload, bytes):
+    entry = None if store is None else store.get(key)
+    if not isinstance(entry, bytes):
         where = "no payload_store was given" if store is None else "the payload_store does not have it"
         _refuse(f"have its payload under {key!r}, but {where}")
-    if len(payload) != _n_bytes(fields):
-        _refuse(f"have a payload of {_n_bytes(fields)} bytes, but the payload_store has {len(payload)}")
+    if len(entry) != _CHECKSUM_BYTES + _n_bytes(fields):
+        _refuse(f"have an entry of {_CHECKSUM_BYTES + _n_bytes(fields)} bytes in the payload_store, but has {len(entry)}")
+    checksum, payload = entry[:_CHECKSUM_BYTES], entry[_CHECKSUM_BYTES:]
+    if checksum != _checksum(_without_checksum(fields), payload):
+        _refuse("have a payload that matches its checksum, but the one in the payload_store does not")
     return payload
 
 
@@ -202,8 +229,9 @@ def _read_header(text: str) -> dict[str, Any]:
     """Parse a header and check every field; nothing is allocated from them here."""
     if len(text) > MAX_HEADER_CHARS:
         _refuse(f"have a header of at most {MAX_HEADER_CHARS} characters, but got {len(text)}")
+    data = _from_base64(text)
     try:
-        fields = json.loads(_from_base64(text))
+        fields = json.loads(data)
     except (ValueError, RecursionError) as error:
         _refuse(f"have a JSON header, but it cannot be read ({error})", error)
     if not isinstance(fields, dict) or tuple(fields) != _HEADER_KEYS:
@@ -235,8 +263,21 @@ def _to_base64(data: bytes) -> str:
 
 
 def _from_base64(text: str) -> bytes:
-    """Decode base64url without padding; raises ValueError on any other character."""
-    return pybase64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    """Decode base64url without padding.
+
+    Raises:
+        CorruptEncodingError: `_to_base64` does not write this.
+    """
+    # The decoder would take the other alphabet, too, and any value of the unused bits of the last character.
+    if "+" in text or "/" in text:
+        _refuse("be base64url, but it has a '+' or a '/'")
+    try:
+        data = pybase64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except ValueError as error:
+        _refuse(f"be base64url, but it cannot be read ({error})", error)
+    if _to_base64(data) != text:
+        _refuse("be canonical base64url, but it is spelled in another way")
+    return data
 
 
 def _refuse(rule: str, cause: Exception | None = None) -> NoReturn:
