@@ -50,11 +50,17 @@ ALIASES: dict[str, tuple[str, str | None]] = {
 
 BUILT_IN_ALIASES = ("pico",)
 
-FILES = ("config.json", "kalm_reranker.json", "tokenizer*", "special_tokens_map.json", "*.safetensors", "*.index.json")
-"""What is fetched from the hub: configuration, tokenizer and safetensors; never code, pickles or other formats."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""Files that transformers builds a tokenizer from; each can change the token ids of a text."""
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-"""Files that hold the vocabulary, in the order in which transformers prefers them."""
+FILES = ("config.json", "kalm_reranker.json", *TOKENIZER_FILES, "*.safetensors", "*.index.json")
+"""What is fetched from the hub: configuration, tokenizer and safetensors; never code, pickles or other formats."""
 
 SIDE_PREFIXES = {
     "encoder": ("model.encoder.text_model.", "model.encoder."),
@@ -95,6 +101,11 @@ CONFIG_FIELDS = (
 )
 """Encoder fields that change an encoding; they enter the fingerprint."""
 
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of tensors that hold weights as they are; others are quantised and come with scales."""
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length of the input."""
 
@@ -117,12 +128,14 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
         model: an alias (`pico`, `nano`, ...), a hub id (`owner/name`) or a local folder.
         revision: branch, tag or commit of a hub repository; None takes the pinned one of an alias.
 
+    An alias means the same wherever it is used: a folder of that name in the working directory is `./nano`.
+
     Raises:
         CheckpointNotFoundError: no such folder or repository, or the hub cannot be reached.
         SettingsError: neither an alias, nor a hub id, nor a folder; or a revision of something without revisions.
     """
     name = os.fspath(model)
-    is_local = name in BUILT_IN_ALIASES or Path(name).is_dir()
+    is_local = name in BUILT_IN_ALIASES or (name != "" and name not in ALIASES and Path(name).is_dir())
     if is_local and revision is not None:
         msg = f"revision applies to hub repositories only, but got revision={revision!r} with model={name!r}; leave it out"
         raise SettingsError(msg)
@@ -133,7 +146,7 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
     if name in ALIASES:
         name, pinned = ALIASES[name]
         return _fetch(name, revision or pinned)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+    if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _fetch(name, revision)
     known = ", ".join((*BUILT_IN_ALIASES, *ALIASES))
     if os.sep in name or Path(name).exists():
@@ -146,10 +159,13 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
 def _fetch(repository: str, revision: str | None) -> Path:
     """Return the snapshot folder of a hub repository, from the cache if it is there."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
+    except HFValidationError as error:
+        msg = f"model must be a valid hub id (owner/name), an alias or an existing folder, but got {repository!r}: {error}"
+        raise SettingsError(msg) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         msg = (
@@ -170,13 +186,15 @@ class Checkpoint:
     defaults: CheckpointDefaults
     is_tied: bool
     _encoder_fields: Mapping[str, Any]
+    _reader: TensorReader
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Read and check the configuration of a checkpoint folder.
+        """Read and check the configuration of a checkpoint folder, and list its tensors.
 
         Raises:
-            InvalidCheckpointError: not a T5Gemma2 checkpoint, or one this runtime cannot run exactly.
+            InvalidCheckpointError: not a T5Gemma2 checkpoint, one this runtime cannot run exactly, or without readable
+                safetensors.
         """
         from transformers import AutoConfig
 
@@ -193,7 +211,7 @@ class Checkpoint:
             msg = f"a KaLM reranker is a 't5gemma2' checkpoint, but {path} says model_type={model_type!r}"
             raise InvalidCheckpointError(msg)
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises its own validation classes here
             msg = f"{path} is not a valid T5Gemma2 configuration: {error}"
             raise InvalidCheckpointError(msg) from error
@@ -208,6 +226,7 @@ class Checkpoint:
                 **{field: getattr(text, field) for field in CONFIG_FIELDS},
                 "eoi_token_index": config.encoder.eoi_token_index,
             },
+            _reader=TensorReader.open(folder),
         )
 
     @cached_property
@@ -216,17 +235,13 @@ class Checkpoint:
 
         The content decides, not the place: a hub snapshot and a copy of it agree, on any machine.
         """
-        tokenizer = next((self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()), None)
+        tokenizer = [self.folder / name for name in TOKENIZER_FILES]
         parts = {
             "weights": [_sha256(path) for path in self._reader.files],
-            "tokenizer": _sha256(tokenizer) if tokenizer else None,
+            "tokenizer": {path.name: _sha256(path) for path in tokenizer if path.is_file()},
             "config": dict(self._encoder_fields),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    @cached_property
-    def _reader(self) -> TensorReader:
-        return TensorReader.open(self.folder)
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the fast tokenizer, with padding and truncation switched off.
@@ -237,7 +252,8 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         try:
-            backend = AutoTokenizer.from_pretrained(self.folder, local_files_only=True).backend_tokenizer
+            loaded = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            backend = loaded.backend_tokenizer
         except Exception as error:  # depends on the tokenizer class that the folder names
             msg = (
                 f"{self.folder} must hold a fast tokenizer (tokenizer.json), but it could not be loaded: {error}; "
@@ -324,32 +340,27 @@ class TensorReader:
         """
         from safetensors import SafetensorError, safe_open
 
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                files = {str(name): folder / Path(str(shard)).name for name, shard in shards.items()}
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                msg = f"{index} must be a JSON object with a 'weight_map', but it is not ({error}); fetch it again"
-                raise InvalidCheckpointError(msg) from error
-            missing = sorted({path.name for path in files.values() if not path.is_file()})
-            if missing:
-                msg = f"{index.name} names shards that are not in {folder}: {', '.join(missing)}; fetch the checkpoint again"
-                raise InvalidCheckpointError(msg)
-            return cls(files)
-        path = folder / "model.safetensors"
-        if not path.is_file():
+        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        # In the order of transformers, should a folder hold both.
+        if single.is_file():
+            paths = [single]
+        elif index.is_file():
+            paths = _shards(index)
+        else:
             msg = (
                 f"{folder} must hold model.safetensors or model.safetensors.index.json, but holds neither; other formats "
                 "are not read: convert the weights with save_pretrained(..., safe_serialization=True)"
             )
             raise InvalidCheckpointError(msg)
-        try:
-            with safe_open(path, framework="pt") as file:
-                return cls(dict.fromkeys(file.keys(), path))
-        except SafetensorError as error:
-            msg = f"{path} cannot be read as safetensors ({error}); fetch the checkpoint again"
-            raise InvalidCheckpointError(msg) from error
+        files: dict[str, Path] = {}
+        for path in paths:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    files.update(dict.fromkeys(file.keys(), path))
+            except SafetensorError as error:
+                msg = f"{path} cannot be read as safetensors ({error}); fetch the checkpoint again"
+                raise InvalidCheckpointError(msg) from error
+        return cls(files)
 
     @property
     def files(self) -> list[Path]:
@@ -375,9 +386,30 @@ class TensorReader:
             except SafetensorError as error:
                 msg = f"tensor {full_name} cannot be read from {self._files[full_name]} ({error}); fetch it again"
                 raise InvalidCheckpointError(msg) from error
+            if tensor.dtype not in WEIGHT_DTYPES:
+                msg = (
+                    f"tensor {full_name} must hold floating-point numbers of 16 bits or more, but is {tensor.dtype}; "
+                    "quantised checkpoints are not supported, use the original one"
+                )
+                raise InvalidCheckpointError(msg)
             return tensor
 
         return read
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files that the index of a sharded checkpoint names."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        paths = sorted({index.parent / Path(str(shard)).name for shard in weight_map.values()})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        msg = f"{index} must be a JSON object with a 'weight_map', but it is not ({error}); fetch it again"
+        raise InvalidCheckpointError(msg) from error
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        msg = f"{index.name} names shards that are not in {index.parent}: {', '.join(missing)}; fetch the checkpoint again"
+        raise InvalidCheckpointError(msg)
+    return paths
 
 
 def _weight_shapes(config: StackConfig) -> dict[str, tuple[int, ...]]:
@@ -413,6 +445,9 @@ def _stack_config(config: Any, eoi_token_id: int, path: Path) -> StackConfig:
         raise InvalidCheckpointError(msg)
     if config.hidden_activation not in ACTIVATIONS:
         msg = f"{path}: hidden_activation must be one of {', '.join(ACTIVATIONS)}, but is {config.hidden_activation!r}"
+        raise InvalidCheckpointError(msg)
+    if not set(config.layer_types) <= set(LAYER_TYPES):
+        msg = f"{path}: layer_types must be {' or '.join(LAYER_TYPES)}, but are {', '.join(sorted(set(config.layer_types)))}"
         raise InvalidCheckpointError(msg)
     return StackConfig(
         hidden_width=config.hidden_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from kalm_integrations.errors import InvalidCheckpointError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class PromptTokenizer:
@@ -75,7 +78,8 @@ class PromptTokenizer:
         return ids + (self._encode([text])[0] if text else [])
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        whole = [_without_surrogates(text) for text in texts]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(whole, add_special_tokens=False)]
 
     def _answer_id(self, answer: str) -> int:
         ids = self._encode([answer])[0]
@@ -83,3 +87,10 @@ class PromptTokenizer:
             msg = f"the tokenizer must have a token for the answer {answer!r}, but gives none; it cannot score"
             raise InvalidCheckpointError(msg)
         return ids[-1]
+
+
+def _without_surrogates(text: str) -> str:
+    """Join surrogate pairs and replace lone surrogates by U+FFFD: stores hold such text, and tokenizers refuse it."""
+    if not SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
