@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import lmdb
 from cachetools import LRUCache
@@ -58,18 +59,37 @@ class EncodingCache:
             self._entries.clear()
 
 
+MAX_READERS = 1024
+"""Reads that may be under way at once, in all processes together."""
+
+_environments: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictionary()
+_environments_lock = threading.Lock()
+
+
 class LmdbPayloadStore(MutableMapping[str, bytes]):
-    """Payloads of reference-mode encodings in an LMDB environment: one folder, many readers, any number of processes."""
+    """Payloads of reference-mode encodings in an LMDB environment: one folder, many readers, any number of processes.
+
+    Stores of the same folder share its environment, which is closed with the last of them. Keys are 1 to 511 bytes of UTF-8.
+    Open the store after a fork, not before.
+    """
 
     def __init__(self, path: str | os.PathLike[str], max_bytes: int = 2**40) -> None:
         """Open or create the store.
 
         Args:
             path: its folder.
-            max_bytes: the size it may grow to; a limit, not an allocation.
+            max_bytes: the size it may grow to; a limit, not an allocation. Where the process has the folder open already,
+                that limit holds.
         """
         Path(path).mkdir(parents=True, exist_ok=True)
-        self._environment = lmdb.open(os.fspath(path), map_size=max_bytes)
+        folder = os.path.realpath(path)
+        # LMDB allows one environment per folder and process, but every reranker opens a store of its own.
+        with _environments_lock:
+            environment = _environments.get(folder)
+            if environment is None:
+                environment = lmdb.open(folder, map_size=max_bytes, max_readers=MAX_READERS)
+                _environments[folder] = environment
+        self._environment = environment
 
     def __getitem__(self, key: str) -> bytes:
         """Return a payload."""
@@ -104,7 +124,3 @@ class LmdbPayloadStore(MutableMapping[str, bytes]):
         with self._environment.begin(write=True) as transaction:
             for key, value in dict(*args, **kwargs).items():
                 transaction.put(key.encode(), value)
-
-    def close(self) -> None:
-        """Release the environment."""
-        self._environment.close()
