@@ -1,0 +1,74 @@
+"""README and documentation: the Python in them runs, and the links in them lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from markdown_it import MarkdownIt
+
+from kalm_integrations.core.encoding import EncodedPassage
+from kalm_integrations.core.pooling import n_pooled_states
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+NOT_RUN = re.compile(r"<!-- not run: \S.* -->\s*$")
+"""A comment above a block that cannot run offline; it gives the reason."""
+
+
+class Block(NamedTuple):
+    line: int
+    code: str
+    is_run: bool
+
+
+def python_blocks(page: Path) -> list[Block]:
+    tokens = MarkdownIt().parse(page.read_text(encoding="utf-8"))
+    blocks = []
+    for before, token in zip([None, *tokens], tokens, strict=False):
+        if token.type == "fence" and token.info.split()[:1] == ["python"]:
+            is_marked = before is not None and before.type == "html_block" and NOT_RUN.search(before.content)
+            blocks.append(Block(token.map[0] + 1, token.content, not is_marked))
+    return blocks
+
+
+def links(page: Path) -> list[str]:
+    tokens = MarkdownIt().enable("table").parse(page.read_text(encoding="utf-8"))
+    inline = [child for token in tokens for child in token.children or ()]
+    return [str(token.attrGet("href") or token.attrGet("src")) for token in inline if token.type in ("link_open", "image")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The blocks of a page run from top to bottom in one namespace; those marked as not run compile."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in python_blocks(page):
+        # Empty lines in front, so that a traceback has the page's line numbers.
+        code = compile("\n" * block.line + block.code, str(page), "exec")
+        if block.is_run:
+            exec(code, namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_to_files(page: Path):
+    """`mkdocs build --strict` checks anchors too, but neither the README nor what lies outside docs/."""
+    targets = {link.split("#")[0] for link in links(page) if not re.match(r"[a-z]+:|#", link)}
+    assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+def test_length_table_is_right():
+    """The characters that docs/encodings.md names are what the format takes."""
+    widths = {"Nano": 640, "Small": 1152, "Large": 2560}
+    text = (ROOT / "docs" / "encodings.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 9
+    for name, ratio, *lengths in rows:
+        states = torch.zeros(n_pooled_states(512, int(ratio)), widths[name])
+        for codec, length in zip(("fp16", "int8", "int4"), lengths, strict=True):
+            encoding = EncodedPassage(states, 512, int(ratio), "0" * 32, "0" * 32, codec)
+            assert len(encoding.to_metadata()) == int(length.replace(",", ""))
