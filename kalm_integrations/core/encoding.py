@@ -27,7 +27,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import pybase64
@@ -65,7 +65,7 @@ def fingerprint(facts: dict[str, Any]) -> str:
 class EncodedPassage:
     """What the encoder left of a passage: pooled states, and where they come from."""
 
-    states: torch.Tensor
+    states: torch.Tensor = field(repr=False)
     """float32, on the CPU. Shape: (n_states, hidden)."""
     n_tokens: int
     """Tokens of the passage after truncation; the last state may stand for fewer than the others."""

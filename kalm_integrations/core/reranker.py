@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -140,6 +141,12 @@ class KalmReranker:
         if storage_mode == "reference" and payload_store is None:
             msg = "storage_mode='reference' needs a payload_store, but got None; pass a mapping or the folder of an LMDB store"
             raise SettingsError(msg)
+        if not (payload_store is None or isinstance(payload_store, (MutableMapping, str, os.PathLike))):
+            msg = (
+                "payload_store must be a mapping from str to bytes or the folder of an LMDB store, but got "
+                f"{type(payload_store).__name__}; wrap it in a collections.abc.MutableMapping"
+            )
+            raise SettingsError(msg)
         runtime = get_runtime(model, revision, device, dtype)
         defaults = runtime.checkpoint.defaults.model_dump()
         return cls(
@@ -200,7 +207,8 @@ class KalmReranker:
             SettingsError: `texts` is one string, or holds something else than strings.
             EncodingTooLargeError: a passage does not fit `max_inline_bytes` even at the coarsest ratio.
         """
-        for text in _checked_list(texts, "texts"):
+        texts = _checked_list(texts, "texts")
+        for text in texts:
             if not isinstance(text, str):
                 msg = f"texts must be strings, but got {type(text).__name__}"
                 raise SettingsError(msg)
@@ -289,6 +297,12 @@ class KalmReranker:
         if top_k is not None and (type(top_k) is not int or top_k < 1):
             msg = f"top_k must be a positive whole number or None, but got {top_k!r}"
             raise SettingsError(msg)
+        # A threshold that is NaN does not equal itself, and would leave out everything.
+        if score_threshold is not None and not (
+            isinstance(score_threshold, (int, float)) and score_threshold == score_threshold
+        ):
+            msg = f"score_threshold must be a number or None, but got {score_threshold!r}"
+            raise SettingsError(msg)
         margins = self._margins(query, passages, instruction)
         ranked = [RankedPassage(i, _sigmoid(margin), margin) for i, margin in enumerate(margins)]
         ranked.sort(key=lambda passage: -passage.margin)
@@ -300,7 +314,11 @@ class KalmReranker:
         if not isinstance(query, str):
             msg = f"query must be a string, but got {type(query).__name__}"
             raise SettingsError(msg)
-        if not _checked_list(passages, "passages"):
+        if instruction is not None and not isinstance(instruction, str):
+            msg = f"instruction must be a string or None, but got {type(instruction).__name__}"
+            raise SettingsError(msg)
+        passages = _checked_list(passages, "passages")
+        if not passages:
             return []
         keys, encodings = self._resolve(passages)
         started = time.perf_counter()
@@ -325,24 +343,28 @@ class KalmReranker:
         keys: list[object] = []
         found: dict[object, EncodedPassage] = {}
         missing: dict[str, str] = {}
+        refused: defaultdict[str, list[str | None]] = defaultdict(list)
         current = self.fingerprint
         for passage in passages:
             if isinstance(passage, EncodedPassage):
                 # A text may be given at several ratios on purpose: here the object decides what is the same.
                 keys.append(id(passage))
-                found[id(passage)] = self._at_ratio(self._checked(passage, current))
+                if id(passage) not in found:
+                    found[id(passage)] = self._at_ratio(self._checked(passage, current))
                 continue
             text, value = (passage.text, passage.encoding) if isinstance(passage, Passage) else (passage, None)
             if not isinstance(text, str):
-                msg = f"passages must be str, EncodedPassage or Passage, but got {type(passage).__name__}"
+                got = f"a Passage of {type(text).__name__}" if isinstance(passage, Passage) else type(passage).__name__
+                msg = f"passages must be str, EncodedPassage or Passage (of str), but got {got}"
                 raise SettingsError(msg)
             text_hash = self._text_hash(text)
             keys.append(text_hash)
-            if text_hash in found:
+            if text_hash in found or value in refused[text_hash]:
                 continue
             stored = self._read_or_count(value, text_hash, current)
             if stored is None:
                 missing[text_hash] = text
+                refused[text_hash].append(value)
             else:
                 found[text_hash] = self._at_ratio(stored)
         missing = {text_hash: text for text_hash, text in missing.items() if text_hash not in found}
@@ -494,11 +516,12 @@ def _notice_pico() -> None:
     logger.warning("using the small built-in checkpoint 'pico'; for production pass model='nano' or larger")
 
 
-def _checked_list(values: Sequence[AnyPassage], name: str) -> Sequence[AnyPassage]:
+def _checked_list(values: Sequence[AnyPassage], name: str) -> list[Any]:
+    """Return the values as a list: an iterator is gone through once only, and what it makes must outlive the call."""
     if isinstance(values, (str, bytes, EncodedPassage, Passage)) or not isinstance(values, Iterable):
         msg = f"{name} must be a list, but got one {type(values).__name__}; put it into a list"
         raise SettingsError(msg)
-    return values
+    return list(values)
 
 
 def _sigmoid(margin: float) -> float:

@@ -198,16 +198,22 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         SettingsError: it is no device, or it is not there.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         msg = f"device must be a torch device such as 'cpu' or 'cuda:0', but got {device!r}"
         raise SettingsError(msg) from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        msg = f"device {device!r} was asked for, but no CUDA device is available; use device='cpu'"
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    if chosen.type != "cuda":
+        return chosen
+    # One name per device, so that "cuda" and "cuda:0" share their weights; CUDA is not started for that.
+    index = chosen.index if chosen.index is not None else torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    if index >= torch.cuda.device_count():
+        msg = f"device {device!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices; use device='cpu'"
         raise SettingsError(msg)
-    return chosen
+    return torch.device("cuda", index)
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
