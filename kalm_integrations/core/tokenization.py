@@ -39,13 +39,16 @@ class PromptTokenizer:
         }
         self.answer_ids = tuple(self._answer_id(answer) for answer in prompts.ANSWERS)
         if not allow_special_tokens:
-            parts = (prompts.SYSTEM_INSTRUCTION, prompts.INSTRUCTION, "query")
-            reference = self._encode(["".join(text for text, _ in prompts.prompt_parts(*parts))])[0]
+            texts = (prompts.SYSTEM_INSTRUCTION, prompts.INSTRUCTION, " query \n ")
+            parts = prompts.prompt_parts(*texts)
+            reference = self._encode(["".join(text for text, _ in parts)])[0]
             tokenizer.encode_special_tokens = True
-            if self.prompt(*parts) != reference:
+            controls = [text for text, is_control in parts if is_control]
+            if self.prompt(*texts) != reference or any(tokenizer.token_to_id(c) in self._encode([c])[0] for c in controls):
                 msg = (
-                    "this checkpoint's tokenizer does not tokenise the prompt part by part as it does as a whole, so "
-                    "special tokens cannot be kept apart from text; pass allow_special_tokens=True"
+                    "this checkpoint's tokenizer does not mark its control tokens as special, or does not tokenise the "
+                    "prompt part by part as it does as a whole, so special tokens cannot be kept apart from text; pass "
+                    "allow_special_tokens=True"
                 )
                 raise InvalidCheckpointError(msg)
 
