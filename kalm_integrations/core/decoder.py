@@ -91,7 +91,9 @@ def answer_logits(
     normed = rms_norm(x, weights.final_norm, config.norm_epsilon, weights.dtype)
     logits = F.linear(normed, head.to(weights.dtype)).float()
     if config.logit_softcap is not None:
-        logits = torch.tanh(logits / config.logit_softcap) * config.logit_softcap
+        capped = torch.tanh(logits / config.logit_softcap) * config.logit_softcap
+        # The cap would make a number of infinity, and a score of a broken model.
+        logits = capped.masked_fill(logits.isinf(), float("nan"))
     return logits
 
 
