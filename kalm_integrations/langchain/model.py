@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SkipValidation, field_validator, model_validator
-from typing_extensions import Self
 
 from kalm_integrations.core.types import Reranker
 
@@ -55,7 +54,7 @@ class WithReranker(BaseModel):
         raise ValueError(msg)
 
     @model_validator(mode="after")
-    def _check_model_kwargs(self) -> Self:
+    def _check_model_kwargs(self) -> WithReranker:
         fields = sorted(self.model_kwargs.keys() & type(self).model_fields.keys())
         if fields:
             msg = f"model_kwargs must not repeat fields, but got {', '.join(fields)}; give them directly"
