@@ -1,0 +1,19 @@
+"""KaLM reranking for LlamaIndex: encode nodes at ingest, rerank them in query engines.
+
+Needs llama-index-core only. See docs/llama-index.md.
+"""
+
+try:
+    import llama_index.core  # noqa: F401
+except ImportError as error:
+    from kalm_integrations.errors import MissingExtraError
+
+    msg = 'kalm_integrations.llama_index needs llama-index-core; run: pip install "kalm-integrations[llama-index]"'
+    raise MissingExtraError(msg) from error
+
+from kalm_integrations.llama_index.encoder import KalmPassageEncoder
+from kalm_integrations.llama_index.payloads import KVPayloadStore
+from kalm_integrations.llama_index.rerank import KalmRerank, WriteBack
+from kalm_integrations.llama_index.stores import BackfillReport, backfill, write_back_to
+
+__all__ = ["BackfillReport", "KVPayloadStore", "KalmPassageEncoder", "KalmRerank", "WriteBack", "backfill", "write_back_to"]

@@ -1,0 +1,384 @@
+"""Encodings in the real stores of LlamaIndex: ingest, restart, query without encoding, write-back, backfill."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import uuid
+
+import chromadb
+import pytest
+from llama_index.core import Document, StorageContext, VectorStoreIndex
+from llama_index.core.embeddings import MockEmbedding
+from llama_index.core.ingestion import IngestionPipeline
+from llama_index.core.llms import MockLLM
+from llama_index.core.postprocessor import MetadataReplacementPostProcessor
+from llama_index.core.schema import MetadataMode, NodeRelationship, NodeWithScore, RelatedNodeInfo, TextNode
+from llama_index.core.storage.docstore import SimpleDocumentStore
+from llama_index.core.storage.kvstore import SimpleKVStore
+from llama_index.core.vector_stores import SimpleVectorStore
+from llama_index.storage.docstore.postgres import PostgresDocumentStore
+from llama_index.storage.docstore.redis import RedisDocumentStore
+from llama_index.storage.kvstore.postgres import PostgresKVStore
+from llama_index.storage.kvstore.redis import RedisKVStore
+from llama_index.vector_stores.chroma import ChromaVectorStore
+from llama_index.vector_stores.qdrant import QdrantVectorStore
+from qdrant_client import QdrantClient
+from sqlalchemy import create_engine
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
+from kalm_integrations.errors import EncodingTooLargeError, SettingsError
+from kalm_integrations.llama_index import (
+    BackfillReport,
+    KalmPassageEncoder,
+    KalmRerank,
+    KVPayloadStore,
+    backfill,
+    write_back_to,
+)
+from kalm_integrations.testing import FakeReranker
+
+TEXTS = ["the panthers won", "rain is wet", "who lost the game", "who knows", "a wing in a slipstream"]
+QUERY = "who won the game"
+
+
+class CountingEmbedding(MockEmbedding):
+    """Counts the texts that were embedded."""
+
+    _count: int = 0
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        self._count += 1
+        return super()._get_text_embedding(text)
+
+
+def make_postgres_kvstore(uri, table, **settings):
+    # from_uri would drop the query part of the URI, which says where the socket is.
+    return PostgresKVStore(
+        table,
+        engine=create_engine(uri),
+        async_engine=create_async_engine(uri.replace("postgresql://", "postgresql+asyncpg://")),
+        **settings,
+    )
+
+
+@pytest.fixture(params=["simple", "redis", "postgres", "chroma", "qdrant"])
+def reopen(request, tmp_path):
+    """Returns what closes a store and opens it again: a storage context, and where its nodes are."""
+    name = f"kalm_{uuid.uuid4().hex}"
+    folder = tmp_path / "store"
+    opened = {}
+
+    def simple():
+        if "context" in opened:
+            opened["context"].persist(folder)
+        opened["context"] = StorageContext.from_defaults(persist_dir=folder if folder.exists() else None)
+        return opened["context"], opened["context"].docstore
+
+    def docstore_backed(docstore):
+        vector_store = opened.setdefault("vectors", SimpleVectorStore())
+        index_store = opened.setdefault("indices", StorageContext.from_defaults().index_store)
+        return StorageContext.from_defaults(docstore, index_store, vector_store), docstore
+
+    def redis():
+        kvstore = RedisKVStore(redis_uri=request.getfixturevalue("redis_url"))
+        return docstore_backed(RedisDocumentStore(kvstore, namespace=name))
+
+    def postgres():
+        kvstore = make_postgres_kvstore(request.getfixturevalue("postgres_uri"), name)
+        return docstore_backed(PostgresDocumentStore(kvstore))
+
+    def chroma():
+        collection = chromadb.PersistentClient(str(folder)).get_or_create_collection(name)
+        store = ChromaVectorStore(chroma_collection=collection)
+        return StorageContext.from_defaults(vector_store=store), store
+
+    def qdrant():
+        if "client" in opened:
+            opened["client"].close()
+        opened["client"] = QdrantClient(path=str(folder))
+        store = QdrantVectorStore(name, client=opened["client"])
+        return StorageContext.from_defaults(vector_store=store), store
+
+    yield locals()[request.param]
+    if "client" in opened:
+        opened["client"].close()
+
+
+def make_nodes():
+    source = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id="book")}
+    return [
+        TextNode(id_=str(uuid.UUID(int=i)), text=text, metadata={"page": i, "author": None}, relationships=source)
+        for i, text in enumerate(TEXTS)
+    ]
+
+
+def make_index(context, nodes, embedding=None):
+    return VectorStoreIndex(nodes, storage_context=context, embed_model=embedding or CountingEmbedding(embed_dim=3))
+
+
+def load_index(context, embedding=None):
+    embedding = embedding or CountingEmbedding(embed_dim=3)
+    if context.vector_store.stores_text:
+        return VectorStoreIndex.from_vector_store(context.vector_store, embed_model=embedding)
+    from llama_index.core import load_index_from_storage
+
+    return load_index_from_storage(context, embed_model=embedding)
+
+
+def query(index, **settings):
+    postprocessor = KalmRerank(top_n=None, **settings)
+    return index.as_query_engine(llm=MockLLM(), similarity_top_k=5, node_postprocessors=[postprocessor]).query(QUERY)
+
+
+def scores(response):
+    return {node.node_id: node.score for node in response.source_nodes}
+
+
+def test_encodings_outlive_a_restart(reopen, make_reranker):
+    nodes = make_nodes()
+    context, _ = reopen()
+    embedding = CountingEmbedding(embed_dim=3)
+    make_index(context, KalmPassageEncoder(make_reranker(storage_codec="fp32"))(nodes), embedding)
+    assert embedding._count == len(nodes)
+    context, _ = reopen()
+    reranker = make_reranker()
+    response = query(load_index(context), model=reranker, on_missing="error")
+    assert reranker.stats.passages_encoded == 0
+    assert reranker.stats.metadata_hits == len(nodes)
+    expected = make_reranker().score(QUERY, [node.get_content(MetadataMode.EMBED) for node in nodes])
+    assert scores(response) == pytest.approx(dict(zip((n.node_id for n in nodes), expected, strict=True)), abs=1e-6)
+    assert not any("kalm" in node.to_json() for node in response.source_nodes)
+    assert "kalm" not in response.response
+
+
+def test_what_a_query_encodes_is_written_back_and_read_after_a_restart(reopen, make_reranker):
+    context, store = reopen()
+    embedding = CountingEmbedding(embed_dim=3)
+    index = make_index(context, make_nodes(), embedding)
+    reranker = make_reranker(storage_codec="fp32")
+    first = query(index, model=reranker, write_back=write_back_to(store))
+    assert reranker.stats.passages_encoded == len(TEXTS)
+    context, store = reopen()
+    reranker = make_reranker(storage_codec="fp32")
+    second = query(load_index(context, embedding), model=reranker, on_missing="error", write_back=write_back_to(store))
+    assert reranker.stats.passages_encoded == 0
+    assert scores(second) == pytest.approx(scores(first), abs=1e-6)
+    assert embedding._count == len(TEXTS)
+
+
+def test_write_back_changes_nothing_but_the_encoding(reopen, make_reranker):
+    """Not even where another postprocessor has changed what was scored."""
+    context, store = reopen()
+    nodes = [node.model_copy(update={"metadata": {**node.metadata, "window": f"<{node.text}>"}}) for node in make_nodes()]
+    index = make_index(context, nodes)
+    window = MetadataReplacementPostProcessor("window")
+
+    def ask(index, store):
+        reranker = make_reranker()
+        rerank = KalmRerank(reranker, keep_retrieval_score=True, write_back=write_back_to(store))
+        index.as_query_engine(llm=MockLLM(), similarity_top_k=5, node_postprocessors=[window, rerank]).query(QUERY)
+        return reranker.stats.passages_encoded
+
+    assert ask(index, store) == len(nodes)
+    context, store = reopen()
+    stored = {node.node_id: node for node in load_index(context).as_retriever(similarity_top_k=5).retrieve(QUERY)}
+    for node in nodes:
+        found = stored[node.node_id]
+        assert set(found.metadata) == {*node.metadata, ENCODING_KEY, FINGERPRINT_KEY}
+        assert found.node.ref_doc_id == "book"
+        for mode in (MetadataMode.EMBED, MetadataMode.LLM, MetadataMode.NONE):
+            assert found.get_content(mode) == node.get_content(mode)
+    assert ask(load_index(context), store) == 0
+
+
+def test_backfill_encodes_the_missing_and_the_stale_and_nothing_else(reopen, make_reranker):
+    context, store = reopen()
+    encoder = KalmPassageEncoder(make_reranker())
+    nodes = make_nodes()
+    old = KalmPassageEncoder(FakeReranker("old checkpoint"))(nodes[:1])
+    embedding = CountingEmbedding(embed_dim=3)
+    make_index(context, [*old, *encoder(nodes[1:3]), *nodes[3:]], embedding)
+    context, store = reopen()
+    fresh = KalmPassageEncoder(make_reranker())
+    report = backfill(store, fresh, batch_size=2, show_progress=False)
+    assert report == BackfillReport(checked=3, missing=2, stale=1)
+    assert report.encoded == fresh.reranker.stats.passages_encoded == 3
+    assert backfill(store, fresh, show_progress=False) == BackfillReport(0, 0, 0)
+    context, store = reopen()
+    last = make_reranker()
+    query(load_index(context), model=last, on_missing="error")
+    assert last.stats.passages_encoded == 0
+    assert embedding._count == len(TEXTS)
+
+
+def test_backfill_with_verify_finds_damage_behind_a_good_fingerprint(reopen):
+    context, store = reopen()
+    encoder = KalmPassageEncoder(FakeReranker())
+    nodes = encoder(make_nodes())
+    damaged = nodes[0].model_copy(update={"metadata": {**nodes[0].metadata, ENCODING_KEY: "kalm1.broken"}})
+    make_index(context, [damaged, *nodes[1:]])
+    context, store = reopen()
+    assert backfill(store, encoder, show_progress=False) == BackfillReport(0, 0, 0)
+    assert backfill(store, encoder, verify=True, show_progress=False) == BackfillReport(checked=5, missing=0, stale=1)
+    assert backfill(store, encoder, verify=True, show_progress=False) == BackfillReport(checked=5, missing=0, stale=0)
+
+
+def test_a_persisted_index_is_queried_in_a_new_process_without_encoding(tmp_path, tiny_checkpoint):
+    documents = [Document(id_=f"d{i}", text=text, metadata={"source": i}) for i, text in enumerate(TEXTS)]
+    nodes = IngestionPipeline(transformations=[KalmPassageEncoder(tiny_checkpoint)]).run(documents=documents)
+    index = make_index(None, nodes)
+    index.storage_context.persist(tmp_path)
+    reranker = KalmPassageEncoder(tiny_checkpoint).reranker
+    expected = scores(query(index, model=reranker))
+    program = f"""
+import json
+from llama_index.core import MockEmbedding, StorageContext, load_index_from_storage
+from llama_index.core.llms import MockLLM
+from kalm_integrations.llama_index import KalmRerank
+
+context = StorageContext.from_defaults(persist_dir={str(tmp_path)!r})
+index = load_index_from_storage(context, embed_model=MockEmbedding(embed_dim=3))
+rerank = KalmRerank({str(tiny_checkpoint)!r}, top_n=None)
+engine = index.as_query_engine(llm=MockLLM(), similarity_top_k=5, node_postprocessors=[rerank])
+nodes = engine.query({QUERY!r}).source_nodes
+stats = rerank.reranker.stats
+print(json.dumps([stats.passages_encoded, stats.metadata_hits, {{node.node_id: node.score for node in nodes}}]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    n_encoded, n_hits, found = json.loads(done.stdout.splitlines()[-1])
+    assert (n_encoded, n_hits) == (0, 5)
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_write_back_does_not_make_pipelines_ingest_again():
+    """A document that was not split is known to the pipeline by its hash, which covers metadata."""
+    docstore, fake = SimpleDocumentStore(), FakeReranker()
+    documents = [Document(id_=f"d{i}", text=text) for i, text in enumerate(TEXTS)]
+    pipeline = IngestionPipeline(
+        transformations=[MockEmbedding(embed_dim=3)], docstore=docstore, vector_store=SimpleVectorStore()
+    )
+    nodes = pipeline.run(documents=documents)
+    retrieved = [NodeWithScore(node=node, score=0.1) for node in nodes]
+    KalmRerank(fake, write_back=write_back_to(docstore)).postprocess_nodes(retrieved, query_str=QUERY)
+    assert backfill(docstore, KalmPassageEncoder(fake), show_progress=False) == BackfillReport(0, 0, 0)
+    assert pipeline.run(documents=documents) == []
+
+
+def test_refresh_after_write_back_finds_nothing_new():
+    docstore, fake = SimpleDocumentStore(), FakeReranker()
+    documents = [Document(id_=f"d{i}", text=text) for i, text in enumerate(TEXTS)]
+    context = StorageContext.from_defaults(docstore=docstore)
+    index = VectorStoreIndex.from_documents(documents, storage_context=context, embed_model=MockEmbedding(embed_dim=3))
+    query(index, model=fake, write_back=write_back_to(docstore))
+    assert all(ENCODING_KEY in node.metadata for node in docstore.docs.values())
+    assert index.refresh_ref_docs(documents) == [False] * len(documents)
+    index.delete_ref_doc("d0", delete_from_docstore=True)
+    assert len(docstore.docs) == len(documents) - 1
+
+
+def test_backfill_leaves_source_documents_alone():
+    docstore = SimpleDocumentStore()
+    document = Document(id_="book", text="the whole book")
+    docstore.add_documents([document, *make_nodes()])
+    encoder = KalmPassageEncoder(FakeReranker())
+    assert backfill(docstore, encoder, show_progress=False) == BackfillReport(checked=5, missing=5, stale=0)
+    assert docstore.get_node("book") == document
+
+
+def test_backfill_shows_progress_if_asked(capsys):
+    docstore = SimpleDocumentStore()
+    docstore.add_documents(make_nodes())
+    backfill(docstore, KalmPassageEncoder(FakeReranker()), show_progress=False)
+    assert capsys.readouterr().err == ""
+    backfill(docstore, KalmPassageEncoder(FakeReranker("other")))
+    assert "5/5" in capsys.readouterr().err
+
+
+def test_nodes_that_a_store_does_not_have_are_left_out_and_logged(caplog):
+    docstore = SimpleDocumentStore()
+    docstore.add_documents(make_nodes()[:2])
+    retrieved = [NodeWithScore(node=node, score=0.1) for node in make_nodes()]
+    with caplog.at_level(logging.WARNING, logger="kalm_integrations"):
+        KalmRerank(FakeReranker(), write_back=write_back_to(docstore)).postprocess_nodes(retrieved, query_str=QUERY)
+    assert "3 of 5 nodes to write back are not in the store" in caplog.text
+    assert [ENCODING_KEY in node.metadata for node in docstore.docs.values()] == [True, True]
+
+
+@pytest.mark.parametrize("function", [write_back_to, lambda store: backfill(store, KalmPassageEncoder(FakeReranker()))])
+def test_unknown_stores_are_refused_with_what_to_do(function):
+    with pytest.raises(SettingsError, match=r"store must be a document store, .*but got SimpleVectorStore; .*write_back"):
+        function(SimpleVectorStore())
+
+
+def test_jsonb_docstores_reorder_metadata_and_backfill_settles_it(postgres_uri):
+    """PostgreSQL's jsonb sorts keys, so the text for embedding differs from the one at ingest; json keeps them."""
+    kvstore = make_postgres_kvstore(postgres_uri, f"kalm_{uuid.uuid4().hex}", use_jsonb=True)
+    docstore = PostgresDocumentStore(kvstore)
+    fake = FakeReranker()
+    [node] = KalmPassageEncoder(fake)([TextNode(id_="n", text="text", metadata={"zebra": 1, "ant": 2})])
+    docstore.add_documents([node])
+    [stored] = docstore.get_nodes(["n"])
+    assert stored.get_content(MetadataMode.EMBED) != node.get_content(MetadataMode.EMBED)
+    encoder = KalmPassageEncoder(fake)
+    assert backfill(docstore, encoder, verify=True, show_progress=False).stale == 1
+    [ranked] = KalmRerank(fake, on_missing="error").postprocess_nodes(
+        [NodeWithScore(node=node) for node in docstore.get_nodes(["n"])], query_str=QUERY
+    )
+    assert ranked.node_id == "n"
+
+
+@pytest.mark.parametrize("kind", ["simple", "redis", "postgres"])
+def test_payloads_live_in_a_key_value_store(request, kind, make_reranker):
+    name = f"kalm_{uuid.uuid4().hex}"
+    if kind == "simple":
+        kvstore = SimpleKVStore()
+    elif kind == "redis":
+        kvstore = RedisKVStore(redis_uri=request.getfixturevalue("redis_url"))
+    else:
+        kvstore = make_postgres_kvstore(request.getfixturevalue("postgres_uri"), name)
+    payloads = KVPayloadStore(kvstore, collection=name)
+    reference = {"storage_mode": "reference", "payload_store": payloads}
+    nodes = make_nodes()
+    encoded = KalmPassageEncoder(make_reranker(**reference))(nodes)
+    assert max(len(node.metadata[ENCODING_KEY]) for node in encoded) < 512
+    assert len(payloads) == len(list(payloads)) == len(nodes)
+
+    reranker = make_reranker(payload_store=KVPayloadStore(kvstore, collection=name))
+    retrieved = [NodeWithScore(node=node) for node in encoded]
+    assert KalmRerank(reranker, on_missing="error").postprocess_nodes(retrieved, query_str=QUERY)
+    assert reranker.stats.passages_encoded == 0
+
+    key = next(iter(payloads))
+    del payloads[key]
+    assert key not in payloads
+    with pytest.raises(KeyError):
+        del payloads[key]
+    kvstore.put(key, {"payload": "nö base64"}, collection=name)
+    assert payloads.get(key) is None
+    lost = make_reranker(payload_store=payloads)
+    KalmRerank(lost).postprocess_nodes(retrieved, query_str=QUERY)
+    assert lost.stats.corrupt == lost.stats.passages_encoded == 1
+
+
+def test_max_inline_bytes_is_kept_or_refused_before_anything_is_stored(tiny_checkpoint):
+    docstore = SimpleDocumentStore()
+    nodes = [TextNode(text=" ".join(TEXTS * 3))]
+    whole = KalmPassageEncoder(tiny_checkpoint)(nodes)[0].metadata[ENCODING_KEY]
+    [node] = KalmPassageEncoder(tiny_checkpoint, max_inline_bytes=len(whole) // 2)(nodes)
+    assert len(node.metadata[ENCODING_KEY]) <= len(whole) // 2
+    with pytest.raises(EncodingTooLargeError, match="max_inline_bytes=100"):
+        docstore.add_documents(KalmPassageEncoder(tiny_checkpoint, max_inline_bytes=100)(nodes))
+    assert not docstore.docs
+
+
+def test_a_payload_store_may_come_with_the_other_settings(tiny_checkpoint):
+    payloads = KVPayloadStore(SimpleKVStore())
+    settings = {"storage_mode": "reference", "payload_store": payloads}
+    encoder = KalmPassageEncoder(tiny_checkpoint, model_kwargs=settings)
+    IngestionPipeline(transformations=[encoder]).run(nodes=make_nodes())
+    assert len(payloads) == len(TEXTS)
+    assert encoder.to_dict()["model_kwargs"] == {"storage_mode": "reference"}
