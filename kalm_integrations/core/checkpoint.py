@@ -68,8 +68,6 @@ SIDE_PREFIXES = {
 }
 """Tensor prefixes of each side: the module names of transformers >= 5.3, then what `save_pretrained` writes."""
 
-HEAD = "lm_head.out_proj.weight"
-
 LAYER_TENSORS: dict[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "q_norm": ("self_attn.q_norm.weight",),
@@ -237,7 +235,7 @@ class Checkpoint:
         """
         tokenizer = [self.folder / name for name in TOKENIZER_FILES]
         parts = {
-            "weights": [_sha256(path) for path in self._reader.files],
+            "weights": [_sha256(self._reader.unchanged(path)) for path in self._reader.files],
             "tokenizer": {path.name: _sha256(path) for path in tokenizer if path.is_file()},
             "config": dict(self._encoder_fields),
         }
@@ -330,6 +328,7 @@ class TensorReader:
     def __init__(self, files: dict[str, Path]) -> None:
         """Take the file of each tensor name; use `open` to find them."""
         self._files = files
+        self._written = {path: _written(path) for path in self.files}
 
     @classmethod
     def open(cls, folder: Path) -> TensorReader:
@@ -367,6 +366,19 @@ class TensorReader:
         """The weight files, sorted by name."""
         return sorted(set(self._files.values()))
 
+    def unchanged(self, path: Path) -> Path:
+        """Return one of the files if it still is what it was when the checkpoint was opened.
+
+        Weights are loaded late: tensors of two checkpoints must not meet in one model, nor under one identity.
+
+        Raises:
+            InvalidCheckpointError: it was deleted or written anew.
+        """
+        if _written(path) != self._written[path]:
+            msg = f"{path} must stay as it is while its checkpoint is open, but was deleted or written anew; open it again"
+            raise InvalidCheckpointError(msg)
+        return path
+
     def side(self, side: str) -> Callable[[str], torch.Tensor]:
         """Return a function that reads a tensor of the "encoder" or "decoder" by its name without prefix."""
         from safetensors import SafetensorError, safe_open
@@ -381,7 +393,7 @@ class TensorReader:
                 )
                 raise InvalidCheckpointError(msg)
             try:
-                with safe_open(self._files[full_name], framework="pt") as file:
+                with safe_open(self.unchanged(self._files[full_name]), framework="pt") as file:
                     tensor: torch.Tensor = file.get_tensor(full_name)
             except SafetensorError as error:
                 msg = f"tensor {full_name} cannot be read from {self._files[full_name]} ({error}); fetch it again"
@@ -491,6 +503,11 @@ def _read_defaults(path: Path) -> CheckpointDefaults:
     except ValidationError as error:
         msg = f"{path} is not valid: {error}"
         raise InvalidCheckpointError(msg) from error
+
+
+def _written(path: Path) -> int | None:
+    """Return when a file was written, in nanoseconds, or None if it is not there."""
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def _sha256(path: Path) -> str:
