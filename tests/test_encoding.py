@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 import tracemalloc
 from pathlib import Path
@@ -527,3 +528,14 @@ def test_golden_file_has_every_codec():
 def test_every_refusal_is_an_error_of_this_package():
     assert issubclass(CorruptEncodingError, KalmError)
     assert issubclass(CorruptEncodingError, ValueError)
+
+
+def test_the_example_of_the_specification_is_right():
+    page = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\w+\n(.*?)\n```", page.split("## Example")[1], re.DOTALL)
+    value, header, payload, states, reference, stored_entry = blocks
+    key, entry = stored_entry.split()
+    [golden] = [case for case in CASES if case["value"] == value]
+    assert (reference, {key: entry}, json.loads(states)) == (golden["reference"], golden["store"], golden["read"])
+    assert value == f"kalm1.{plain_format.write_base64(header.encode())}.{plain_format.write_base64(bytes.fromhex(payload))}"
+    assert json.loads(header)["th"] == hash_text("<Document>: fp16 3")

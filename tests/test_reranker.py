@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable
@@ -208,6 +209,15 @@ def test_query_settings_do_not_change_the_fingerprint(make_reranker):
         dtype="bfloat16",
     )
     assert plain.fingerprint == same.fingerprint
+
+
+def test_the_fingerprint_is_made_as_the_specification_says(reranker):
+    """Other facts, or the same in another order, would make every stored encoding stale."""
+    facts = (
+        f'{{"checkpoint":"{reranker.runtime.checkpoint.identity}","format":1,'
+        '"settings":{"allow_special_tokens":false,"max_passage_tokens":1024},"template":"<Document>: {passage}"}'
+    )
+    assert reranker.fingerprint == hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
 
 
 @pytest.mark.parametrize("settings", [{"max_passage_tokens": 100}, {"allow_special_tokens": True}])
