@@ -60,13 +60,17 @@ def backfill(
     with tqdm(total=len(ids), desc="Encoding documents", unit="doc", disable=not show_progress) as bar:
         for start in range(0, len(ids), batch_size):
             held = access.read(ids[start : start + batch_size])
-            outdated = reranker.find_unencoded([passage(document, key) for document in held.values()])
             documents = list(held.values())
+            outdated = reranker.find_unencoded([passage(document, key) for document in documents])
             n_without = sum(key not in documents[index].metadata for index in outdated)
-            n_checked, n_missing, n_stale = n_checked + len(held), n_missing + n_without, n_stale + len(outdated) - n_without
+            n_checked += len(documents)
+            n_missing += n_without
+            n_stale += len(outdated) - n_without
             encoded = encoder.transform_documents(documents)
             changes = {i: _changes(old, new, key) for (i, old), new in zip(held.items(), encoded, strict=True)}
-            access.add_metadata({i: added for i, added in changes.items() if added})
+            changes = {i: added for i, added in changes.items() if added}
+            if changes:
+                access.add_metadata(changes)
             bar.update(min(batch_size, len(ids) - start))
     return BackfillReport(n_checked, n_missing, n_stale)
 

@@ -40,7 +40,7 @@ class DocumentAccess(Protocol):
         """Return the id under which the store holds a document that it returned."""
 
     def add_metadata(self, changes: Changes) -> None:
-        """Add to the metadata of documents, leaving everything else as it is; ids that are gone are passed over."""
+        """Add to the metadata of one or more documents, leaving all else as it is; ids that are gone are passed over."""
 
 
 def write_back_to(
@@ -65,16 +65,17 @@ def write_back_to(
     find_id = access.id_of if id_of is None else id_of
 
     def write_back(documents: Sequence[Document]) -> None:
-        changes: dict[DocumentId, dict[str, str]] = {}
-        for document in documents:
-            document_id = find_id(document)
-            if document_id is not None:
-                changes[document_id] = {key: document.metadata[key] for key in (encoding_key, FINGERPRINT_KEY)}
+        ids = [find_id(document) for document in documents]
+        changes = {
+            document_id: {key: document.metadata[key] for key in (encoding_key, FINGERPRINT_KEY)}
+            for document_id, document in zip(ids, documents, strict=True)
+            if document_id is not None
+        }
         if changes:
             access.add_metadata(changes)
-        n_lost = sum(find_id(document) is None for document in documents)
-        if n_lost:
-            logger.warning("%d of %d encodings were not written back: their documents have no id", n_lost, len(documents))
+        if None in ids:
+            rule = "%d of %d encodings were not written back: their documents have no id"
+            logger.warning(rule, ids.count(None), len(ids))
 
     return write_back
 

@@ -280,6 +280,7 @@ def test_backfill_finds_texts_that_changed_under_their_encoding_if_asked(host: V
     encoder = KalmPassageEncoder(model=FakeReranker())
     assert backfill(host.store, encoder, show_progress=False) == BackfillReport(0, 0, 0)
     assert backfill(host.store, encoder, check_texts=True, show_progress=False) == BackfillReport(1, 0, 1)
+    assert backfill(host.store, encoder, check_texts=True, show_progress=False) == BackfillReport(1, 0, 0)
     [held] = host.retrieve()
     assert FakeReranker().find_unencoded([_passage(held)]) == []
 
@@ -325,6 +326,31 @@ def test_unknown_stores_are_refused_with_the_known_ones_named(postgres_uri: str,
     uri = postgres_uri.replace("postgresql://", "postgresql+psycopg://")
     with pytest.raises(SettingsError, match="PGVector must be in sync mode"):
         write_back_to(PGVector(embeddings, connection=uri, async_mode=True))
+
+
+def test_a_store_of_ones_own_needs_four_methods():
+    class Shelf:
+        def __init__(self) -> None:
+            self.documents: dict[Any, Document] = {f"row {i}": document for i, document in enumerate(make_documents())}
+
+        def find_ids(self, fingerprint: str | None) -> list[Any]:
+            held = self.documents.items()
+            return [i for i, d in held if fingerprint is None or d.metadata.get("kalm_fp") != fingerprint]
+
+        def read(self, ids: Any) -> dict[Any, Document]:
+            return {i: self.documents[i] for i in ids}
+
+        def id_of(self, document: Document) -> str:
+            return document.metadata["source"].replace("page", "row")
+
+        def add_metadata(self, changes: Any) -> None:
+            for i, added in changes.items():
+                self.documents[i].metadata.update(added)
+
+    shelf, encoder = Shelf(), KalmPassageEncoder(model=FakeReranker())
+    write_back_to(shelf)(encoder.transform_documents(make_documents()[:2]))
+    assert backfill(shelf, encoder, show_progress=False) == BackfillReport(3, 3, 0)
+    assert backfill(shelf, encoder, check_texts=True, show_progress=False) == BackfillReport(5, 0, 0)
 
 
 def test_chroma_upsert_that_keeps_the_old_encoding_is_seen_through(tmp_path: Path, make_reranker: Callable[..., KalmReranker]):
