@@ -29,12 +29,10 @@ class BackfillReport:
 
     examined: int
     """Fetched from the store."""
-    encoded: int
-    """Of these, had no sound encoding."""
     written: int
-    """Updated in the store."""
+    """Had no sound encoding, and have it now."""
     failed: int
-    """Could not be updated; each is in the log."""
+    """Have none still, because the store did not take it; each is in the log."""
 
 
 def backfill(
@@ -68,19 +66,18 @@ def backfill(
         msg = f"batch_size must be a positive whole number, but got {batch_size}"
         raise SettingsError(msg)
     encoder = KalmDocumentEncoder() if encoder is None else encoder
-    outdated = {"field": f"meta.{FINGERPRINT_KEY}", "operator": "!=", "value": encoder.reranker.fingerprint}
-    conditions = [*([filters] if filters else []), *([] if check_texts else [outdated])]
-    combined = {"operator": "AND", "conditions": conditions} if conditions else None
-    documents: list[Document] = document_store.filter_documents(combined)
-    n_encoded = n_changed = n_written = 0
-    key = encoder.encoding_key
+    if not check_texts:
+        outdated = {"field": f"meta.{FINGERPRINT_KEY}", "operator": "!=", "value": encoder.reranker.fingerprint}
+        # Chroma refuses an AND of one.
+        filters = {"operator": "AND", "conditions": [filters, outdated]} if filters else outdated
+    documents: list[Document] = document_store.filter_documents(filters)
+    n_changed = n_written = 0
     with tqdm(total=len(documents), desc="Encoding", unit="document", disable=not progress_bar) as progress:
         for start in range(0, len(documents), batch_size):
             batch = documents[start : start + batch_size]
             encoded = encoder.encode(batch, show_progress=False)
             changed = [new for old, new in zip(batch, encoded, strict=True) if new.meta != old.meta]
-            n_encoded += sum(old.meta.get(key) != new.meta[key] for old, new in zip(batch, encoded, strict=True))
             n_changed += len(changed)
-            n_written += write_encodings(document_store, changed, key)
+            n_written += write_encodings(document_store, changed, encoder.encoding_key)
             progress.update(len(batch))
-    return BackfillReport(len(documents), n_encoded, n_written, n_changed - n_written)
+    return BackfillReport(len(documents), n_written, n_changed - n_written)
