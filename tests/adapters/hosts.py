@@ -1,0 +1,124 @@
+"""The three hosts behind one face, so that one suite can hold all adapters to the same contract."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from haystack import Document as HaystackDocument
+from langchain_core.documents import Document as LangChainDocument
+from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+
+from kalm_integrations import haystack, langchain, llama_index
+
+
+class Host(Protocol):
+    """What the contract needs of a host. `Any` is the host's own kind of document."""
+
+    name: str
+
+    def document(self, key: str, text: str, metadata: dict[str, Any]) -> Any: ...
+    def with_text(self, document: Any, text: str) -> Any: ...
+    def key(self, document: Any) -> str: ...
+    def score(self, document: Any) -> Any: ...
+    def metadata(self, document: Any) -> dict[str, Any]: ...
+    def ingest(self, model: Any, documents: Sequence[Any]) -> list[Any]: ...
+    def rerank(self, model: Any, query: str, documents: Sequence[Any], top: int, **settings: Any) -> list[Any]: ...
+    async def arerank(self, model: Any, query: str, documents: Sequence[Any], top: int) -> list[Any]: ...
+
+
+class LangChain:
+    name = "langchain"
+
+    def document(self, key, text, metadata):
+        return LangChainDocument(id=key, page_content=text, metadata=metadata)
+
+    def with_text(self, document, text):
+        return document.model_copy(update={"page_content": text})
+
+    def key(self, document):
+        return document.id
+
+    def score(self, document):
+        return document.metadata["relevance_score"]
+
+    def metadata(self, document):
+        return {k: v for k, v in document.metadata.items() if k != "relevance_score"}
+
+    def ingest(self, model, documents):
+        return list(langchain.KalmPassageEncoder(model=model).transform_documents(documents))
+
+    def rerank(self, model, query, documents, top, **settings):
+        return list(langchain.KalmRerank(model=model, top_n=top, **settings).compress_documents(documents, query))
+
+    async def arerank(self, model, query, documents, top):
+        return list(await langchain.KalmRerank(model=model, top_n=top).acompress_documents(documents, query))
+
+
+class LlamaIndex:
+    name = "llama_index"
+
+    def document(self, key, text, metadata):
+        # Metadata out of the text, which the other hosts do not put into it either.
+        return TextNode(id_=key, text=text, metadata=metadata, excluded_embed_metadata_keys=list(metadata))
+
+    def with_text(self, document, text):
+        return document.model_copy(update={"text": text})
+
+    def key(self, document):
+        return document.node_id
+
+    def score(self, document):
+        return document.score
+
+    def metadata(self, document):
+        return document.metadata
+
+    def ingest(self, model, documents):
+        return list(llama_index.KalmPassageEncoder(model)(documents))
+
+    def rerank(self, model, query, documents, top, **settings):
+        nodes = [NodeWithScore(node=node, score=0.5) for node in documents]
+        return llama_index.KalmRerank(model, top_n=top, **settings).postprocess_nodes(nodes, QueryBundle(query))
+
+    async def arerank(self, model, query, documents, top):
+        nodes = [NodeWithScore(node=node, score=0.5) for node in documents]
+        return await llama_index.KalmRerank(model, top_n=top).apostprocess_nodes(nodes, QueryBundle(query))
+
+
+class Haystack:
+    name = "haystack"
+
+    def document(self, key, text, metadata):
+        return HaystackDocument(id=key, content=text, meta=metadata)
+
+    def with_text(self, document, text):
+        return replace(document, content=text)
+
+    def key(self, document):
+        return document.id
+
+    def score(self, document):
+        return document.score
+
+    def metadata(self, document):
+        return document.meta
+
+    def ingest(self, model, documents):
+        return haystack.KalmDocumentEncoder(model=model, progress_bar=False).run(list(documents))["documents"]
+
+    def rerank(self, model, query, documents, top, **settings):
+        return haystack.KalmRanker(model=model, top_k=top, **settings).run(query, list(documents))["documents"]
+
+    async def arerank(self, model, query, documents, top):
+        return (await haystack.KalmRanker(model=model, top_k=top).run_async(query, list(documents)))["documents"]
+
+
+HOSTS: list[Host] = [LangChain(), LlamaIndex(), Haystack()]
+
+
+async def gather(host: Host, model: Any, queries: Sequence[str], documents: Sequence[Any], top: int) -> list[list[Any]]:
+    """Rerank for all queries at once."""
+    return await asyncio.gather(*(host.arerank(model, query, documents, top) for query in queries))
