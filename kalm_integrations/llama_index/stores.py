@@ -56,6 +56,8 @@ def write_back_to(store: Any, encoding_key: str = ENCODING_KEY) -> WriteBack:
     opened = _open(store)
 
     def write_back(nodes: Sequence[BaseNode]) -> None:
+        if not nodes:
+            return
         metadata = {n.node_id: {key: n.metadata[key] for key in (encoding_key, FINGERPRINT_KEY)} for n in nodes}
         stored = opened.read(list(metadata))
         if len(stored) < len(metadata):
@@ -85,8 +87,12 @@ def backfill(
         show_progress: draw a progress bar.
 
     Raises:
-        SettingsError: it is another kind of store.
+        SettingsError: it is another kind of store, or `batch_size` is not positive.
+        EncodingTooLargeError: a passage does not fit the encoder's `max_inline_bytes`.
     """
+    if batch_size < 1:
+        msg = f"batch_size must be a positive whole number, but got {batch_size!r}"
+        raise SettingsError(msg)
     opened = _open(store)
     ids = opened.ids(None if verify else encoder.reranker.fingerprint)
     missing = stale = 0
@@ -113,9 +119,10 @@ class _Store(ABC):
     def ids(self, fingerprint: str | None) -> list[str]:
         """Return the ids of the nodes that do not have this fingerprint, or of all."""
 
-    @abstractmethod
     def read(self, ids: list[str]) -> list[BaseNode]:
-        """Return those of the nodes that the store has."""
+        """Return those of the nodes that the store has; `ids` must not be empty, which some stores take for all."""
+        nodes: list[BaseNode] = self._store.get_nodes(ids)
+        return nodes
 
     @abstractmethod
     def write(self, nodes: Sequence[BaseNode]) -> None:
@@ -142,8 +149,7 @@ class _DocumentStore(_Store):
         unsplit = [node.node_id for node in nodes if node.ref_doc_id is None]
         hashes = {node_id: self._store.get_document_hash(node_id) for node_id in unsplit}
         self._store.add_documents(nodes, allow_update=True)
-        if hashes:
-            self._store.set_document_hashes(hashes)
+        self._store.set_document_hashes({node_id: known for node_id, known in hashes.items() if known is not None})
 
 
 class _ChromaStore(_Store):
@@ -151,10 +157,6 @@ class _ChromaStore(_Store):
         where = None if fingerprint is None else {FINGERPRINT_KEY: {"$ne": fingerprint}}
         ids: list[str] = self._store.client.get(where=where, include=[])["ids"]
         return ids
-
-    def read(self, ids: list[str]) -> list[BaseNode]:
-        nodes: list[BaseNode] = self._store.get_nodes(ids)
-        return nodes
 
     def write(self, nodes: Sequence[BaseNode]) -> None:
         # Nodes are read from `_node_content`, a copy of the metadata that the framework stores beside it: both are written.
@@ -180,10 +182,6 @@ class _QdrantStore(_Store):
             ids += [str(point.id) for point in points]
             if offset is None:
                 return ids
-
-    def read(self, ids: list[str]) -> list[BaseNode]:
-        nodes: list[BaseNode] = self._store.get_nodes(ids)
-        return nodes
 
     def write(self, nodes: Sequence[BaseNode]) -> None:
         from qdrant_client import models

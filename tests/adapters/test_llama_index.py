@@ -349,7 +349,7 @@ async def test_async_calls_leave_the_event_loop_free(component):
 def test_encode_before_splitting_is_survived_and_undone_by_the_encoder(make_reranker):
     """Chunks inherit the encoding of the whole, three times over; it is never used for them."""
     reranker = make_reranker()
-    parents = KalmPassageEncoder(reranker)([Document(text=" ".join(f"Sentence number {i} is here." for i in range(60)))])
+    parents = KalmPassageEncoder(reranker)([Document(text=" ".join(f"Sentence number {i} is here." for i in range(40)))])
     assert len(parents[0].metadata[ENCODING_KEY]) > 128
     chunks = SentenceSplitter(chunk_size=128, chunk_overlap=0)(parents)
     assert len(chunks) > 2

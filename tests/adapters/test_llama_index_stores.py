@@ -7,10 +7,11 @@ import logging
 import subprocess
 import sys
 import uuid
+from datetime import datetime
 
 import chromadb
 import pytest
-from llama_index.core import Document, StorageContext, VectorStoreIndex
+from llama_index.core import Document, StorageContext, VectorStoreIndex, load_index_from_storage
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.llms import MockLLM
@@ -124,8 +125,6 @@ def load_index(context, embedding=None):
     embedding = embedding or CountingEmbedding(embed_dim=3)
     if context.vector_store.stores_text:
         return VectorStoreIndex.from_vector_store(context.vector_store, embed_model=embedding)
-    from llama_index.core import load_index_from_storage
-
     return load_index_from_storage(context, embed_model=embedding)
 
 
@@ -168,6 +167,7 @@ def test_what_a_query_encodes_is_written_back_and_read_after_a_restart(reopen, m
     assert reranker.stats.passages_encoded == 0
     assert scores(second) == pytest.approx(scores(first), abs=1e-6)
     assert embedding._count == len(TEXTS)
+    write_back_to(store)([])
 
 
 def test_write_back_changes_nothing_but_the_encoding(reopen, make_reranker):
@@ -289,6 +289,11 @@ def test_backfill_leaves_source_documents_alone():
     assert docstore.get_node("book") == document
 
 
+def test_bad_batch_size_is_refused():
+    with pytest.raises(SettingsError, match="batch_size must be a positive whole number, but got 0"):
+        backfill(SimpleDocumentStore(), KalmPassageEncoder(FakeReranker()), batch_size=0)
+
+
 def test_backfill_shows_progress_if_asked(capsys):
     docstore = SimpleDocumentStore()
     docstore.add_documents(make_nodes())
@@ -329,6 +334,19 @@ def test_jsonb_docstores_reorder_metadata_and_backfill_settles_it(postgres_uri):
         [NodeWithScore(node=node) for node in docstore.get_nodes(["n"])], query_str=QUERY
     )
     assert ranked.node_id == "n"
+
+
+def test_dates_come_back_in_another_form_and_backfill_settles_it():
+    fake = FakeReranker()
+    encoder = KalmPassageEncoder(fake)
+    [node] = encoder([TextNode(text="text", metadata={"day": datetime(2024, 1, 1)}, embedding=[1.0, 2.0])])
+    store = ChromaVectorStore(chroma_collection=chromadb.EphemeralClient().create_collection(f"kalm_{uuid.uuid4().hex}"))
+    store.add([node])
+    assert "2024-01-01T00:00:00" in store.get_nodes(None)[0].get_content(MetadataMode.EMBED)
+    assert "2024-01-01 00:00:00" in node.get_content(MetadataMode.EMBED)
+    assert backfill(store, encoder, verify=True, show_progress=False).stale == 1
+    retrieved = [NodeWithScore(node=node) for node in store.get_nodes(None)]
+    assert KalmRerank(fake, on_missing="error").postprocess_nodes(retrieved, query_str=QUERY)
 
 
 @pytest.mark.parametrize("kind", ["simple", "redis", "postgres"])
