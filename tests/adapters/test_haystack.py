@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -102,8 +103,10 @@ class TestRankerConstruction:
         with pytest.raises(TypeError):
             KalmRanker("pico")
 
-    def test_warm_up_opens_the_checkpoint_once_and_loads_no_weights(self, tiny_checkpoint: Path) -> None:
-        ranker = KalmRanker(model=tiny_checkpoint, dtype="float32", device=ComponentDevice.from_str("cpu"))
+    def test_warm_up_opens_the_checkpoint_once_and_loads_no_weights(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        # A copy, because rerankers of the same folder share their weights with other tests.
+        own = shutil.copytree(tiny_checkpoint, tmp_path / "own")
+        ranker = KalmRanker(model=own, dtype="float32", device=ComponentDevice.from_str("cpu"))
         ranker.warm_up()
         reranker = ranker.reranker
         ranker.warm_up()

@@ -97,8 +97,6 @@ def qdrant(folder: Path) -> Backend:
             embedding_dim=DIMENSION,
             return_embedding=True,
             progress_bar=False,
-            # Pipeline.run_async runs components in other threads than the one that opened the store.
-            force_disable_check_same_thread=True,
         )
 
     return Backend(open_store, lambda store: store.close(), QdrantEmbeddingRetriever)

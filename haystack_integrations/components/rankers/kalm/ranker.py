@@ -251,7 +251,7 @@ class KalmRanker(WithReranker):
                 else:
                     write_encodings(self.document_store, encoded, self.encoding_key)
         except Exception as error:
-            logger.warning("{n} encodings were not written back: {error}", n=len(documents), error=error)
+            logger.warning("{n} encodings were not written back: {error}", n=len(documents), error=error, exc_info=True)
 
     def _settings(self) -> dict[str, Any]:
         return {
