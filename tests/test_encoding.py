@@ -291,6 +291,15 @@ def test_a_hostile_header_is_refused_before_anything_is_allocated(fields):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("fields", [{"n": True}, {"r": True}, {"s": [True, 1]}, {"s": [1, True]}])
+def test_true_is_not_one(fields):
+    """The sizes agree with the payload, so that only the type is wrong; bool is an int to Python."""
+    sound = {"n": 1, "r": 1, "s": [1, 1]}
+    assert EncodedPassage.from_metadata(forged(payload=bytes(2), **sound)).n_tokens == 1
+    with pytest.raises(CorruptEncodingError, match="whole numbers"):
+        EncodedPassage.from_metadata(forged(payload=bytes(2), **{**sound, **fields}))
+
+
 def test_a_reference_that_claims_too_much_is_refused_before_anything_is_allocated():
     fields = {"fp": FINGERPRINT, "th": hash_text("text"), "n": MAX_TOKENS, "r": 1, "s": [MAX_TOKENS, MAX_TOKENS], "c": "fp32"}
     value, store = plain_format.write_reference(fields, bytes(8))
