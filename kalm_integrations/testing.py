@@ -31,7 +31,7 @@ class FakeReranker:
         self.fingerprint = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
         self.stats = RuntimeStats()
 
-    def warm_up(self) -> None:
+    def warm_up(self, *, encoder: bool = True, decoder: bool = True) -> None:
         """Do nothing: there are no weights."""
 
     def encode_to_metadata(self, texts: Sequence[str], show_progress: bool = False) -> list[dict[str, str]]:

@@ -119,12 +119,13 @@ class CheckpointDefaults(BaseModel):
     max_query_tokens: int | None = None
 
 
-def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
+def resolve(model: str | os.PathLike[str], revision: str | None = None, token: str | None = None) -> Path:
     """Return the local folder of a checkpoint, fetching it from the hub if need be.
 
     Args:
         model: an alias (`pico`, `nano`, ...), a hub id (`owner/name`) or a local folder.
         revision: branch, tag or commit of a hub repository; None takes the pinned one of an alias.
+        token: for a private repository; None leaves it to huggingface_hub (`HF_TOKEN`, a saved login).
 
     An alias means the same wherever it is used: a folder of that name in the working directory is `./nano`.
 
@@ -143,9 +144,9 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
         return Path(name)
     if name in ALIASES:
         name, pinned = ALIASES[name]
-        return _fetch(name, revision or pinned)
+        return _fetch(name, revision or pinned, token)
     if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        return _fetch(name, revision)
+        return _fetch(name, revision, token)
     known = ", ".join((*BUILT_IN_ALIASES, *ALIASES))
     if os.sep in name or Path(name).exists():
         msg = f"a local checkpoint must be an existing folder, but got {name!r}; check the path, or use one of: {known}"
@@ -154,13 +155,13 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
     raise SettingsError(msg)
 
 
-def _fetch(repository: str, revision: str | None) -> Path:
+def _fetch(repository: str, revision: str | None, token: str | None) -> Path:
     """Return the snapshot folder of a hub repository, from the cache if it is there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
+        return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=list(FILES)))
     except HFValidationError as error:
         msg = f"model must be a valid hub id (owner/name), an alias or an existing folder, but got {repository!r}: {error}"
         raise SettingsError(msg) from error

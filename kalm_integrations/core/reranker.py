@@ -83,6 +83,7 @@ class KalmReranker:
         model: str | os.PathLike[str] = "pico",
         *,
         revision: str | None = None,
+        token: str | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         compression_ratio: int | None = None,
@@ -105,6 +106,7 @@ class KalmReranker:
             model: an alias (`pico` is built in; `nano`, `small`, `large`, `nano-r2`, `small-r2`, `large-r2` are fetched
                 from the hub), a hub id, or a local folder.
             revision: branch, tag or commit of a hub id; aliases pin one.
+            token: for private hub repositories; None leaves it to huggingface_hub (`HF_TOKEN`, a saved login).
             device: a torch device; None takes CUDA if there is one.
             dtype: "float32" or "bfloat16"; None takes bfloat16 on CUDA and float32 elsewhere.
             compression_ratio: encoder tokens per stored state (the paper's MEP factor, `chunk_size` upstream); 4 by
@@ -147,7 +149,7 @@ class KalmReranker:
                 f"{type(payload_store).__name__}; wrap it in a collections.abc.MutableMapping"
             )
             raise SettingsError(msg)
-        runtime = get_runtime(model, revision, device, dtype)
+        runtime = get_runtime(model, revision, device, dtype, token)
         defaults = runtime.checkpoint.defaults.model_dump()
         return cls(
             runtime,
@@ -187,11 +189,12 @@ class KalmReranker:
         """Encoder tokens per state."""
         return self._storage.compression_ratio
 
-    def warm_up(self) -> None:
-        """Load encoder and decoder now instead of at the first miss and the first score."""
+    def warm_up(self, *, encoder: bool = True, decoder: bool = True) -> None:
+        """Load weights now: the encoder's instead of at the first miss, the decoder's instead of at the first score."""
         self._runtime.embedding()
-        self._runtime.stack("encoder")
-        self._runtime.stack("decoder")
+        for side, is_wanted in (("encoder", encoder), ("decoder", decoder)):
+            if is_wanted:
+                self._runtime.stack(side)
 
     def encode_passages(self, texts: Sequence[str], show_progress: bool = False) -> list[EncodedPassage]:
         """Encode passages; duplicates, and passages still in memory, are not encoded again.

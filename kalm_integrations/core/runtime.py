@@ -171,6 +171,7 @@ def get_runtime(
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    token: str | None = None,
 ) -> Runtime:
     """Return the process's one runtime of a checkpoint, device and dtype. It lives as long as somebody uses it.
 
@@ -180,7 +181,7 @@ def get_runtime(
     """
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
-    folder = checkpoints.resolve(model, revision)
+    folder = checkpoints.resolve(model, revision, token)
     # A folder that was written anew is another checkpoint.
     written = tuple(sorted((p.name, p.stat().st_mtime_ns) for p in folder.glob("*") if p.is_file()))
     key = (os.path.realpath(folder), written, chosen_device, chosen_dtype)

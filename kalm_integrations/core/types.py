@@ -75,8 +75,8 @@ class Reranker(Protocol):
     def stats(self) -> RuntimeStats:
         """A snapshot of the counters."""
 
-    def warm_up(self) -> None:
-        """Load the weights now instead of when they are first needed."""
+    def warm_up(self, *, encoder: bool = True, decoder: bool = True) -> None:
+        """Load weights now instead of when they are first needed."""
 
     def encode_to_metadata(self, texts: Sequence[str], show_progress: bool = False) -> list[dict[str, str]]:
         """Encode passages and return for each, in order, the metadata to store: `kalm_encoding` and `kalm_fp`."""

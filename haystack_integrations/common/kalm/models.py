@@ -1,10 +1,7 @@
 """From a component's parameters to a reranker, and back to what a pipeline's YAML keeps."""
 
 import inspect
-import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from haystack.utils import ComponentDevice, Secret
@@ -16,7 +13,7 @@ from kalm_integrations.errors import SettingsError
 HUB_TOKEN = Secret.from_env_var(["HF_API_TOKEN", "HF_TOKEN"], strict=False)
 """The components' default `token`."""
 
-# For the whole process: the environment is one, and a lock in each component would forbid copying it.
+# For the whole process: a lock in each component would forbid copying it.
 _opening = threading.Lock()
 
 
@@ -47,18 +44,6 @@ class WithReranker:
                     self._reranker = self._open()
         return self._reranker
 
-    def warm_up(self) -> None:
-        """Open the checkpoint, fetching it if need be.
-
-        The decoder is loaded with the first query, the encoder with the first document that has no encoding: a service whose
-        documents are all encoded never holds it.
-
-        Raises:
-            SettingsError: a setting is unknown or breaks a rule, or settings came with a reranker that has its own.
-            CheckpointError: the checkpoint cannot be used.
-        """
-        _ = self.reranker
-
     def _settings(self) -> dict[str, Any]:
         """Return the arguments of `KalmReranker.from_pretrained` for which the component has parameters."""
         raise NotImplementedError
@@ -66,12 +51,13 @@ class WithReranker:
     def _open(self) -> Reranker:
         settings = {"device": self.device.to_torch_str() if self.device else None, **self._settings()}
         further = self.model_kwargs or {}
-        allowed = inspect.signature(KalmReranker.from_pretrained).parameters.keys() - settings - {"model"}
+        allowed = inspect.signature(KalmReranker.from_pretrained).parameters.keys() - settings - {"model", "token"}
         if not further.keys() <= allowed:
             msg = f"model_kwargs may hold {', '.join(sorted(allowed))}, but got {', '.join(sorted(further.keys() - allowed))}"
             raise SettingsError(msg)
-        with _hub_token(self.token):
-            return as_reranker(self.model, **settings, **further)
+        # A reranker that was given has been fetched already.
+        token = self.token.resolve_value() if self.token and isinstance(self.model, str) else None
+        return as_reranker(self.model, token=token, **settings, **further)
 
     def _init_parameters(self) -> dict[str, Any]:
         """Return the constructor's arguments, for `to_dict`.
@@ -90,21 +76,3 @@ class WithReranker:
 
     def _get_telemetry_data(self) -> dict[str, Any]:
         return {"model": self.model if isinstance(self.model, str) else type(self.model).__name__}
-
-
-@contextmanager
-def _hub_token(token: Secret | None) -> Iterator[None]:
-    """Let huggingface_hub, which reads `HF_TOKEN` whenever it fetches, find a component's token."""
-    value = token.resolve_value() if token else None
-    if not value:
-        yield
-        return
-    before = os.environ.get("HF_TOKEN")
-    os.environ["HF_TOKEN"] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["HF_TOKEN"]
-        else:
-            os.environ["HF_TOKEN"] = before

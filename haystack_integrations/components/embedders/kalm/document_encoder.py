@@ -131,6 +131,15 @@ class KalmDocumentEncoder(WithReranker):
             encoded[index] = self._layout.attach(documents[index], metadata)
         return encoded
 
+    def warm_up(self) -> None:
+        """Open the checkpoint, fetching it if need be, and load its encoder.
+
+        Raises:
+            SettingsError: a setting is unknown or breaks a rule, or settings came with a reranker that has its own.
+            CheckpointError: the checkpoint cannot be used.
+        """
+        self.reranker.warm_up(decoder=False)
+
     def _settings(self) -> dict[str, Any]:
         return {
             "revision": self.revision,

@@ -129,6 +129,18 @@ class KalmRanker(WithReranker):
         self.write_back = write_back
         self.model_kwargs = model_kwargs
 
+    def warm_up(self) -> None:
+        """Open the checkpoint, fetching it if need be, and load its decoder.
+
+        The encoder is loaded with the first document that has no encoding: a service whose documents are all encoded never
+        holds it.
+
+        Raises:
+            SettingsError: a setting is unknown or breaks a rule, or settings came with a reranker that has its own.
+            CheckpointError: the checkpoint cannot be used.
+        """
+        self.reranker.warm_up(encoder=False)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the component as a dictionary.
 
