@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from kalm_integrations.errors import SettingsError
+from kalm_integrations.jsonl import PassageFields, parse_lines, parse_object
 
 
 @dataclass(frozen=True)
@@ -40,26 +39,29 @@ class Collection:
             raise SettingsError(msg)
         qrels: dict[str, dict[str, int]] = {}
         with qrels_path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file, delimiter="\t"):
-                try:
-                    qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
-                except (KeyError, TypeError, ValueError) as error:
-                    msg = f"{qrels_path}: every line must be query-id, corpus-id and a whole score, but got {row}"
-                    raise SettingsError(msg) from error
-        passages = {row["_id"]: f"{row.get('title') or ''} {row['text']}".strip() for row in _rows(folder / "corpus.jsonl")}
-        queries = {row["_id"]: row["text"] for row in _rows(folder / "queries.jsonl") if row["_id"] in qrels}
-        return cls(folder.name, passages, queries, qrels)
-
-
-def _rows(path: Path) -> Iterator[dict[str, str]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+            reader = csv.DictReader(file, delimiter="\t")
             try:
-                row = json.loads(line)
-                row["_id"], row["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                msg = f"{path}:{number}: every line must be a JSON object with _id and text ({error})"
+                for row in reader:
+                    qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
+            except (KeyError, TypeError, ValueError, csv.Error) as error:
+                rule = "a line must be query-id, corpus-id and a whole score, under a header that says so"
+                msg = f"{qrels_path}:{reader.line_num}: {rule} ({error!r})"
                 raise SettingsError(msg) from error
-            yield row
+        passages = _read(folder / "corpus.jsonl", PassageFields())
+        queries = _read(folder / "queries.jsonl", PassageFields(title=None))
+        judged = {query_id: query for query_id, query in queries.items() if query_id in qrels}
+        return cls(folder.resolve().name, passages, judged, qrels)
+
+
+def _read(path: Path, fields: PassageFields) -> dict[str, str]:
+    """Return text by id, from a file of JSON lines."""
+
+    def parse_line(line: str) -> tuple[str, str]:
+        row = parse_object(line)
+        if not isinstance(row.get("_id"), str):
+            msg = f"a line must have a string as '_id', but has {row.get('_id')!r}"
+            raise SettingsError(msg)
+        return row["_id"], fields.read(row)
+
+    with path.open("rb") as file:
+        return dict(parsed for _, parsed in parse_lines(file, str(path), parse_line))
