@@ -1,0 +1,219 @@
+"""What a reranker does to the order of a first stage, by compression ratio and codec."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from kalm_integrations.core.encoding import EncodedPassage, check_codec
+from kalm_integrations.core.reranker import KalmReranker
+from kalm_integrations.errors import SettingsError
+from kalm_integrations.evaluation.beir import Collection
+from kalm_integrations.evaluation.first_stage import BM25
+from kalm_integrations.evaluation.metrics import bootstrap_interval, ndcg_at_10, sum_z_scores
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Measured:
+    """nDCG@10 of an order, and its difference to the first stage's order."""
+
+    ndcg: float
+    difference: float
+    low: float
+    """Lower end of the difference's 95 % interval (paired bootstrap over queries)."""
+    high: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Results with the encodings at one ratio and codec."""
+
+    ratio: int
+    codec: str
+    mean_characters: float
+    """Mean length of a passage's metadata string."""
+    reranked: Measured
+    """The reranker's own order."""
+    fused: Measured
+    """The order by the sum of the z-scores of the reranker's margin and the first stage's score."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """An evaluation on one collection."""
+
+    collection: str
+    n_queries: int
+    top_k: int
+    """Candidates per query."""
+    seed: int
+    """Of the sample of queries, and of the bootstrap."""
+    n_passages: int
+    """Different candidates, each encoded once."""
+    encode_seconds: float
+    score_seconds: float
+    first_stage_ndcg: float
+    settings: tuple[Setting, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return asdict(self)
+
+    def to_table(self) -> Table:
+        """Return a table for the terminal."""
+        from rich.table import Table
+        from rich.text import Text
+
+        title = f"{self.collection}: {self.n_queries:,} queries, the {self.top_k} best of BM25 reordered"
+        table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
+        table.add_column("order")
+        for name in ("ratio", "codec", "characters", "nDCG@10", "to BM25", "95 % interval"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_row("BM25", "", "", "", f"{self.first_stage_ndcg:.3f}")
+        for setting in self.settings:
+            size = f"{setting.mean_characters:,.0f}"
+            for name, measured in (("reranked", setting.reranked), ("reranked + BM25", setting.fused)):
+                interval = f"{measured.low:+.3f} to {measured.high:+.3f}"
+                numbers = (f"{measured.ndcg:.3f}", f"{measured.difference:+.3f}", interval)
+                table.add_row(name, str(setting.ratio), setting.codec, size, *numbers)
+        return table
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """A query's candidates in the first stage's order."""
+
+    query: str
+    ids: list[str]
+    scores: list[float]
+
+
+def evaluate(
+    reranker: KalmReranker,
+    collection: Collection,
+    *,
+    ratios: Sequence[int],
+    codecs: Sequence[str],
+    top_k: int = 20,
+    n_queries: int | None = None,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> Report:
+    """Rerank BM25's candidates at every ratio and codec.
+
+    Each different candidate is encoded once, at the reranker's own ratio, and kept in float32; coarser ratios are pooled
+    from that, and every encoding makes the round trip through its metadata string before it is scored.
+
+    Args:
+        reranker: its `compression_ratio` must divide all `ratios`.
+        collection: what to search in. A passage with the id of the query is no candidate, as in BEIR.
+        ratios: compression ratios to compare.
+        codecs: storage codecs to compare.
+        top_k: candidates per query.
+        n_queries: how many queries to draw; None, or as many as there are, takes all.
+        seed: of that draw, and of the bootstrap.
+        show_progress: draw progress bars.
+
+    Raises:
+        SettingsError: an argument is out of range, or the collection has no passages or no judged queries.
+        MissingExtraError: the extra `eval` is not installed.
+    """
+    _check(reranker, ratios, codecs, top_k, n_queries)
+    candidates = _search(collection, top_k, n_queries, seed)
+    baseline = ndcg_at_10(collection.qrels, {query_id: found.ids for query_id, found in candidates.items()})
+    ids = sorted({passage_id for found in candidates.values() for passage_id in found.ids})
+    before = reranker.stats
+    encodings = reranker.encode_passages([collection.passages[i] for i in ids], show_progress)
+    encoded = dict(zip(ids, encodings, strict=True))
+    pairs = [(ratio, codec) for ratio in dict.fromkeys(ratios) for codec in dict.fromkeys(codecs)]
+    settings = []
+    with tqdm(total=len(pairs) * len(candidates), desc="Scoring", unit="query", disable=not show_progress) as progress:
+        for ratio, codec in pairs:
+            read: dict[str, EncodedPassage] = {}
+            lengths = []
+            for passage_id, encoding in encoded.items():
+                value = replace(encoding.pool(ratio), codec=codec).to_metadata()
+                lengths.append(len(value))
+                read[passage_id] = EncodedPassage.from_metadata(value)
+            reranked: dict[str, list[str]] = {}
+            fused: dict[str, list[str]] = {}
+            for query_id, found in candidates.items():
+                margins = _margins(reranker, found, read)
+                reranked[query_id] = _order(found.ids, margins)
+                fused[query_id] = _order(found.ids, sum_z_scores(margins, found.scores))
+                progress.update()
+            measured = (_measure(collection, baseline, rankings, seed) for rankings in (reranked, fused))
+            settings.append(Setting(ratio, codec, fmean(lengths), *measured))
+    after = reranker.stats
+    return Report(
+        collection=collection.name,
+        n_queries=len(candidates),
+        top_k=top_k,
+        seed=seed,
+        n_passages=len(ids),
+        encode_seconds=after.encode_seconds - before.encode_seconds,
+        score_seconds=after.score_seconds - before.score_seconds,
+        first_stage_ndcg=fmean(baseline.values()),
+        settings=tuple(settings),
+    )
+
+
+def _check(reranker: KalmReranker, ratios: Sequence[int], codecs: Sequence[str], top_k: int, n_queries: int | None) -> None:
+    for name, value in (("top_k", top_k), ("n_queries", n_queries)):
+        if value is not None and value < 1:
+            msg = f"{name} must be at least 1, but got {value}"
+            raise SettingsError(msg)
+    if not ratios or not codecs:
+        msg = f"ratios and codecs must each name one at least, but got {list(ratios)} and {list(codecs)}"
+        raise SettingsError(msg)
+    for ratio in ratios:
+        if ratio < 1 or ratio % reranker.compression_ratio:
+            msg = f"ratios must be multiples of the reranker's compression_ratio={reranker.compression_ratio}, but got {ratio}"
+            raise SettingsError(msg)
+    for codec in codecs:
+        check_codec(codec)
+
+
+def _search(collection: Collection, top_k: int, n_queries: int | None, seed: int) -> dict[str, _Candidates]:
+    """Return the first stage's candidates by query id."""
+    if not collection.passages or not collection.queries:
+        have = f"{len(collection.passages)} passages and {len(collection.queries)} judged queries"
+        msg = f"a collection must have passages and judged queries, but {collection.name} has {have}; check the split"
+        raise SettingsError(msg)
+    query_ids = sorted(collection.queries)
+    if n_queries is not None and n_queries < len(query_ids):
+        query_ids = random.Random(seed).sample(query_ids, n_queries)
+    passage_ids = list(collection.passages)
+    queries = [collection.queries[i] for i in query_ids]
+    # One more than asked for, in case one of them is the query itself.
+    found = BM25(list(collection.passages.values())).search(queries, top_k + 1)
+    candidates = {}
+    for query_id, query, (indices, scores) in zip(query_ids, queries, found, strict=True):
+        named = [(passage_ids[i], score) for i, score in zip(indices, scores, strict=True)]
+        kept = [(passage_id, score) for passage_id, score in named if passage_id != query_id][:top_k]
+        candidates[query_id] = _Candidates(query, [i for i, _ in kept], [score for _, score in kept])
+    return candidates
+
+
+def _margins(reranker: KalmReranker, found: _Candidates, encoded: dict[str, EncodedPassage]) -> list[float]:
+    ranked = reranker.rank(found.query, [encoded[i] for i in found.ids])
+    return [passage.margin for passage in sorted(ranked, key=lambda passage: passage.index)]
+
+
+def _order(ids: Sequence[str], scores: Sequence[float]) -> list[str]:
+    """Return ids by falling score; ties keep the first stage's order."""
+    return [ids[i] for i in sorted(range(len(ids)), key=lambda i: -scores[i])]
+
+
+def _measure(collection: Collection, baseline: dict[str, float], rankings: dict[str, list[str]], seed: int) -> Measured:
+    values = ndcg_at_10(collection.qrels, rankings)
+    differences = [values[query_id] - baseline[query_id] for query_id in baseline]
+    return Measured(fmean(values.values()), fmean(differences), *bootstrap_interval(differences, seed))
