@@ -1,6 +1,5 @@
 """The CrossEncoder-shaped face does what each host of it expects, and encodes each passage once."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -210,10 +209,3 @@ def test_mine_hard_negatives(model, reranker, make_reranker, tiny_checkpoint):
         assert row["negative"] == max(eligible, key=scores[row["query"]].get)
     assert list(mined["query"]) == QUERIES
     assert reranker.stats.passages_encoded == len(texts)
-
-
-def test_documentation_runs(tiny_checkpoint, bert):
-    """Every Python block of the page runs, with a checkpoint that is at hand."""
-    page = (Path(__file__).parents[2] / "docs" / "sentence-transformers.md").read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
-    exec(code.replace('"pico"', repr(str(tiny_checkpoint))).replace("path/to/a/cross-encoder", str(bert)), {})

@@ -1,0 +1,47 @@
+"""A tour on a small sample: `python -m kalm_integrations.demo`.
+
+`reranking.py` is the first part, `frameworks.py` the second. The `on_*.py` modules show what an application looks like under
+each framework; beside the adapters they are the only modules that import one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from io import TextIOWrapper
+from typing import Literal
+
+Part = Literal["reranking", "frameworks"]
+
+
+def main(model: str | os.PathLike[str] = "pico", part: Part | None = None) -> None:
+    """Run the demo and print what happens to standard output.
+
+    Args:
+        model: an alias, a hub id or a folder.
+        part: which part to run; None runs both.
+
+    Raises:
+        KalmError: the checkpoint cannot be used, or an extra is missing.
+    """
+    from rich.console import Console
+
+    from kalm_integrations.core.reranker import KalmReranker
+    from kalm_integrations.demo.frameworks import show_frameworks
+    from kalm_integrations.demo.layout import WIDTH, show_next_steps
+    from kalm_integrations.demo.reranking import show_reranking
+    from kalm_integrations.samples import XQUAD_EN
+
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A terminal that lacks a character gets a question mark instead of a traceback.
+        sys.stdout.reconfigure(errors="replace")
+    logging.getLogger("kalm_integrations").setLevel(logging.ERROR)
+    console = Console(highlight=False)
+    console.width = min(console.width, WIDTH)
+    reranker = KalmReranker.from_pretrained(model)
+    if part != "frameworks":
+        show_reranking(reranker, os.fspath(model), XQUAD_EN, console)
+    if part != "reranking":
+        show_frameworks(os.fspath(model), XQUAD_EN, console)
+    show_next_steps(os.fspath(model), console)
