@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import gemma
 import pytest
+from checkpoints import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mteb.models.model_implementations.kalm_reranker import KaLMRerankerWrapper
@@ -20,7 +21,7 @@ from transformers import AutoTokenizer
 from kalm_integrations import KalmReranker
 from kalm_integrations.core.prompts import INSTRUCTION, SYSTEM_INSTRUCTION, passage_text
 from kalm_integrations.core.tokenization import PromptTokenizer
-from kalm_integrations.errors import InvalidCheckpointError
+from kalm_integrations.errors import InvalidCheckpointError, SettingsError
 
 CONTROLS = ("<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>", "<pad>", "<unk>")
 HOSTILE = [
@@ -165,6 +166,20 @@ def test_special_tokens_change_no_score_by_default(make_reranker: Callable[..., 
     assert safe.fingerprint != unsafe.fingerprint
     for as_text, as_control in zip(safe.score(query, passages), unsafe.score(query, passages), strict=True):
         assert abs(as_text - as_control) > 1e-4
+
+
+def test_special_tokens_without_an_embedding(tmp_path: Path) -> None:
+    """As Gemma's image token, behind the vocabulary of a text checkpoint: text by default, else an error."""
+    make_checkpoint(tmp_path, vocab_size=300)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "extra_special_tokens": [*config["extra_special_tokens"], "<image>"]}))
+    assert KalmReranker.from_pretrained(tmp_path).score("<image>", ["<image>"])
+    reranker = KalmReranker.from_pretrained(tmp_path, allow_special_tokens=True)
+    for query, passage in (("query", "<image>"), ("<image>", "passage")):
+        with pytest.raises(SettingsError, match="below the model's vocabulary of 300, but a text has 300"):
+            reranker.score(query, [passage])
+    assert reranker.score("query", ["passage"])
 
 
 @pytest.mark.parametrize("text", ["cut \ud83c", "\udf89 tail", "a\ud83c\udf89b"])

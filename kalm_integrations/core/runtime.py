@@ -18,7 +18,7 @@ from kalm_integrations.core import checkpoint as checkpoints
 from kalm_integrations.core.checkpoint import Checkpoint
 from kalm_integrations.core.decoder import answer_logits, remember_passages
 from kalm_integrations.core.encoder import encode
-from kalm_integrations.core.layers import EmbeddingWeights, StackWeights
+from kalm_integrations.core.layers import EmbeddingWeights, StackConfig, StackWeights
 from kalm_integrations.core.pooling import n_pooled_states, pool_states
 from kalm_integrations.core.tokenization import PromptTokenizer
 from kalm_integrations.errors import NonFiniteScoreError, SettingsError
@@ -103,8 +103,12 @@ class Runtime:
 
         Returns:
             Pooled float32 states of each passage, in order, on the CPU. Shape of each: (ceil(n_tokens / ratio), hidden).
+
+        Raises:
+            SettingsError: a token has no embedding.
         """
         config = self.checkpoint.encoder_config
+        _check_vocabulary(token_ids, config)
 
         def encode_batch(batch: list[list[int]]) -> list[torch.Tensor]:
             n_tokens = torch.tensor([len(ids) for ids in batch], device=self.device)
@@ -131,8 +135,10 @@ class Runtime:
 
         Raises:
             NonFiniteScoreError: the model produced NaN or infinite logits.
+            SettingsError: a token of the prompt has no embedding.
         """
         config = self.checkpoint.decoder_config
+        _check_vocabulary([prompt_ids], config)
         embedding, decoder = self.embedding(), self.stack("decoder")
         head = embedding.tokens[list(answer_ids)]
         ids = torch.tensor([prompt_ids], device=self.device)
@@ -266,6 +272,17 @@ def _in_batches(
 def _is_out_of_memory(error: Exception) -> bool:
     # The CPU allocator raises a plain RuntimeError.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _check_vocabulary(rows: Sequence[list[int]], config: StackConfig) -> None:
+    """Refuse ids beyond the embeddings: on a GPU looking one up would end every later pass of the process."""
+    highest = max(map(max, rows), default=0)
+    if highest >= config.vocabulary_size:
+        msg = (
+            f"token ids must be below the model's vocabulary of {config.vocabulary_size}, but a text has {highest}: a special "
+            "token that the model does not know; leave allow_special_tokens=False, which reads it as text"
+        )
+        raise SettingsError(msg)
 
 
 def pad_token_ids(rows: Sequence[list[int]]) -> torch.Tensor:

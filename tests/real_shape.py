@@ -1,0 +1,150 @@
+"""A random checkpoint of Nano's real shape, and what it costs to load: ours beside the reference.
+
+`python tests/real_shape.py` prints the table of docs/parity.md. Linux only: the peak comes from /proc.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from checkpoints import TEXTS, make_checkpoint
+from parity import Parity
+from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
+
+from kalm_integrations.training.tokenizer import train_tokenizer
+
+N_PARAMETERS = 786_029_296
+"""All parameters of the published Nano, vision tower included."""
+
+TEXT = {
+    "vocab_size": 262_144,
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 512,
+}
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 896,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+QUERY, PASSAGES = "Which team won?", TEXTS[:2]
+
+
+def make_nano(folder: Path) -> None:
+    """Save a checkpoint in bfloat16 (1.6 GB), with a small tokenizer."""
+    config = T5Gemma2Config(encoder={"text_config": TEXT, "vision_config": VISION}, decoder=TEXT, dtype="bfloat16")
+    with torch.device("meta"):
+        model = T5Gemma2ForConditionalGeneration(config).bfloat16()
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    # A block of noise, repeated: drawing each of the numbers would take longer than all the rest.
+    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.1 if "norm" in name or parameter.ndim < 2 else parameter.shape[-1] ** -0.5
+            for block in parameter.view(-1).split(len(noise)):
+                torch.mul(noise[: len(block)], scale, out=block)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert n_parameters == N_PARAMETERS, n_parameters
+    model.save_pretrained(folder)
+    train_tokenizer(TEXTS, 300, folder)
+
+
+def measure(side: str, folder: Path) -> dict[str, float | list[float]]:
+    """Load and score in a process of its own.
+
+    Args:
+        side: "ours" or "reference".
+        folder: the checkpoint.
+
+    Returns:
+        scores; peak: bytes of memory above what the process had after its imports; text_weights: bytes of the weights that
+        ours holds (0 for the reference); seconds and CPU seconds until both sides are in memory (load) and of the first score.
+    """
+    command = [sys.executable, str(Path(__file__).resolve()), side, str(folder)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def _measure_here(side: str, folder: Path) -> dict[str, float | list[float]]:
+    with tempfile.TemporaryDirectory() as tiny:
+        # Everything that is imported late is imported by this.
+        Parity(make_checkpoint(Path(tiny))).differences(QUERY, PASSAGES)
+    before = _memory("VmRSS")
+    started, started_cpu = time.perf_counter(), time.process_time()
+    load = _load_ours if side == "ours" else _load_reference
+    score, count = load(folder)
+    loaded, loaded_cpu = time.perf_counter(), time.process_time()
+    scores = score()
+    return {
+        "scores": scores,
+        "peak": _memory("VmHWM") - before,
+        "text_weights": count(),
+        "load_seconds": loaded - started,
+        "load_cpu_seconds": loaded_cpu - started_cpu,
+        "score_seconds": time.perf_counter() - loaded,
+        "score_cpu_seconds": time.process_time() - loaded_cpu,
+    }
+
+
+def _load_ours(folder: Path) -> tuple[Callable[[], list[float]], Callable[[], int]]:
+    from kalm_integrations import KalmReranker
+
+    reranker = KalmReranker.from_pretrained(folder, device="cpu", dtype="float32")
+    assert reranker.fingerprint
+    reranker.warm_up()
+    return lambda: reranker.score(QUERY, PASSAGES), lambda: reranker.runtime.nbytes
+
+
+def _load_reference(folder: Path) -> tuple[Callable[[], list[float]], Callable[[], int]]:
+    parity = Parity(folder)
+    return lambda: parity.reference_scores(QUERY, PASSAGES), lambda: 0
+
+
+def _memory(field: str) -> int:
+    """Return a field of this process's memory in bytes."""
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def print_table(ours: dict[str, float], reference: dict[str, float]) -> None:
+    """Print both measurements as a Markdown table."""
+    weights = ours["text_weights"]
+    print("| | peak memory | ÷ text weights | load: wall, CPU | first score of two passages: wall, CPU |")
+    print("|---|---|---|---|---|")
+    for name, figures in (("KalmReranker", ours), ("mteb wrapper", reference)):
+        cells = [
+            name,
+            f"{figures['peak'] / 2**20:,.0f} MiB",
+            f"{figures['peak'] / weights:.2f}",
+            *(f"{figures[f'{step}_seconds']:.1f} s, {figures[f'{step}_cpu_seconds']:.1f} s" for step in ("load", "score")),
+        ]
+        print(f"| {' | '.join(cells)} |")
+    print(f"\nText weights: {weights / 2**20:,.0f} MiB.")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        print(json.dumps(_measure_here(sys.argv[1], Path(sys.argv[2]))))
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            make_nano(Path(name))
+            print_table(measure("ours", Path(name)), measure("reference", Path(name)))
