@@ -22,7 +22,7 @@ import typer
 from kalm_integrations import __version__
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Passage, RankedPassage
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.jsonl import PassageFields, Row, check_text, parse_lines, parse_object, to_json
+from kalm_integrations.jsonl import PassageFields, Row, parse_lines, parse_object, to_json
 from kalm_integrations.terminal import (
     STREAM,
     OneLineErrors,
@@ -150,7 +150,7 @@ def rerank(
     A JSONL row that carries an encoding (made by `kalm encode` or by an adapter) is scored from it, without running the
     encoder. Rows without one, or with one of another text or model, are encoded now.
     """
-    if not check_text(query, "the query").strip():
+    if not query.strip():
         msg = "the query must hold a word at least, but is empty"
         raise SettingsError(msg)
     with open_input(passages) as file:

@@ -30,10 +30,10 @@ class PassageFields:
         if self.text not in row:
             msg = f"a row must have its passage under {self.text!r}, but has the keys: {', '.join(map(repr, row)) or 'none'}"
             raise SettingsError(msg)
-        text = check_text(row[self.text], f"field {self.text!r}")
+        text = _checked(row[self.text], self.text)
         title = row.get(self.title) if self.title is not None else None
         # A text without title stays as it is, spaces included: encodings belong to an exact text.
-        return f"{check_text(title, f'field {self.title!r}')} {text}".strip() if title else text
+        return f"{_checked(title, self.title)} {text}".strip() if title else text
 
 
 def parse_lines(
@@ -96,16 +96,8 @@ def to_json(value: Any, indent: int | None = None) -> bytes:
     return json.dumps(value, ensure_ascii=False, indent=indent).encode("utf-8", "backslashreplace")
 
 
-def check_text(value: Any, name: str) -> str:
-    """Return `value` if it is text that a tokenizer takes.
-
-    Raises:
-        SettingsError: it is no string, or not valid Unicode.
-    """
+def _checked(value: Any, field: str | None) -> str:
     if not isinstance(value, str):
-        msg = f"{name} must be a string, but has type {type(value).__name__}"
-        raise SettingsError(msg)
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        msg = f"{name} must be valid Unicode, but holds half a surrogate pair"
+        msg = f"field {field!r} must be a string, but has type {type(value).__name__}"
         raise SettingsError(msg)
     return value

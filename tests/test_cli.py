@@ -190,15 +190,15 @@ def test_table_has_no_control_characters(run: Run, model: Any) -> None:
 
 
 def test_encode_adds_encodings_and_nothing_else(run: Run, model: Any, make_reranker: Callable[..., KalmReranker]) -> None:
-    """Rows keep their order, fields and characters; the passage is BEIR's title and text."""
+    """Rows keep their order, fields and characters, half surrogate pairs included; the passage is BEIR's title and text."""
     rows = [
         {"_id": i, "title": "Ünïcödé", "text": text, "n": [1, {"x": 1.5}], "kalm_fp": "old"} for i, text in enumerate(TEXTS)
     ]
     rows[1]["title"] = ""
     del rows[2]["title"]
-    rows[3]["odd"] = "\ud800"
+    rows[3]["text"] += "\ud800"
     result = run("encode", write_jsonl(Path("p.jsonl"), rows), "--ratio", 8, "--codec", "int8", *model)
-    passages = [f"Ünïcödé {TEXTS[0]}", TEXTS[1], TEXTS[2], f"Ünïcödé {TEXTS[3]}"]
+    passages = [f"Ünïcödé {TEXTS[0]}", TEXTS[1], TEXTS[2], f"Ünïcödé {TEXTS[3]}\ud800"]
     expected = make_reranker(compression_ratio=8, storage_codec="int8").encode_to_metadata(passages)
     assert read_jsonl(result.stdout) == [{**row, **metadata} for row, metadata in zip(rows, expected, strict=True)]
     assert "Ünïcödé" in result.stdout
@@ -251,7 +251,6 @@ BAD_LINES = [
     b'{"text": 5}',
     b'{"text": "a", "title": 3}',
     b'{"text": "\xff"}',
-    b'{"text": "\\ud800"}',
 ]
 
 
@@ -350,16 +349,22 @@ def beir_folder(tmp_path: Path) -> Path:
 def test_eval_prints_its_report(run: Run, model: Any, beir_folder: Path) -> None:
     """A line for BM25 and two for each ratio and codec, within 80 columns; the same figures as JSON."""
     options = ("--ratios", "2,8", "--codecs", "fp16,int4", "--top-k", 3, "--seed", 1, *model)
-    result = run("eval", beir_folder, *options)
-    lines = result.stdout.splitlines()
+    lines = run("eval", beir_folder, *options).stdout.splitlines()
     assert max(map(len, lines)) <= 80
-    assert [line.split()[0] for line in lines[2:]] == ["BM25"] + ["reranked"] * 8
     printed = json.loads(run("eval", beir_folder, "--json", *options).stdout)
     assert (printed["n_queries"], printed["top_k"], printed["seed"]) == (2, 3, 1)
-    assert lines[2].split() == ["BM25", f"{printed['first_stage_ndcg']:.3f}"]
-    first = printed["settings"][0]
-    assert (first["ratio"], first["codec"]) == (2, "fp16")
-    assert lines[3].split()[1:5] == ["2", "fp16", f"{first['mean_characters']:,.0f}", f"{first['reranked']['ndcg']:.3f}"]
+    _, _, baseline, *rows = lines
+    assert baseline.split() == ["BM25", f"{printed['first_stage_ndcg']:.3f}"]
+    expected = [(setting, order) for setting in printed["settings"] for order in ("reranked", "fused")]
+    assert [(s["ratio"], s["codec"]) for s, _ in expected[::2]] == [(2, "fp16"), (2, "int4"), (8, "fp16"), (8, "int4")]
+    for row, (setting, order) in zip(rows, expected, strict=True):
+        shown = {
+            str(setting["ratio"]),
+            setting["codec"],
+            f"{setting['mean_characters']:,.0f}",
+            f"{setting[order]['ndcg']:.3f}",
+        }
+        assert shown <= set(row.split())
 
 
 def test_train_runs_a_configuration(run: Run, beir_folder: Path) -> None:
@@ -396,7 +401,6 @@ def test_train_runs_a_configuration(run: Run, beir_folder: Path) -> None:
         (["frobnicate"], "No such command 'frobnicate'"),
         (["rerank"], "Missing argument 'QUERY' (see 'kalm rerank --help')"),
         (["rerank", " "], "the query must hold a word at least"),
-        (["rerank", b"\xff".decode(errors="surrogateescape")], "the query must be valid Unicode"),
         (["rerank", "q", "missing.txt"], "missing.txt: No such file or directory"),
         (["rerank", "q", "."], ".: Is a directory"),
         (["rerank", "q", "--top-k", "0"], "Invalid value for '--top-k'"),
