@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test notebooks lint types docs clean
+.PHONY: help setup demo test alone notebooks lint types docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,15 @@ demo: $(READY) ## rerank real passages with the built-in checkpoint
 
 test: $(READY) ## run the tests, offline
 	$(BIN)/python -m pytest --ignore tests/test_notebooks.py
+
+alone: alone-langchain alone-llama-index alone-haystack ## test each adapter where only its framework is installed
+
+alone-%:
+	$(PYTHON) -m venv --clear $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-$*/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]' --group $@
+	$(VENV)-$*/bin/python -m pytest tests/adapters/test_$(subst -,_,$*).py
+	rm -rf $(VENV)-$*
 
 notebooks: $(READY) ## run the notebooks
 	$(BIN)/python -m pytest tests/test_notebooks.py

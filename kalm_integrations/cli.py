@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -347,6 +347,19 @@ def evaluate_folder(
         f"{report.n_passages:,} passages encoded in {report.encode_seconds:.1f} s, "
         f"{report.n_queries * len(report.settings):,} rankings scored in {report.score_seconds:.1f} s"
     )
+
+
+@app.command()
+def demo(
+    model: ModelOption = "pico",
+    part: Annotated[
+        Literal["reranking", "frameworks"] | None, typer.Option(help="Show one part only.", show_default=False)
+    ] = None,
+) -> None:
+    """Rerank a small sample, and show what happens, alone and under LangChain, LlamaIndex and Haystack."""
+    from kalm_integrations.demo import main as run
+
+    run(model, part)
 
 
 @app.command()

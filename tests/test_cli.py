@@ -73,7 +73,7 @@ def commands() -> dict[str, Any]:
 
 
 def test_every_command_and_option_has_help() -> None:
-    assert set(commands()) == {"rerank", "encode", "inspect", "eval", "train", "info"}
+    assert set(commands()) == {"rerank", "encode", "inspect", "eval", "demo", "train", "info"}
     for name, command in commands().items():
         assert command.help, name
         assert all(parameter.help for parameter in command.params), name
@@ -421,7 +421,8 @@ def test_train_runs_a_configuration(run: Run, beir_folder: Path) -> None:
         (["eval", ".", "--ratios", "1,x"], "must be positive whole numbers such as 1,2,4, but got 'x'"),
         (["eval", ".", "--ratios", ","], "Invalid value for --ratios"),
         (["train", "missing.toml"], "missing.toml: No such file or directory"),
-        (["train", "bad.toml"], "bad.toml is not a valid training configuration"),
+        (["train", "bad.toml"], "a training configuration must be TOML, but bad.toml is not"),
+        (["demo", "--model", "./nothing"], "nothing"),
         (["train", "wrong.toml"], "wrong.toml is not a valid training configuration"),
         (["info", "--nope"], "No such option: --nope"),
     ],

@@ -15,7 +15,7 @@ from kalm_integrations import EncodedPassage, KalmReranker
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.evaluation.first_stage import BM25
-from kalm_integrations.evaluation.metrics import bootstrap_interval, ndcg_at_10, sum_z_scores
+from kalm_integrations.evaluation.metrics import bootstrap_interval, kendall_tau, ndcg_at_10, sum_z_scores
 from kalm_integrations.evaluation.report import Report, evaluate
 
 WORDS = ["wing", "drag", "lift", "bowl", "team", "league", "jazz", "river", "stone", "glass"]
@@ -119,7 +119,26 @@ def test_candidates_are_encoded_once(collection: Collection, make_reranker: Call
     report = evaluate(reranker, collection, ratios=[2, 4, 4], codecs=["fp16", "int8"], top_k=2, n_queries=3)
     assert len(report.settings) == 4
     assert reranker.stats.passages_encoded == report.n_passages <= 6
-    assert reranker.stats.passages_scored == 4 * 3 * 2
+    # Each ratio once more with states in float32, for comparison.
+    assert reranker.stats.passages_scored == (4 + 2) * 3 * 2
+
+
+def test_codecs_are_compared_with_float32(collection: Collection, reranker: KalmReranker) -> None:
+    """fp32 changes nothing; the fewer bits a codec has, the more it changes."""
+    report = evaluate(reranker, collection, ratios=[1], codecs=["fp32", "fp16", "int8", "int4"])
+    exact, *lossy = report.settings
+    assert (exact.max_score_change, exact.rank_agreement) == (0, 1)
+    changes = [setting.max_score_change for setting in lossy]
+    assert 0 < changes[0] < changes[1] < changes[2]
+    assert all(-1 <= setting.rank_agreement <= 1 for setting in lossy)
+
+
+def test_kendall_tau() -> None:
+    assert kendall_tau([1, 2, 3], [10, 20, 30]) == 1
+    assert kendall_tau([1, 2, 3], [3, 2, 1]) == -1
+    assert kendall_tau([1, 2, 3], [1, 3, 2]) == pytest.approx(1 / 3)
+    assert kendall_tau([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / (2 * 3) ** 0.5)
+    assert kendall_tau([1, 1], [1, 2]) == 1, "nothing is ordered, so nothing is disputed"
 
 
 def test_query_sample_depends_on_the_seed_only(collection: Collection, reranker: KalmReranker) -> None:

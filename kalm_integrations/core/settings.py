@@ -63,6 +63,16 @@ def make_settings(kind: type[AnySettings], given: Mapping[str, Any], defaults: M
     try:
         return kind(**values)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, but got {e['input']!r}" for e in error.errors())
-        msg = f"invalid settings: {problems}"
+        msg = f"invalid settings: {describe_problems(error)}"
         raise SettingsError(msg) from error
+
+
+def describe_problems(error: ValidationError) -> str:
+    """Return pydantic's findings as one line: where, which rule, and what was given."""
+    return "; ".join(
+        # Our own validators say all of that themselves.
+        f"{'.'.join(map(str, e['loc']))}: {e['ctx']['error']}"
+        if e["type"] == "value_error"
+        else f"{'.'.join(map(str, e['loc']))}: {e['msg']}, but got {e['input']!r}"
+        for e in error.errors()
+    )

@@ -1,4 +1,4 @@
-"""A tour on a small sample: `python -m kalm_integrations.demo`.
+"""A tour on a small sample: `kalm demo`.
 
 `reranking.py` is the first part, `frameworks.py` the second. The `on_*.py` modules show what an application looks like under
 each framework; beside the adapters they are the only modules that import one.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Literal
 
@@ -36,12 +38,24 @@ def main(model: str | os.PathLike[str] = "pico", part: Part | None = None) -> No
     if isinstance(sys.stdout, TextIOWrapper):
         # A terminal that lacks a character gets a question mark instead of a traceback.
         sys.stdout.reconfigure(errors="replace")
-    logging.getLogger("kalm_integrations").setLevel(logging.ERROR)
     console = Console(highlight=False)
     console.width = min(console.width, WIDTH)
-    reranker = KalmReranker.from_pretrained(model)
-    if part != "frameworks":
-        show_reranking(reranker, os.fspath(model), XQUAD_EN, console)
-    if part != "reranking":
-        show_frameworks(os.fspath(model), XQUAD_EN, console)
-    show_next_steps(os.fspath(model), console)
+    with _only_errors_logged():
+        reranker = KalmReranker.from_pretrained(model)
+        if part != "frameworks":
+            show_reranking(reranker, os.fspath(model), XQUAD_EN, console)
+        if part != "reranking":
+            show_frameworks(os.fspath(model), XQUAD_EN, console)
+        show_next_steps(os.fspath(model), console)
+
+
+@contextmanager
+def _only_errors_logged() -> Iterator[None]:
+    """Keep back notices that the demo itself gives in its own words."""
+    logger = logging.getLogger("kalm_integrations")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

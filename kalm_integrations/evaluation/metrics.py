@@ -53,6 +53,15 @@ def bootstrap_interval(differences: Sequence[float], seed: int = 0) -> tuple[flo
     return float(low), float(high)
 
 
+def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return how far two scorers agree on the order of at least two candidates, between -1 and 1 (tau-b, ties counted)."""
+    import numpy as np
+
+    signs = [np.sign(np.subtract.outer(values, values)) for values in (np.asarray(first), np.asarray(second))]
+    n_ordered = np.sqrt(np.abs(signs[0]).sum() * np.abs(signs[1]).sum())
+    return float((signs[0] * signs[1]).sum() / n_ordered) if n_ordered else 1.0
+
+
 def sum_z_scores(first: Sequence[float], second: Sequence[float]) -> list[float]:
     """Return the sums of two scorers' values for the candidates of one query, each scaled to mean 0 and deviation 1.
 

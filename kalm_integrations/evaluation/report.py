@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.evaluation.first_stage import BM25
-from kalm_integrations.evaluation.metrics import bootstrap_interval, ndcg_at_10, sum_z_scores
+from kalm_integrations.evaluation.metrics import bootstrap_interval, kendall_tau, ndcg_at_10, sum_z_scores
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,6 +41,10 @@ class Setting:
     codec: str
     mean_characters: float
     """Mean length of a passage's metadata string."""
+    max_score_change: float
+    """Largest change of a score, compared with states in float32 at the same ratio."""
+    rank_agreement: float
+    """Kendall's tau with the order by states in float32, mean over queries."""
     reranked: Measured
     """The reranker's own order."""
     fused: Measured
@@ -75,14 +80,15 @@ class Report:
         title = f"{self.collection}: {self.n_queries:,} queries, the {self.top_k} best of BM25 reordered"
         table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
         table.add_column("order")
-        for name in ("ratio", "codec", "characters", "nDCG@10", "to BM25", "95 % interval"):
+        for name in ("ratio", "codec", "chars", "max Δp", "tau", "nDCG@10", "to BM25", "95 % interval"):
             table.add_column(name, justify="right", no_wrap=True)
-        table.add_row("BM25", "", "", "", f"{self.first_stage_ndcg:.3f}")
+        table.add_row("BM25", "", "", "", "", "", f"{self.first_stage_ndcg:.3f}")
         for setting in self.settings:
             size = f"{setting.mean_characters:,.0f}"
-            for name, measured in (("reranked", setting.reranked), ("reranked + BM25", setting.fused)):
-                interval = f"{measured.low:+.3f} to {measured.high:+.3f}"
-                numbers = (f"{measured.ndcg:.3f}", f"{measured.difference:+.3f}", interval)
+            for name, measured in (("reranked", setting.reranked), ("+ BM25", setting.fused)):
+                interval = f"{measured.low:+.3f}…{measured.high:+.3f}"
+                change = (f"{setting.max_score_change:.0e}", f"{setting.rank_agreement:.3f}")
+                numbers = (*change, f"{measured.ndcg:.3f}", f"{measured.difference:+.3f}", interval)
                 table.add_row(name, str(setting.ratio), setting.codec, size, *numbers)
         return table
 
@@ -133,25 +139,32 @@ def evaluate(
     before = reranker.stats
     encodings = reranker.encode_passages([collection.passages[i] for i in ids], show_progress)
     encoded = dict(zip(ids, encodings, strict=True))
-    pairs = [(ratio, codec) for ratio in dict.fromkeys(ratios) for codec in dict.fromkeys(codecs)]
+    lossy = [codec for codec in dict.fromkeys(codecs) if codec != "fp32"]
     settings = []
-    with tqdm(total=len(pairs) * len(candidates), desc="Scoring", unit="query", disable=not show_progress) as progress:
-        for ratio, codec in pairs:
-            read: dict[str, EncodedPassage] = {}
-            lengths = []
-            for passage_id, encoding in encoded.items():
-                value = replace(encoding.pool(ratio), codec=codec).to_metadata()
-                lengths.append(len(value))
-                read[passage_id] = EncodedPassage.from_metadata(value)
-            reranked: dict[str, list[str]] = {}
-            fused: dict[str, list[str]] = {}
-            for query_id, found in candidates.items():
-                margins = _margins(reranker, found, read)
-                reranked[query_id] = _order(found.ids, margins)
-                fused[query_id] = _order(found.ids, sum_z_scores(margins, found.scores))
-                progress.update()
-            measured = (_measure(collection, baseline, rankings, seed) for rankings in (reranked, fused))
-            settings.append(Setting(ratio, codec, fmean(lengths), *measured))
+    total = len(dict.fromkeys(ratios)) * (1 + len(lossy)) * len(candidates)
+    with tqdm(total=total, desc="Scoring", unit="query", disable=not show_progress) as progress:
+        for ratio in dict.fromkeys(ratios):
+            pooled = {passage_id: encoding.pool(ratio) for passage_id, encoding in encoded.items()}
+            exact = _margins(reranker, candidates, pooled, progress)
+            for codec in dict.fromkeys(codecs):
+                values = {i: replace(encoding, codec=codec).to_metadata() for i, encoding in pooled.items()}
+                margins = exact
+                if codec in lossy:
+                    read = {i: EncodedPassage.from_metadata(value) for i, value in values.items()}
+                    margins = _margins(reranker, candidates, read, progress)
+                reranked = {q: _order(found.ids, margins[q]) for q, found in candidates.items()}
+                fused = {q: _order(found.ids, sum_z_scores(margins[q], found.scores)) for q, found in candidates.items()}
+                settings.append(
+                    Setting(
+                        ratio=ratio,
+                        codec=codec,
+                        mean_characters=fmean(map(len, values.values())),
+                        max_score_change=max(_score_change(exact[q], margins[q]) for q in candidates),
+                        rank_agreement=fmean(kendall_tau(exact[q], margins[q]) for q in candidates),
+                        reranked=_measure(collection, baseline, reranked, seed),
+                        fused=_measure(collection, baseline, fused, seed),
+                    )
+                )
     after = reranker.stats
     return Report(
         collection=collection.name,
@@ -203,9 +216,25 @@ def _search(collection: Collection, top_k: int, n_queries: int | None, seed: int
     return candidates
 
 
-def _margins(reranker: KalmReranker, found: _Candidates, encoded: dict[str, EncodedPassage]) -> list[float]:
-    ranked = reranker.rank(found.query, [encoded[i] for i in found.ids])
-    return [passage.margin for passage in sorted(ranked, key=lambda passage: passage.index)]
+def _margins(
+    reranker: KalmReranker, candidates: Mapping[str, _Candidates], encoded: Mapping[str, EncodedPassage], progress: tqdm[Any]
+) -> dict[str, list[float]]:
+    """Return the margins of each query's candidates, in the first stage's order."""
+    margins = {}
+    for query_id, found in candidates.items():
+        ranked = reranker.rank(found.query, [encoded[i] for i in found.ids])
+        margins[query_id] = [passage.margin for passage in sorted(ranked, key=lambda passage: passage.index)]
+        progress.update()
+    return margins
+
+
+def _score_change(exact: Sequence[float], other: Sequence[float]) -> float:
+    """Return the largest difference between the probabilities of two lists of margins."""
+    return max(abs(_sigmoid(a) - _sigmoid(b)) for a, b in zip(exact, other, strict=True))
+
+
+def _sigmoid(margin: float) -> float:
+    return 0.5 * (1 + math.tanh(margin / 2))
 
 
 def _order(ids: Sequence[str], scores: Sequence[float]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
+from kalm_integrations.core.settings import describe_problems
 from kalm_integrations.errors import SettingsError
 
 if sys.version_info >= (3, 11):
@@ -80,8 +81,11 @@ class TrainConfig(_Section):
         try:
             with path.open("rb") as file:
                 config = cls.model_validate(tomllib.load(file))
-        except (tomllib.TOMLDecodeError, ValidationError) as error:
-            msg = f"{path} is not a valid training configuration: {error}"
+        except tomllib.TOMLDecodeError as error:
+            msg = f"a training configuration must be TOML, but {path} is not: {error}"
+            raise SettingsError(msg) from error
+        except ValidationError as error:
+            msg = f"{path} is not a valid training configuration: {describe_problems(error)}"
             raise SettingsError(msg) from error
         base = path.parent
         collections = tuple(c.model_copy(update={"path": base / c.path}) for c in config.collections)

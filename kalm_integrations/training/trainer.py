@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from kalm_integrations.core.checkpoint import Checkpoint, resolve
 from kalm_integrations.core.tokenization import PromptTokenizer
+from kalm_integrations.errors import MissingExtraError
 from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.training.config import PhaseConfig, TrainConfig
 from kalm_integrations.training.data import ClusterDataset, TokenizedCollection, prompt_prefix
@@ -35,9 +37,13 @@ def train(config: TrainConfig) -> Path:
     A run that was interrupted goes on where its newest saved step was. Finished phases are not repeated.
 
     Raises:
+        MissingExtraError: the extra `train` is not installed.
         SettingsError: a collection cannot be read.
         CheckpointError: the checkpoint to start from cannot be used.
     """
+    if find_spec("accelerate") is None:
+        msg = 'training needs accelerate; install it with: pip install "kalm-integrations[train]"'
+        raise MissingExtraError(msg)
     collections = [Collection.read(c.path, c.split) for c in config.collections]
     start = config.output / "start"
     if not (start / "model.safetensors").is_file():
