@@ -356,7 +356,10 @@ def demo(
         Literal["reranking", "frameworks"] | None, typer.Option(help="Show one part only.", show_default=False)
     ] = None,
 ) -> None:
-    """Rerank a small sample, and show what happens, alone and under LangChain, LlamaIndex and Haystack."""
+    """Show the package at work on a sample.
+
+    Reranking first, then storing encodings and querying again under LangChain, LlamaIndex and Haystack.
+    """
     from kalm_integrations.demo import main as run
 
     run(model, part)

@@ -10,7 +10,7 @@ KalmError
 ├── EncodingError (ValueError)          a stored encoding cannot be used
 │   ├── CorruptEncodingError            not the format, or damaged
 │   ├── StaleEncodingError              another checkpoint, setting or text made it
-│   └── EncodingTooLargeError           no ratio fits into `max_inline_bytes`
+│   └── EncodingTooLargeError           longer than a setting, a store or a reader allows
 └── NonFiniteScoreError (ArithmeticError)   the model produced NaN or infinity
 ```
 
@@ -58,8 +58,8 @@ class StaleEncodingError(EncodingError):
 
 
 class EncodingTooLargeError(EncodingError):
-    """Even the coarsest ratio does not fit into `max_inline_bytes`."""
+    """Even the coarsest ratio does not fit into `max_inline_bytes`, or into what a store or a reader takes."""
 
 
 class NonFiniteScoreError(KalmError, ArithmeticError):
-    """The model produced NaN or infinite logits, which are never turned into a score."""
+    """The model produced NaN or infinite states or logits, which are never stored or turned into a score."""

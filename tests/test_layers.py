@@ -165,3 +165,10 @@ def test_prompts_padded_on_the_right(runtime: Runtime) -> None:
         memory = remember_passages(states[row : row + 1], n_states[row : row + 1], weights, config)
         alone = answer_logits(memory, PROMPT[:, :length], torch.tensor([length - 1]), embedding, weights, head, config)
         assert_close(together[row], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_pooling_to_one_state_takes_no_more_memory_than_the_passage():
+    """The largest ratio of the format pads to the passage, not to itself."""
+    states = torch.arange(10.0).view(5, 2)
+    torch.testing.assert_close(repool_states(states, 5, 1, 2**17), states.mean(0, keepdim=True))
+    torch.testing.assert_close(repool_states(states, 5, 1, 2**60), states.mean(0, keepdim=True))

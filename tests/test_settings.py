@@ -118,3 +118,24 @@ def test_a_bad_default_of_a_checkpoint_is_refused(make_reranker, tiny_checkpoint
     (folder / "kalm_reranker.json").write_text(json.dumps({"max_passage_tokens": 0}))
     with pytest.raises(SettingsError, match="max_passage_tokens"):
         make_reranker(folder)
+
+
+def test_wrong_kinds_of_model_and_payload_store_are_refused(tiny_checkpoint, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SettingsError, match="model must be an alias, a hub id or a folder, but got int"):
+        KalmReranker.from_pretrained(5)
+    with pytest.raises(SettingsError, match=r"payload_store must be a mapping or a folder, but .* is a file"):
+        KalmReranker.from_pretrained(tiny_checkpoint, payload_store=file)
+
+
+@pytest.mark.parametrize("device", ["meta", "xpu"])
+def test_a_device_that_cannot_compute_is_refused(tiny_checkpoint, device):
+    with pytest.raises(SettingsError, match="does not work here"):
+        KalmReranker.from_pretrained(tiny_checkpoint, device=device)
+
+
+def test_a_message_says_a_rule_once():
+    with pytest.raises(SettingsError) as caught:
+        KalmReranker.from_pretrained("pico", storage_codec="zip")
+    assert str(caught.value).count("zip") == 1

@@ -63,7 +63,8 @@ def repool_states(states: torch.Tensor, n_tokens: int, ratio: int, coarser_ratio
         return states
     weights = states.new_full((states.shape[0], 1), ratio)
     weights[-1] = n_tokens - ratio * (states.shape[0] - 1)
-    factor = coarser_ratio // ratio
+    # No larger than the passage: a group that takes in all states needs no more padding than that.
+    factor = min(coarser_ratio // ratio, states.shape[0])
     padding = -states.shape[0] % factor
     sums = F.pad(states * weights, (0, 0, 0, padding)).view(-1, factor, states.shape[1]).sum(1)
     return sums / F.pad(weights, (0, 0, 0, padding)).view(-1, factor, 1).sum(1)

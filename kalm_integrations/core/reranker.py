@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalm_integrations.core import prompts
@@ -148,6 +149,12 @@ class KalmReranker:
                 "payload_store must be a mapping from str to bytes or the folder of an LMDB store, but got "
                 f"{type(payload_store).__name__}; wrap it in a collections.abc.MutableMapping"
             )
+            raise SettingsError(msg)
+        if not isinstance(model, (str, os.PathLike)):
+            msg = f"model must be an alias, a hub id or a folder, but got {type(model).__name__}"
+            raise SettingsError(msg)
+        if isinstance(payload_store, (str, os.PathLike)) and Path(payload_store).is_file():
+            msg = f"payload_store must be a mapping or a folder, but {os.fspath(payload_store)!r} is a file"
             raise SettingsError(msg)
         runtime = get_runtime(model, revision, device, dtype, token)
         defaults = runtime.checkpoint.defaults.model_dump()

@@ -214,6 +214,11 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     if chosen.type == "cpu":
         return torch.device("cpu")
     if chosen.type != "cuda":
+        try:
+            torch.zeros(1, device=chosen).tolist()
+        except (RuntimeError, NotImplementedError, AssertionError) as error:
+            msg = f"device {device!r} was asked for, but it does not work here ({error}); use device='cpu'"
+            raise SettingsError(msg) from error
         return chosen
     # One name per device, so that "cuda" and "cuda:0" share their weights; CUDA is not started for that.
     index = chosen.index if chosen.index is not None else torch.cuda.current_device() if torch.cuda.is_initialized() else 0
@@ -254,11 +259,14 @@ def _in_batches(
     with tqdm(total=len(items), desc="Encoding", unit="passage", disable=not show_progress) as progress:
         while len(results) < len(order):
             batch = order[len(results) : len(results) + batch_size]
+            done = None
             try:
                 done = run([items[i] for i in batch])
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error) or len(batch) == 1:
                     raise
+            if done is None:
+                # Out here, because inside `except` the traceback would still hold the tensors of the failed batch.
                 batch_size = len(batch) // 2
                 logger.warning("out of memory with %d passages at a time; going on with %d", len(batch), batch_size)
                 if torch.cuda.is_available():

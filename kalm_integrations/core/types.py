@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class Passage:
     """A passage's text, with the metadata string of its encoding if the store had one."""
 
     text: str
-    encoding: str | None = None
+    encoding: str | None = field(default=None, repr=False)
 
 
 AnyPassage: TypeAlias = "str | EncodedPassage | Passage"
