@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test alone notebooks lint types docs clean
+.PHONY: help setup demo test alone notebooks lint types docs bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,10 @@ types: $(READY) ## check types
 
 docs: $(READY) ## build the documentation into site/, refusing broken links
 	$(BIN)/mkdocs build --strict
+
+bench: $(READY) ## measure parity, memory and load time against the reference (docs/parity.md)
+	$(BIN)/python tests/parity.py
+	$(BIN)/python tests/real_shape.py
 
 clean: ## remove what was built and cached, but not .venv
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

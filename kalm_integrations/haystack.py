@@ -6,7 +6,6 @@ pipelines from YAML only with components of modules that it trusts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -14,25 +13,13 @@ from tqdm.auto import tqdm
 from haystack_integrations.common.kalm.stores import check_updatable, write_encodings
 from haystack_integrations.components.embedders.kalm import KalmDocumentEncoder
 from haystack_integrations.components.rankers.kalm import KalmRanker
-from kalm_integrations.core.types import FINGERPRINT_KEY
+from kalm_integrations.core.types import FINGERPRINT_KEY, BackfillReport
 from kalm_integrations.errors import SettingsError
 
 if TYPE_CHECKING:
     from haystack import Document
 
 __all__ = ["BackfillReport", "KalmDocumentEncoder", "KalmRanker", "backfill"]
-
-
-@dataclass(frozen=True)
-class BackfillReport:
-    """What `backfill` did, in documents."""
-
-    examined: int
-    """Fetched from the store."""
-    written: int
-    """Had no sound encoding, and have it now."""
-    failed: int
-    """Have none still, because the store did not take it; each is in the log."""
 
 
 def backfill(
@@ -71,13 +58,15 @@ def backfill(
         # Chroma refuses an AND of one.
         filters = {"operator": "AND", "conditions": [filters, outdated]} if filters else outdated
     documents: list[Document] = document_store.filter_documents(filters)
-    n_changed = n_written = 0
+    key = encoder.encoding_key
+    n_missing = n_stale = n_failed = 0
     with tqdm(total=len(documents), desc="Encoding", unit="document", disable=not progress_bar) as progress:
         for start in range(0, len(documents), batch_size):
             batch = documents[start : start + batch_size]
             encoded = encoder.encode(batch, show_progress=False)
-            changed = [new for old, new in zip(batch, encoded, strict=True) if new.meta != old.meta]
-            n_changed += len(changed)
-            n_written += write_encodings(document_store, changed, encoder.encoding_key)
+            changed = [(old, new) for old, new in zip(batch, encoded, strict=True) if new.meta != old.meta]
+            n_missing += sum(key not in old.meta for old, _ in changed)
+            n_stale += sum(key in old.meta and old.meta[key] != new.meta[key] for old, new in changed)
+            n_failed += len(changed) - write_encodings(document_store, [new for _, new in changed], key)
             progress.update(len(batch))
-    return BackfillReport(len(documents), n_written, n_changed - n_written)
+    return BackfillReport(len(documents), n_missing, n_stale, n_failed)

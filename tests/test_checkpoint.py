@@ -523,3 +523,10 @@ def test_defaults_of_a_checkpoint(folder: Path) -> None:
     assert by_file.fingerprint == given.fingerprint != published.fingerprint
     overridden = KalmReranker.from_pretrained(folder, max_passage_tokens=1024)
     assert overridden.fingerprint == published.fingerprint
+
+
+def test_a_bad_limit_in_kalm_reranker_json_names_the_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "bad")
+    (folder / "kalm_reranker.json").write_text('{"max_query_tokens": -1}')
+    with pytest.raises(InvalidCheckpointError, match=r"kalm_reranker\.json is not valid"):
+        KalmReranker.from_pretrained(folder)

@@ -272,3 +272,13 @@ def test_bad_devices_and_dtypes_are_refused_before_a_checkpoint_is_looked_for():
 def test_a_gpu_is_taken_where_there_is_one():
     device = choose_device(None)
     assert device == (torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+
+
+def test_states_that_are_not_finite_are_an_error_at_ingest(tiny_checkpoint, tmp_path):
+    """Not only when they are stored or scored: nobody keeps them in memory either."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.encoder.norm.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NonFiniteScoreError, match="encoder states must be finite"):
+        KalmReranker.from_pretrained(folder).encode_passages(["a passage"])

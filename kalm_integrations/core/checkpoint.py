@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from kalm_integrations.core.layers import (
     ACTIVATIONS,
@@ -115,8 +115,8 @@ class CheckpointDefaults(BaseModel):
 
     instruction: str | None = None
     system_instruction: str | None = None
-    max_passage_tokens: int | None = None
-    max_query_tokens: int | None = None
+    max_passage_tokens: PositiveInt | None = None
+    max_query_tokens: PositiveInt | None = None
 
 
 def resolve(model: str | os.PathLike[str], revision: str | None = None, token: str | None = None) -> Path:

@@ -35,6 +35,8 @@ DTYPES = {
 BATCH_SIZES = {"encode": {"cpu": 16, "cuda": 128}, "score": {"cpu": 16, "cuda": 256}}
 """Passages per batch by device type: on a CPU more do not fit the caches, on a GPU fewer do not fill it."""
 
+_NOT_FINITE_REMEDY = "use dtype='float32', and check the checkpoint if that fails too"
+
 Item = TypeVar("Item", bound=Sized)
 Result = TypeVar("Result")
 
@@ -105,6 +107,7 @@ class Runtime:
             Pooled float32 states of each passage, in order, on the CPU. Shape of each: (ceil(n_tokens / ratio), hidden).
 
         Raises:
+            NonFiniteScoreError: the model produced NaN or infinite states.
             SettingsError: a token has no embedding.
         """
         config = self.checkpoint.encoder_config
@@ -115,6 +118,9 @@ class Runtime:
             padded = pad_token_ids(batch).to(self.device)
             states = encode(padded, n_tokens, self.embedding(), self.stack("encoder"), config)
             pooled = pool_states(states, n_tokens, ratio).cpu()
+            if not bool(pooled.isfinite().all()):
+                msg = f"encoder states must be finite, but some are NaN or infinite in {self.dtype}; {_NOT_FINITE_REMEDY}"
+                raise NonFiniteScoreError(msg)
             # Cloned, so that a cached passage does not keep its whole batch alive.
             return [row[: n_pooled_states(len(ids), ratio)].clone() for row, ids in zip(pooled, batch, strict=True)]
 
@@ -159,7 +165,7 @@ class Runtime:
         if n_bad:
             msg = (
                 f"logits must be finite, but {n_bad} of {len(margins)} passages gave NaN or infinity in {self.dtype}; "
-                "use dtype='float32', and check the checkpoint if that fails too"
+                + _NOT_FINITE_REMEDY
             )
             raise NonFiniteScoreError(msg)
         return margins

@@ -40,6 +40,20 @@ class RankedPassage:
 
 
 @dataclass(frozen=True)
+class BackfillReport:
+    """What an adapter's `backfill` found in a store, and did, in documents."""
+
+    n_checked: int
+    """Read from the store."""
+    n_missing: int
+    """Had no encoding."""
+    n_stale: int
+    """Had one of another checkpoint, setting or text, or a damaged one."""
+    n_failed: int = 0
+    """Of the missing and the stale, those that the store did not take; each is in the log."""
+
+
+@dataclass(frozen=True)
 class RuntimeStats:
     """What a reranker has done since it was made. Counts are of passages, duplicates within a call counted once."""
 

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from langchain_core.documents import Document
 from tqdm.auto import tqdm
 
-from kalm_integrations.core.types import FINGERPRINT_KEY
+from kalm_integrations.core.types import FINGERPRINT_KEY, BackfillReport
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.langchain.documents import passage
 from kalm_integrations.langchain.encode import KalmPassageEncoder
 from kalm_integrations.langchain.stores import access_to
-
-
-@dataclass(frozen=True)
-class BackfillReport:
-    """What a backfill found and did, in documents."""
-
-    n_checked: int
-    """Looked at: those whose `kalm_fp` is missing or another, or all of them."""
-    n_missing: int
-    """Had no encoding."""
-    n_stale: int
-    """Had an encoding of another model or text, or a damaged one."""
 
 
 def backfill(

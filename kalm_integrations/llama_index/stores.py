@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from llama_index.core.schema import BaseNode
@@ -13,30 +12,13 @@ from llama_index.core.storage.docstore.types import BaseDocumentStore
 from llama_index.core.vector_stores.utils import node_to_metadata_dict
 from tqdm.auto import tqdm
 
-from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
+from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, BackfillReport
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.llama_index.encoder import KalmPassageEncoder
 from kalm_integrations.llama_index.nodes import attach
 from kalm_integrations.llama_index.rerank import WriteBack
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class BackfillReport:
-    """What `backfill` found."""
-
-    checked: int
-    """Nodes that were read."""
-    missing: int
-    """Had no encoding."""
-    stale: int
-    """Had one of another checkpoint, setting or text, or a damaged one."""
-
-    @property
-    def encoded(self) -> int:
-        """Nodes that were encoded and written."""
-        return self.missing + self.stale
 
 
 def write_back_to(store: Any, encoding_key: str = ENCODING_KEY) -> WriteBack:
@@ -73,7 +55,7 @@ def backfill(
     encoder: KalmPassageEncoder,
     *,
     batch_size: int = 64,
-    verify: bool = False,
+    check_texts: bool = False,
     show_progress: bool = True,
 ) -> BackfillReport:
     """Encode the nodes of a store that have no encoding of the encoder's fingerprint, and write the encodings into it.
@@ -82,8 +64,8 @@ def backfill(
         store: as in `write_back_to`.
         encoder: the encoder of the ingestion pipeline.
         batch_size: nodes that are read, encoded and written at once.
-        verify: check every encoding, which also finds damaged ones and those of a text that has changed since; otherwise the
-            fingerprint beside it (`kalm_fp`) is believed.
+        check_texts: check every encoding, which also finds damaged ones and those of a text that has changed since;
+            otherwise the fingerprint beside it (`kalm_fp`) is believed.
         show_progress: draw a progress bar.
 
     Raises:
@@ -94,7 +76,7 @@ def backfill(
         msg = f"batch_size must be a positive whole number, but got {batch_size!r}"
         raise SettingsError(msg)
     opened = _open(store)
-    ids = opened.ids(None if verify else encoder.reranker.fingerprint)
+    ids = opened.ids(None if check_texts else encoder.reranker.fingerprint)
     missing = stale = 0
     with tqdm(total=len(ids), desc="encoding", unit="node", disable=not show_progress) as progress:
         for start in range(0, len(ids), batch_size):

@@ -278,16 +278,16 @@ class TestBackfill:
         stale = encoded(make_reranker(other_checkpoint), stale)
         store.write_documents([*missing, *stale, *encoded(make_reranker(), current)])
         encoder = KalmDocumentEncoder(model=make_reranker(), progress_bar=False)
-        assert backfill(store, encoder, progress_bar=False) == BackfillReport(examined=2, written=2, failed=0)
-        assert backfill(store, encoder, progress_bar=False) == BackfillReport(examined=0, written=0, failed=0)
+        assert backfill(store, encoder, progress_bar=False) == BackfillReport(n_checked=2, n_missing=1, n_stale=1)
+        assert backfill(store, encoder, progress_bar=False) == BackfillReport(0, 0, 0)
         assert_all_stored(store, make_reranker(), ["missing", "stale", "current"])
 
     def test_filters_restrict_the_work(self, store: Any, make_reranker: MakeReranker) -> None:
         store.write_documents([*documents("a", language="en"), *documents("b", language="de")])
         encoder = KalmDocumentEncoder(model=make_reranker(), progress_bar=False)
         english = {"field": "meta.language", "operator": "==", "value": "en"}
-        assert backfill(store, encoder, filters=english, progress_bar=False).written == 1
-        assert backfill(store, encoder, filters=english, check_texts=True, progress_bar=False).examined == 1
+        assert backfill(store, encoder, filters=english, progress_bar=False).n_missing == 1
+        assert backfill(store, encoder, filters=english, check_texts=True, progress_bar=False).n_checked == 1
         assert "kalm_fp" not in by_text(store.filter_documents())["b"].meta
 
     def test_changed_texts_are_found_on_request(self, store: Any, make_reranker: MakeReranker) -> None:
@@ -295,16 +295,16 @@ class TestBackfill:
         stale = [replace(document, content="new text") for document in encoded(make_reranker(), documents("old text"))]
         store.write_documents([*stale, *encoded(make_reranker(), documents("sound"))])
         encoder = KalmDocumentEncoder(model=make_reranker(), progress_bar=False)
-        assert backfill(store, encoder, progress_bar=False).examined == 0
+        assert backfill(store, encoder, progress_bar=False).n_checked == 0
         report = backfill(store, encoder, check_texts=True, progress_bar=False)
-        assert report == BackfillReport(examined=2, written=1, failed=0)
+        assert report == BackfillReport(n_checked=2, n_missing=0, n_stale=1)
         assert_all_stored(store, make_reranker(), ["new text", "sound"])
 
     def test_it_goes_in_batches_under_one_bar(self, make_reranker: MakeReranker, capsys: pytest.CaptureFixture[str]) -> None:
         store = InMemoryDocumentStore()
         store.write_documents([Document(content=f"text {n}") for n in range(5)])
         encoder = KalmDocumentEncoder(model=make_reranker())
-        assert backfill(store, encoder, batch_size=2).written == 5
+        assert backfill(store, encoder, batch_size=2).n_missing == 5
         shown = capsys.readouterr().err
         assert "5/5" in shown
         assert "2/2" not in shown
@@ -320,7 +320,7 @@ class TestBackfill:
         store = Failing()
         store.write_documents([Document(id="bad", content="a"), Document(id="good", content="b")])
         encoder = KalmDocumentEncoder(model=FakeReranker(), progress_bar=False)
-        assert backfill(store, encoder, progress_bar=False) == BackfillReport(examined=2, written=1, failed=1)
+        assert backfill(store, encoder, progress_bar=False) == BackfillReport(n_checked=2, n_missing=2, n_stale=0, n_failed=1)
         assert "the encoding of document bad was not stored: disk full" in caplog.text
 
     def test_what_cannot_work_is_refused(self) -> None:

@@ -205,8 +205,8 @@ def test_backfill_encodes_the_missing_and_the_stale_and_nothing_else(reopen, mak
     context, store = reopen()
     fresh = KalmPassageEncoder(make_reranker())
     report = backfill(store, fresh, batch_size=2, show_progress=False)
-    assert report == BackfillReport(checked=3, missing=2, stale=1)
-    assert report.encoded == fresh.reranker.stats.passages_encoded == 3
+    assert report == BackfillReport(n_checked=3, n_missing=2, n_stale=1)
+    assert fresh.reranker.stats.passages_encoded == 3
     assert backfill(store, fresh, show_progress=False) == BackfillReport(0, 0, 0)
     context, store = reopen()
     last = make_reranker()
@@ -215,7 +215,7 @@ def test_backfill_encodes_the_missing_and_the_stale_and_nothing_else(reopen, mak
     assert embedding._count == len(TEXTS)
 
 
-def test_backfill_with_verify_finds_damage_behind_a_good_fingerprint(reopen):
+def test_backfill_with_check_texts_finds_damage_behind_a_good_fingerprint(reopen):
     context, store = reopen()
     encoder = KalmPassageEncoder(FakeReranker())
     nodes = encoder(make_nodes())
@@ -223,8 +223,12 @@ def test_backfill_with_verify_finds_damage_behind_a_good_fingerprint(reopen):
     make_index(context, [damaged, *nodes[1:]])
     context, store = reopen()
     assert backfill(store, encoder, show_progress=False) == BackfillReport(0, 0, 0)
-    assert backfill(store, encoder, verify=True, show_progress=False) == BackfillReport(checked=5, missing=0, stale=1)
-    assert backfill(store, encoder, verify=True, show_progress=False) == BackfillReport(checked=5, missing=0, stale=0)
+    assert backfill(store, encoder, check_texts=True, show_progress=False) == BackfillReport(
+        n_checked=5, n_missing=0, n_stale=1
+    )
+    assert backfill(store, encoder, check_texts=True, show_progress=False) == BackfillReport(
+        n_checked=5, n_missing=0, n_stale=0
+    )
 
 
 def test_a_persisted_index_is_queried_in_a_new_process_without_encoding(tmp_path, tiny_checkpoint):
@@ -285,7 +289,7 @@ def test_backfill_leaves_source_documents_alone():
     document = Document(id_="book", text="the whole book")
     docstore.add_documents([document, *make_nodes()])
     encoder = KalmPassageEncoder(FakeReranker())
-    assert backfill(docstore, encoder, show_progress=False) == BackfillReport(checked=5, missing=5, stale=0)
+    assert backfill(docstore, encoder, show_progress=False) == BackfillReport(n_checked=5, n_missing=5, n_stale=0)
     assert docstore.get_node("book") == document
 
 
@@ -329,7 +333,7 @@ def test_jsonb_docstores_reorder_metadata_and_backfill_settles_it(postgres_uri):
     [stored] = docstore.get_nodes(["n"])
     assert stored.get_content(MetadataMode.EMBED) != node.get_content(MetadataMode.EMBED)
     encoder = KalmPassageEncoder(fake)
-    assert backfill(docstore, encoder, verify=True, show_progress=False).stale == 1
+    assert backfill(docstore, encoder, check_texts=True, show_progress=False).n_stale == 1
     [ranked] = KalmRerank(fake, on_missing="error").postprocess_nodes(
         [NodeWithScore(node=node) for node in docstore.get_nodes(["n"])], query_str=QUERY
     )
@@ -344,7 +348,7 @@ def test_dates_come_back_in_another_form_and_backfill_settles_it():
     store.add([node])
     assert "2024-01-01T00:00:00" in store.get_nodes(None)[0].get_content(MetadataMode.EMBED)
     assert "2024-01-01 00:00:00" in node.get_content(MetadataMode.EMBED)
-    assert backfill(store, encoder, verify=True, show_progress=False).stale == 1
+    assert backfill(store, encoder, check_texts=True, show_progress=False).n_stale == 1
     retrieved = [NodeWithScore(node=node) for node in store.get_nodes(None)]
     assert KalmRerank(fake, on_missing="error").postprocess_nodes(retrieved, query_str=QUERY)
 
