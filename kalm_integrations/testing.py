@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from kalm_integrations.core.ranking import best_first, check_cut
 from kalm_integrations.core.types import (
     ENCODING_KEY,
     FINGERPRINT_KEY,
@@ -58,15 +59,9 @@ class FakeReranker:
         instruction: str | None = None,
     ) -> list[RankedPassage]:
         """Return passages, best first; ties keep their order."""
-        if top_k is not None and top_k < 1:
-            msg = f"top_k must be a positive whole number or None, but got {top_k!r}"
-            raise SettingsError(msg)
+        check_cut(top_k, score_threshold)
         margins = self._margins(query, passages, instruction)
-        ranked = [RankedPassage(i, _sigmoid(margin), margin) for i, margin in enumerate(margins)]
-        ranked.sort(key=lambda passage: -passage.margin)
-        if score_threshold is not None:
-            ranked = [passage for passage in ranked if passage.score >= score_threshold]
-        return ranked[:top_k]
+        return best_first([_sigmoid(margin) for margin in margins], margins, top_k, score_threshold)
 
     def _margins(self, query: str, passages: Sequence[AnyPassage], instruction: str | None) -> list[float]:
         del instruction

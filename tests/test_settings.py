@@ -113,13 +113,6 @@ def test_a_checkpoint_may_bring_defaults_and_those_of_the_encoder_change_the_fin
     assert make_reranker(folder, max_passage_tokens=1024).fingerprint == plain.fingerprint
 
 
-def test_a_bad_default_of_a_checkpoint_is_refused(make_reranker, tiny_checkpoint, tmp_path):
-    folder = shutil.copytree(tiny_checkpoint, tmp_path / "bad defaults")
-    (folder / "kalm_reranker.json").write_text(json.dumps({"max_passage_tokens": 0}))
-    with pytest.raises(SettingsError, match="max_passage_tokens"):
-        make_reranker(folder)
-
-
 def test_wrong_kinds_of_model_and_payload_store_are_refused(tiny_checkpoint, tmp_path):
     file = tmp_path / "file"
     file.touch()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kalm_integrations.core import prompts
 from kalm_integrations.core.caches import CacheKey, EncodingCache, LmdbPayloadStore
 from kalm_integrations.core.encoding import EncodedPassage, fingerprint, hash_text
+from kalm_integrations.core.ranking import best_first, check_cut
 from kalm_integrations.core.runtime import Runtime, get_runtime
 from kalm_integrations.core.settings import (
     COMPRESSION_RATIOS,
@@ -304,21 +305,9 @@ class KalmReranker:
             StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
             NonFiniteScoreError: the model produced NaN or infinite logits.
         """
-        if top_k is not None and (type(top_k) is not int or top_k < 1):
-            msg = f"top_k must be a positive whole number or None, but got {top_k!r}"
-            raise SettingsError(msg)
-        # A threshold that is NaN does not equal itself, and would leave out everything.
-        if score_threshold is not None and not (
-            isinstance(score_threshold, (int, float)) and score_threshold == score_threshold
-        ):
-            msg = f"score_threshold must be a number or None, but got {score_threshold!r}"
-            raise SettingsError(msg)
+        check_cut(top_k, score_threshold)
         margins = self._margins(query, passages, instruction)
-        ranked = [RankedPassage(i, _sigmoid(margin), margin) for i, margin in enumerate(margins)]
-        ranked.sort(key=lambda passage: -passage.margin)
-        if score_threshold is not None:
-            ranked = [passage for passage in ranked if passage.score >= score_threshold]
-        return ranked[:top_k]
+        return best_first([_sigmoid(margin) for margin in margins], margins, top_k, score_threshold)
 
     def _margins(self, query: str, passages: Sequence[AnyPassage], instruction: str | None) -> list[float]:
         if not isinstance(query, str):

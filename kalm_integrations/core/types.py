@@ -110,3 +110,11 @@ class Reranker(Protocol):
         instruction: str | None = None,
     ) -> list[RankedPassage]:
         """Return passages, best first."""
+
+
+def is_reranker(value: object) -> bool:
+    """Return whether a value can stand in for a reranker.
+
+    Unlike `isinstance(value, Reranker)` this reads no property: for the fingerprint a whole checkpoint may have to be hashed.
+    """
+    return hasattr(type(value), "rank") and hasattr(type(value), "encode_to_metadata")

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SkipValidation, field_validator, model_validator
 
-from kalm_integrations.core.types import Reranker
+from kalm_integrations.core.types import Reranker, is_reranker
 
 # One for the process: a lock in each component would forbid copying it.
 _OPENING = threading.Lock()
@@ -47,8 +47,7 @@ class WithReranker(BaseModel):
     @field_validator("model")
     @classmethod
     def _check_model(cls, model: Any) -> Any:
-        # Not isinstance(model, Reranker): that reads its properties, and the fingerprint may have to hash a checkpoint.
-        if isinstance(model, (str, Path)) or (hasattr(type(model), "rank") and hasattr(type(model), "encode_to_metadata")):
+        if isinstance(model, (str, Path)) or is_reranker(model):
             return model
         msg = f"model must be an alias, a hub id, a folder or a reranker, but got {type(model).__name__}"
         raise ValueError(msg)

@@ -13,7 +13,7 @@ from typing import Any
 from llama_index.core.schema import BaseComponent, MetadataMode
 from pydantic import ConfigDict, Field, PositiveInt, PrivateAttr, ValidationError, field_serializer
 
-from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Reranker
+from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Reranker, is_reranker
 from kalm_integrations.errors import SettingsError
 
 # One for the process: a lock in each component would forbid copying it.
@@ -78,8 +78,7 @@ class RerankerComponent(BaseComponent):
         given: Reranker | None = None
         if isinstance(model, (str, os.PathLike)):
             name = os.fspath(model)
-        # Not isinstance(model, Reranker): that reads the fingerprint, for which a checkpoint may have to be hashed.
-        elif hasattr(type(model), "rank") and hasattr(type(model), "encode_to_metadata"):
+        elif is_reranker(model):
             given, name = model, type(model).__name__
         else:
             msg = f"model must be an alias, a folder or a reranker, but got {type(model).__name__}"

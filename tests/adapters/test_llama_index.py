@@ -514,7 +514,9 @@ def test_a_changed_document_is_never_scored_by_its_old_encoding(make_reranker):
     response = make_engine(index, KalmRerank(reranker, top_n=None), similarity_top_k=5).query(QUERY)
     [changed] = [node for node in response.source_nodes if node.node_id == "n0"]
     assert reranker.stats.stale == 1
-    assert changed.score == make_reranker().score(QUERY, [changed.get_content(MetadataMode.EMBED)])[0]
+    [fresh] = make_reranker().score(QUERY, [changed.get_content(MetadataMode.EMBED)])
+    # In another batch, and so with other low bits.
+    assert changed.score == pytest.approx(fresh, abs=1e-6)
 
 
 async def test_fifty_concurrent_queries_agree_with_one_by_one_and_encode_once(tiny_checkpoint, make_reranker):

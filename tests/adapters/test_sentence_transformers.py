@@ -59,7 +59,9 @@ def test_predict_takes_what_cross_encoder_takes_as_pairs(model):
     assert model.predict([list(pair) for pair in pairs]).tolist() == scores.tolist()
     assert model.predict(np.array(pairs)).tolist() == scores.tolist()
     single = model.predict(pairs[0])
-    assert (single, single.shape) == (scores[0], ())
+    assert single.shape == ()
+    # In another batch, and so with other low bits.
+    assert single == pytest.approx(scores[0], abs=1e-6)
     assert model.predict([]).shape == (0,)
 
 
