@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from kalm_integrations.core.codecs import CODECS
 from kalm_integrations.core.encoding import EncodedPassage
-from kalm_integrations.core.settings import COMPRESSION_RATIOS
+from kalm_integrations.core.settings import poolable_ratios
 
 FACTS = ("fingerprint", "ratio", "codec", "width")
 
@@ -56,8 +56,7 @@ class EncodingSummary:
 
 
 def _lengths(encoding: EncodedPassage) -> Iterable[tuple[tuple[int, str], int]]:
-    own = encoding.compression_ratio
-    for ratio in (own, *(r for r in COMPRESSION_RATIOS if r > own and r % own == 0)):
+    for ratio in poolable_ratios(encoding.compression_ratio):
         pooled = encoding.pool(ratio)
         for codec in CODECS:
             yield (ratio, codec), replace(pooled, codec=codec).metadata_length()

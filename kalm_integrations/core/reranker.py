@@ -19,11 +19,11 @@ from kalm_integrations.core.encoding import EncodedPassage, fingerprint, hash_te
 from kalm_integrations.core.ranking import best_first, check_cut
 from kalm_integrations.core.runtime import Runtime, get_runtime
 from kalm_integrations.core.settings import (
-    COMPRESSION_RATIOS,
     EncoderSettings,
     QuerySettings,
     StorageSettings,
     make_settings,
+    poolable_ratios,
 )
 from kalm_integrations.core.types import (
     ENCODING_KEY,
@@ -142,20 +142,9 @@ class KalmReranker:
         kinds = (EncoderSettings, StorageSettings, QuerySettings)
         for kind in kinds:
             make_settings(kind, given)
-        if storage_mode == "reference" and payload_store is None:
-            msg = "storage_mode='reference' needs a payload_store, but got None; pass a mapping or the folder of an LMDB store"
-            raise SettingsError(msg)
-        if not (payload_store is None or isinstance(payload_store, (MutableMapping, str, os.PathLike))):
-            msg = (
-                "payload_store must be a mapping from str to bytes or the folder of an LMDB store, but got "
-                f"{type(payload_store).__name__}; wrap it in a collections.abc.MutableMapping"
-            )
-            raise SettingsError(msg)
+        _check_payload_store(payload_store, storage_mode)
         if not isinstance(model, (str, os.PathLike)):
             msg = f"model must be an alias, a hub id or a folder, but got {type(model).__name__}"
-            raise SettingsError(msg)
-        if isinstance(payload_store, (str, os.PathLike)) and Path(payload_store).is_file():
-            msg = f"payload_store must be a mapping or a folder, but {os.fspath(payload_store)!r} is a file"
             raise SettingsError(msg)
         runtime = get_runtime(model, revision, device, dtype, token)
         defaults = runtime.checkpoint.defaults.model_dump()
@@ -457,9 +446,8 @@ class KalmReranker:
         limit = self._storage.max_inline_bytes
         if limit is None or self._storage.storage_mode == "reference":
             return encoding
-        ratio = encoding.compression_ratio
-        for coarser in (ratio, *(r for r in COMPRESSION_RATIOS if r > ratio and r % ratio == 0)):
-            pooled = encoding.pool(coarser)
+        for ratio in poolable_ratios(encoding.compression_ratio):
+            pooled = encoding.pool(ratio)
             if pooled.metadata_length() <= limit:
                 return pooled
         if self._payload_store is not None and self._storage.storage_mode == "auto":
@@ -513,6 +501,24 @@ def as_reranker(model: Reranker | str | os.PathLike[str], **settings: Any) -> Re
 @functools.cache
 def _notice_pico() -> None:
     logger.warning("using the small built-in checkpoint 'pico'; for production pass model='nano' or larger")
+
+
+def _check_payload_store(store: object, storage_mode: str | None) -> None:
+    """Check what was given as `payload_store`, before a folder is made of it."""
+    if store is None:
+        if storage_mode == "reference":
+            msg = "storage_mode='reference' needs a payload_store, but got None; pass a mapping or the folder of an LMDB store"
+            raise SettingsError(msg)
+    elif isinstance(store, (str, os.PathLike)):
+        if Path(store).is_file():
+            msg = f"payload_store must be a mapping or a folder, but {os.fspath(store)!r} is a file"
+            raise SettingsError(msg)
+    elif not isinstance(store, MutableMapping):
+        msg = (
+            "payload_store must be a mapping from str to bytes or the folder of an LMDB store, but got "
+            f"{type(store).__name__}; wrap it in a collections.abc.MutableMapping"
+        )
+        raise SettingsError(msg)
 
 
 def _checked_list(values: Sequence[AnyPassage], name: str) -> list[Any]:

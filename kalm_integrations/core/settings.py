@@ -17,6 +17,11 @@ COMPRESSION_RATIOS = (1, 2, 4, 8, 16, 32, 64, 128)
 DEFAULT_CODEC = "fp16"
 
 
+def poolable_ratios(ratio: int) -> tuple[int, ...]:
+    """Return a ratio and the published ones that states at it can be pooled to, finest first."""
+    return (ratio, *(coarser for coarser in COMPRESSION_RATIOS if coarser > ratio and coarser % ratio == 0))
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

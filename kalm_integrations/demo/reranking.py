@@ -16,11 +16,12 @@ from rich.text import Text
 
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.demo.layout import columns, heading, plain, seconds, shortened
+from kalm_integrations.demo.stage import N_CANDIDATES
 from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.evaluation.first_stage import BM25
 from kalm_integrations.evaluation.metrics import ndcg_at_10, sum_z_scores
 
-N_RANDOM, N_CANDIDATES, SEED = 100, 20, 0
+N_RANDOM, SEED = 100, 0
 
 
 @dataclass(frozen=True)

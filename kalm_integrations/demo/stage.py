@@ -53,8 +53,7 @@ def run(stage: str, folder: Path, sample: Collection, model: str) -> Iterator[St
     """Run a stage, "ingest" or "restart", under each framework."""
     # Held until the end, so that the weights stay in memory from step to step. A restart needs no encoder.
     shared = KalmReranker.from_pretrained(model)
-    for side in ("encoder", "decoder") if stage == "ingest" else ("decoder",):
-        shared.runtime.stack(side)
+    shared.warm_up(encoder=stage == "ingest")
     question = first_question(sample)
     for module, framework in FRAMEWORKS.items():
         try:
