@@ -7,8 +7,8 @@ from tqdm.auto import tqdm
 
 from kalm_integrations.core.types import FINGERPRINT_KEY, BackfillReport
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.langchain.documents import passage
-from kalm_integrations.langchain.encode import KalmPassageEncoder
+from kalm_integrations.langchain.documents import find_unencoded
+from kalm_integrations.langchain.encode import KalmPassageEncoder, encode_missing
 from kalm_integrations.langchain.stores import access_to
 
 
@@ -47,12 +47,12 @@ def backfill(
         for start in range(0, len(ids), batch_size):
             held = access.read(ids[start : start + batch_size])
             documents = list(held.values())
-            outdated = reranker.find_unencoded([passage(document, key) for document in documents])
+            outdated = find_unencoded(documents, reranker, key)
             n_without = sum(key not in documents[index].metadata for index in outdated)
             n_checked += len(documents)
             n_missing += n_without
             n_stale += len(outdated) - n_without
-            encoded = encoder.transform_documents(documents)
+            encoded = encode_missing(encoder, documents, outdated) if documents else []
             changes = {i: _changes(old, new, key) for (i, old), new in zip(held.items(), encoded, strict=True)}
             changes = {i: added for i, added in changes.items() if added}
             if changes:

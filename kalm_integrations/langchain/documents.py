@@ -25,11 +25,20 @@ def without_encoding(document: Document, encoding_key: str) -> dict[str, Any]:
     return {k: v for k, v in document.metadata.items() if not str(k).startswith((encoding_key, FINGERPRINT_KEY))}
 
 
+def find_unencoded(documents: Sequence[Document], reranker: Reranker, encoding_key: str) -> list[int]:
+    """Return the indices of the documents without a sound encoding of their text; every encoding is read for that."""
+    return reranker.find_unencoded([passage(document, encoding_key) for document in documents])
+
+
 def with_encodings(
-    documents: Sequence[Document], reranker: Reranker, encoding_key: str, *, show_progress: bool = False
+    documents: Sequence[Document],
+    missing: Sequence[int],
+    reranker: Reranker,
+    encoding_key: str,
+    *,
+    show_progress: bool = False,
 ) -> list[Document]:
-    """Return copies of documents that all carry a sound encoding; those that do already are not encoded again."""
-    missing = reranker.find_unencoded([passage(document, encoding_key) for document in documents])
+    """Return copies of documents that all carry a sound encoding, encoding those at the indices `missing`."""
     made = reranker.encode_to_metadata([documents[index].page_content for index in missing], show_progress)
     values = {index: {encoding_key: metadata[ENCODING_KEY]} for index, metadata in zip(missing, made, strict=True)}
     label = {FINGERPRINT_KEY: reranker.fingerprint}

@@ -16,7 +16,7 @@ from langchain_core.vectorstores import VectorStore
 
 from kalm_integrations.core.types import ENCODING_KEY
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.langchain.documents import with_encodings
+from kalm_integrations.langchain.documents import find_unencoded, with_encodings
 from kalm_integrations.langchain.limits import check_store_takes
 from kalm_integrations.langchain.model import WithReranker
 
@@ -55,10 +55,16 @@ class KalmPassageEncoder(WithReranker, BaseDocumentTransformer):
             raise SettingsError(msg)
         if not documents:
             return []
-        encoded = with_encodings(documents, self.reranker, self.encoding_key, show_progress=self.show_progress)
-        if self.store is not None:
-            check_store_takes(self.store, (document.metadata[self.encoding_key] for document in encoded))
-        return encoded
+        return encode_missing(self, documents, find_unencoded(documents, self.reranker, self.encoding_key))
+
+
+def encode_missing(encoder: KalmPassageEncoder, documents: Sequence[Document], missing: Sequence[int]) -> list[Document]:
+    """Do what `KalmPassageEncoder` does with documents of which is known which have no sound encoding."""
+    key = encoder.encoding_key
+    encoded = with_encodings(documents, missing, encoder.reranker, key, show_progress=encoder.show_progress)
+    if encoder.store is not None:
+        check_store_takes(encoder.store, (document.metadata[key] for document in encoded))
+    return encoded
 
 
 def kalm_key_encoder(document: Document) -> str:

@@ -190,7 +190,7 @@ class KalmRerank(WithReranker, BaseDocumentCompressor):
             return
         try:
             # From memory: the ranking has just encoded them.
-            self.write_back(with_encodings(documents, self.reranker, self.encoding_key))
+            self.write_back(with_encodings(documents, range(len(documents)), self.reranker, self.encoding_key))
         except Exception:
             logger.exception("could not write back the encodings of %d documents; the query is answered", len(documents))
 
