@@ -6,32 +6,36 @@ Heavy imports stand inside the commands, so that help comes at once.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from kalm_integrations import __version__
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Passage, RankedPassage
 from kalm_integrations.errors import SettingsError
+from kalm_integrations.evaluation import commands as evaluation
 from kalm_integrations.jsonl import PassageFields, Row, parse_lines, parse_object, to_json
 from kalm_integrations.terminal import (
     STREAM,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
     OneLineErrors,
+    RevisionOption,
     holds_json,
     name_of,
     note,
     open_input,
     open_output,
-    parse_list,
+    open_reranker,
     print_facts,
     print_json,
     print_table,
@@ -40,8 +44,6 @@ from kalm_integrations.terminal import (
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from kalm_integrations.core.reranker import KalmReranker
 
 ROWS_PER_BATCH = 256
 """Rows that `encode` holds in memory at a time: enough to make batches of similar length."""
@@ -54,20 +56,6 @@ app = typer.Typer(
     add_completion=False,
 )
 
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        help="nano, small, large, nano-r2, small-r2, large-r2, a hub id or a local folder; pico is built in and small, for "
-        "trying things out."
-    ),
-]
-RevisionOption = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a hub repository.", show_default="the alias's")
-]
-DeviceOption = Annotated[str | None, typer.Option(help="A torch device, such as cpu or cuda:0.", show_default="CUDA if any")]
-DtypeOption = Annotated[
-    str | None, typer.Option(help="float32 or bfloat16.", show_default="bfloat16 on CUDA, float32 elsewhere")
-]
 RatioOption = Annotated[int | None, typer.Option(help="Tokens per stored state.", show_default="4")]
 PayloadStoreOption = Annotated[
     Path | None, typer.Option(help="Folder of an LMDB store for encodings that are too long for their row.")
@@ -77,7 +65,6 @@ TitleFieldOption = Annotated[
     str, typer.Option(help="Field that is put before the passage if a row has it, as in BEIR; '' for none.")
 ]
 SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Report bad lines and go on with the rest.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
@@ -157,7 +144,7 @@ def rerank(
         is_json, lines = holds_json(passages, file)
         fields = PassageFields(text_field, title_field or None) if is_json else None
         candidates = list(_read_candidates(lines, name_of(passages), fields, skip_bad))
-    reranker = _open_reranker(
+    reranker = open_reranker(
         model, revision=revision, device=device, dtype=dtype, compression_ratio=ratio, payload_store=_existing(payload_store)
     )
     ranked = reranker.rank(query, [c.passage for c in candidates], top_k, score_threshold, instruction)
@@ -208,7 +195,7 @@ def encode(
     if source.is_file():
         with open_input(source) as lines:
             total = sum(1 for _ in _read_candidates(lines, name_of(source), fields, skip_bad))
-    reranker = _open_reranker(
+    reranker = open_reranker(
         model,
         revision=revision,
         device=device,
@@ -298,55 +285,7 @@ def inspect(
         print_table(_lengths_table(lengths))
 
 
-@app.command("eval")
-def evaluate_folder(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="A BEIR folder: corpus.jsonl, queries.jsonl, qrels/<split>.tsv.")
-    ],
-    split: Annotated[str, typer.Option(help="Which judgements.")] = "test",
-    model: ModelOption = "pico",
-    ratios: Annotated[str, typer.Option(help="Compression ratios to compare.")] = "1,2,4,8,16,32",
-    codecs: Annotated[str | None, typer.Option(help="Codecs to compare.", show_default="fp16")] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Candidates per query, the best by BM25.")] = 20,
-    queries: Annotated[int | None, typer.Option(min=1, help="How many queries to draw.", show_default="all")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw and of the bootstrap.")] = 0,
-    revision: RevisionOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Compare BM25's order with the reranked one.
-
-    The measure is nDCG@10, by ratio and codec. Two orders are compared with BM25's: the reranker's own, and that of the sum
-    of both z-scores. Their differences to BM25 come with a 95 % interval (paired bootstrap over the queries). Each different
-    candidate is encoded once and kept in memory: for large collections draw --queries, or leave out ratio 1.
-    """
-    from kalm_integrations.core.settings import DEFAULT_CODEC
-    from kalm_integrations.evaluation.beir import Collection
-    from kalm_integrations.evaluation.report import evaluate
-
-    chosen = [_to_int(part, "--ratios") for part in parse_list(ratios, "--ratios")]
-    collection = Collection.read(folder, split)
-    ratio = math.gcd(*chosen)
-    reranker = _open_reranker(model, revision=revision, device=device, dtype=dtype, compression_ratio=ratio, cache_bytes=0)
-    report = evaluate(
-        reranker,
-        collection,
-        ratios=chosen,
-        codecs=[DEFAULT_CODEC] if codecs is None else parse_list(codecs, "--codecs"),
-        top_k=top_k,
-        n_queries=queries,
-        seed=seed,
-        show_progress=sys.stderr.isatty(),
-    )
-    if as_json:
-        print_json({"model": model, "fingerprint": reranker.fingerprint, **report.to_dict()})
-        return
-    print_table(report.to_table())
-    note(
-        f"{report.n_passages:,} passages encoded in {report.encode_seconds:.1f} s, "
-        f"{report.n_queries * len(report.settings):,} rankings scored in {report.score_seconds:.1f} s"
-    )
+app.add_typer(evaluation.app, name="eval")
 
 
 @app.command()
@@ -396,7 +335,7 @@ def info(
     import torch
     import transformers
 
-    reranker = _open_reranker(model, revision=revision, device=device, dtype=dtype)
+    reranker = open_reranker(model, revision=revision, device=device, dtype=dtype)
     reranker.warm_up()
     runtime = reranker.runtime
     checkpoint = runtime.checkpoint
@@ -418,14 +357,6 @@ def info(
         print_json(facts)
         return
     print_facts({**facts, "weight_bytes": f"{runtime.nbytes:,} ({runtime.nbytes / 2**20:,.1f} MiB) in memory"})
-
-
-def _open_reranker(model: str, **settings: Any) -> KalmReranker:
-    """Open a checkpoint; says so if it is the small built-in one."""
-    from kalm_integrations.core.reranker import as_reranker
-
-    # A name always becomes the real reranker, whatever else the function takes.
-    return cast("KalmReranker", as_reranker(model, **settings))
 
 
 def _existing(payload_store: Path | None) -> Path | None:
@@ -506,13 +437,6 @@ def _lengths_table(lengths: dict[int, dict[str, float]]) -> Table:
     for ratio, by_codec in lengths.items():
         table.add_row(str(ratio), *(f"{length:,.0f}" for length in by_codec.values()))
     return table
-
-
-def _to_int(text: str, name: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        msg = f"must be positive whole numbers such as 1,2,4, but got {text!r}"
-        raise typer.BadParameter(msg, param_hint=name)
-    return int(text)
 
 
 if __name__ == "__main__":

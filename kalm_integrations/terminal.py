@@ -1,4 +1,4 @@
-"""What the command line's commands share: one-line errors, reading and writing files and streams, tables."""
+"""What the command line's commands share: options, one-line errors, reading and writing files and streams, tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn, cast
 
 import typer
 from typer.core import TyperGroup
@@ -18,8 +18,26 @@ from kalm_integrations.jsonl import to_json
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from kalm_integrations.core.reranker import KalmReranker
+
 STREAM = Path("-")
 """Standard input or output, where a path is asked for."""
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        help="nano, small, large, nano-r2, small-r2, large-r2, a hub id or a local folder; pico is built in and small, for "
+        "trying things out."
+    ),
+]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub repository.", show_default="the alias's")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="A torch device, such as cpu or cuda:0.", show_default="CUDA if any")]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="float32 or bfloat16.", show_default="bfloat16 on CUDA, float32 elsewhere")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class OneLineErrors(TyperGroup):
@@ -137,3 +155,25 @@ def parse_list(text: str, name: str) -> list[str]:
         msg = "must be a list such as a,b, but is empty"
         raise typer.BadParameter(msg, param_hint=name)
     return parts
+
+
+def parse_numbers(text: str, name: str) -> list[int]:
+    """Return the positive whole numbers of a comma-separated option.
+
+    Raises:
+        BadParameter: a part is something else, or there are none.
+    """
+    parts = parse_list(text, name)
+    for part in parts:
+        if not part.isascii() or not part.isdigit() or int(part) < 1:
+            msg = f"must be positive whole numbers such as 1,2,4, but got {part!r}"
+            raise typer.BadParameter(msg, param_hint=name)
+    return [int(part) for part in parts]
+
+
+def open_reranker(model: str, **settings: Any) -> KalmReranker:
+    """Open a checkpoint; says so if it is the small built-in one."""
+    from kalm_integrations.core.reranker import as_reranker
+
+    # A name always becomes the real reranker, whatever else the function takes.
+    return cast("KalmReranker", as_reranker(model, **settings))

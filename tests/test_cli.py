@@ -67,13 +67,19 @@ def assert_fails(result: Result, message: str) -> None:
     assert message in result.stderr
 
 
-def commands() -> dict[str, Any]:
-    group = typer.main.get_command(app)
-    return {name: group.get_command(typer.Context(group), name) for name in group.list_commands(typer.Context(group))}
+def commands(group: Any = None, path: str = "") -> dict[str, Any]:
+    """Every command by its name, those of a group behind the group's."""
+    group = group or typer.main.get_command(app)
+    found = {}
+    for name, command in group.commands.items():
+        found[path + name] = command
+        if hasattr(command, "commands"):
+            found |= commands(command, f"{path}{name} ")
+    return found
 
 
 def test_every_command_and_option_has_help() -> None:
-    assert set(commands()) == {"rerank", "encode", "inspect", "eval", "demo", "train", "info"}
+    assert {"rerank", "encode", "inspect", "eval", "eval beir", "demo", "train", "info"} <= set(commands())
     for name, command in commands().items():
         assert command.help, name
         assert all(parameter.help for parameter in command.params), name
@@ -349,9 +355,9 @@ def beir_folder(tmp_path: Path) -> Path:
 def test_eval_prints_its_report(run: Run, model: Any, beir_folder: Path) -> None:
     """A line for BM25 and two for each ratio and codec, within 80 columns; the same figures as JSON."""
     options = ("--ratios", "2,8", "--codecs", "fp16,int4", "--top-k", 3, "--seed", 1, *model)
-    lines = run("eval", beir_folder, *options).stdout.splitlines()
+    lines = run("eval", "beir", beir_folder, *options).stdout.splitlines()
     assert max(map(len, lines)) <= 80
-    printed = json.loads(run("eval", beir_folder, "--json", *options).stdout)
+    [printed] = json.loads(run("eval", "beir", beir_folder, "--json", *options).stdout)["collections"]
     assert (printed["n_queries"], printed["top_k"], printed["seed"]) == (2, 3, 1)
     _, _, baseline, *rows = lines
     assert baseline.split() == ["BM25", f"{printed['first_stage_ndcg']:.3f}"]
@@ -417,9 +423,9 @@ def test_train_runs_a_configuration(run: Run, beir_folder: Path) -> None:
         (["inspect", "missing"], "missing: No such file or directory"),
         (["inspect", "kalm1.abc.def"], "a passage encoding must"),
         (["inspect", "{}"], "a row must have an encoding under 'kalm_encoding'"),
-        (["eval", "."], "a BEIR folder must hold corpus.jsonl"),
-        (["eval", ".", "--ratios", "1,x"], "must be positive whole numbers such as 1,2,4, but got 'x'"),
-        (["eval", ".", "--ratios", ","], "Invalid value for --ratios"),
+        (["eval", "beir", "."], "a BEIR folder must hold corpus.jsonl"),
+        (["eval", "beir", ".", "--ratios", "1,x"], "must be positive whole numbers such as 1,2,4, but got 'x'"),
+        (["eval", "beir", ".", "--ratios", ","], "Invalid value for --ratios"),
         (["train", "missing.toml"], "missing.toml: No such file or directory"),
         (["train", "bad.toml"], "a training configuration must be TOML, but bad.toml is not"),
         (["demo", "--model", "./nothing"], "nothing"),
@@ -441,7 +447,7 @@ def test_eval_names_the_missing_extra(
     run: Run, model: Any, beir_folder: Path, monkeypatch: pytest.MonkeyPatch, module: str, message: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    result = run("eval", beir_folder, *model)
+    result = run("eval", "beir", beir_folder, *model)
     assert_fails(result, f'{message}; install it with: pip install "kalm-integrations[eval]"')
 
 
