@@ -8,11 +8,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from kalm_integrations.core.fusion import check_first_stage, check_fusion, fuse
 from kalm_integrations.core.ranking import best_first, check_cut
 from kalm_integrations.core.types import (
     ENCODING_KEY,
     FINGERPRINT_KEY,
     AnyPassage,
+    FusionMethod,
     Passage,
     RankedPassage,
     RuntimeStats,
@@ -57,11 +59,18 @@ class FakeReranker:
         top_k: int | None = None,
         score_threshold: float | None = None,
         instruction: str | None = None,
+        *,
+        first_stage_scores: Sequence[float] | None = None,
+        fusion: FusionMethod | None = None,
+        fusion_weight: float | None = None,
     ) -> list[RankedPassage]:
-        """Return passages, best first; ties keep their order."""
+        """Return passages, best first; ties keep their order. Fusion works as in `KalmReranker.rank`."""
         check_cut(top_k, score_threshold)
+        check_fusion(fusion, fusion_weight)
+        first_stage = check_first_stage(first_stage_scores, len(passages), fusion)
         margins = self._margins(query, passages, instruction)
-        return best_first([_sigmoid(margin) for margin in margins], margins, top_k, score_threshold)
+        fused = None if fusion is None else fuse(margins, first_stage, fusion, fusion_weight)
+        return best_first([_sigmoid(margin) for margin in margins], margins, top_k, score_threshold, fused)
 
     def _margins(self, query: str, passages: Sequence[AnyPassage], instruction: str | None) -> list[float]:
         del instruction

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from kalm_integrations import EncodedPassage, KalmReranker
+from kalm_integrations.core.fusion import fuse
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.evaluation.first_stage import BM25
-from kalm_integrations.evaluation.metrics import bootstrap_interval, kendall_tau, ndcg_at_10, sum_z_scores
+from kalm_integrations.evaluation.metrics import bootstrap_interval, kendall_tau, ndcg_at_10
 from kalm_integrations.evaluation.report import Report, evaluate
 
 WORDS = ["wing", "drag", "lift", "bowl", "team", "league", "jazz", "river", "stone", "glass"]
@@ -64,16 +65,6 @@ def test_bootstrap_interval_is_that_of_a_mean() -> None:
     assert bootstrap_interval([0.25] * 10) == (0.25, 0.25)
 
 
-def test_sum_of_z_scores_ignores_scale_and_constants() -> None:
-    """Each scorer weighs the same whatever its unit; one without an opinion has no say."""
-    first, second = [1.0, 2.0, 6.0], [0.5, 0.1, 0.4]
-    total = sum_z_scores(first, second)
-    assert sum_z_scores([7 * v - 100 for v in first], [v / 1000 for v in second]) == pytest.approx(total)
-    assert sum_z_scores(first, [3.0] * 3) == pytest.approx(sum_z_scores(first, [0.0] * 3))
-    assert statistics.fmean(total) == pytest.approx(0)
-    assert statistics.pstdev(sum_z_scores(first, first)) == pytest.approx(2)
-
-
 def test_report_has_the_orders_that_ranking_gives(
     collection: Collection, report: Report, make_reranker: Callable[..., KalmReranker]
 ) -> None:
@@ -93,7 +84,7 @@ def test_report_has_the_orders_that_ranking_gives(
         reranked, fused = {}, {}
         for query_id, query in collection.queries.items():
             ranked = reranker.rank(query, [encodings[i] for i in candidates[query_id]])
-            total = sum_z_scores([p.margin for p in sorted(ranked, key=lambda p: p.index)], scores[query_id])
+            total = fuse([p.margin for p in sorted(ranked, key=lambda p: p.index)], scores[query_id], "z_score")
             reranked[query_id] = [candidates[query_id][p.index] for p in ranked]
             fused[query_id] = [i for _, i in sorted(zip(total, candidates[query_id], strict=True), key=lambda p: -p[0])]
         for measured, rankings in ((setting.reranked, reranked), (setting.fused, fused)):

@@ -24,15 +24,22 @@ def check_cut(top_k: int | None, score_threshold: float | None) -> None:
 
 
 def best_first(
-    scores: Sequence[float], margins: Sequence[float], top_k: int | None, score_threshold: float | None
+    scores: Sequence[float],
+    margins: Sequence[float],
+    top_k: int | None,
+    score_threshold: float | None,
+    fused: Sequence[float] | None = None,
 ) -> list[RankedPassage]:
     """Return passages by falling margin, which keeps apart what rounds to the same score; ties keep their order.
 
-    Those that score less than `score_threshold` are left out before the list is cut to `top_k`.
+    With `fused` values these decide, and the margin between equal ones. Passages that score less than `score_threshold` are
+    left out before the list is cut to `top_k`.
     """
-    pairs = zip(scores, margins, strict=True)
-    ranked = [RankedPassage(index, score, margin) for index, (score, margin) in enumerate(pairs)]
-    ranked.sort(key=lambda passage: -passage.margin)
+    ranked = [
+        RankedPassage(index, score, margin, None if fused is None else fused[index])
+        for index, (score, margin) in enumerate(zip(scores, margins, strict=True))
+    ]
+    ranked.sort(key=lambda passage: (-(passage.fused or 0.0), -passage.margin))
     if score_threshold is not None:
         ranked = [passage for passage in ranked if passage.score >= score_threshold]
     return ranked[:top_k]

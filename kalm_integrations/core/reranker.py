@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kalm_integrations.core import prompts
 from kalm_integrations.core.caches import CacheKey, EncodingCache, LmdbPayloadStore
 from kalm_integrations.core.encoding import EncodedPassage, fingerprint, hash_text
+from kalm_integrations.core.fusion import check_first_stage, check_fusion, fuse
 from kalm_integrations.core.ranking import best_first, check_cut
 from kalm_integrations.core.runtime import Runtime, get_runtime
 from kalm_integrations.core.settings import (
@@ -29,6 +30,7 @@ from kalm_integrations.core.types import (
     ENCODING_KEY,
     FINGERPRINT_KEY,
     AnyPassage,
+    FusionMethod,
     Passage,
     RankedPassage,
     Reranker,
@@ -279,6 +281,10 @@ class KalmReranker:
         top_k: int | None = None,
         score_threshold: float | None = None,
         instruction: str | None = None,
+        *,
+        first_stage_scores: Sequence[float] | None = None,
+        fusion: FusionMethod | None = None,
+        fusion_weight: float | None = None,
     ) -> list[RankedPassage]:
         """Return passages, best first; ties keep the order of `passages`.
 
@@ -288,15 +294,26 @@ class KalmReranker:
             top_k: how many to return at most; None returns all.
             score_threshold: passages that score less are left out, before `top_k` is applied.
             instruction: replaces the reranker's instruction for this call.
+            first_stage_scores: what the retriever gave the passages, higher is better; for `fusion`.
+            fusion: order by both stages instead of by the reranker alone: "z_score" adds the scores, each scaled over the
+                passages of this call; "reciprocal_rank" adds the reciprocal ranks, and without `first_stage_scores` takes
+                the order of `passages` as the first stage's. `score` stays P(yes), and so does what `score_threshold` cuts
+                by; `fused` has the value that decides.
+            fusion_weight: the reranker's share in it, from 0 to 1; None takes the method's default.
 
         Raises:
-            SettingsError: an argument has the wrong type, or `top_k` is not positive.
+            SettingsError: an argument has the wrong type or breaks a rule: `top_k` is not positive, `fusion` lacks the
+                scores that it needs, or one of them is not finite.
             StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
             NonFiniteScoreError: the model produced NaN or infinite logits.
         """
         check_cut(top_k, score_threshold)
+        check_fusion(fusion, fusion_weight)
+        passages = _checked_list(passages, "passages")
+        first_stage = check_first_stage(first_stage_scores, len(passages), fusion)
         margins = self._margins(query, passages, instruction)
-        return best_first([_sigmoid(margin) for margin in margins], margins, top_k, score_threshold)
+        fused = None if fusion is None else fuse(margins, first_stage, fusion, fusion_weight)
+        return best_first([_sigmoid(margin) for margin in margins], margins, top_k, score_threshold, fused)
 
     def _margins(self, query: str, passages: Sequence[AnyPassage], instruction: str | None) -> list[float]:
         if not isinstance(query, str):

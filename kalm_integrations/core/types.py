@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     from kalm_integrations.core.encoding import EncodedPassage
@@ -13,6 +13,11 @@ ENCODING_KEY = "kalm_encoding"
 """Metadata key of a passage's encoding."""
 FINGERPRINT_KEY = "kalm_fp"
 """Metadata key of the encoding's fingerprint, short, for stores to filter on. Readers trust the one in the encoding only."""
+FUSED_SCORE_KEY = "fused_score"
+"""Metadata key under which adapters return the value that a fused ranking is ordered by."""
+
+FusionMethod: TypeAlias = Literal["z_score", "reciprocal_rank"]
+"""How the reranker's and the first stage's scores are made one; see `core.fusion.fuse`."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class RankedPassage:
     """P(yes), between 0 and 1."""
     margin: float
     """logit(yes) - logit(no): the score before the sigmoid, which keeps apart what rounds to the same score."""
+    fused: float | None = None
+    """What the ranking is ordered by if it is fused with the first stage's; comparable within one query only."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,10 @@ class Reranker(Protocol):
         top_k: int | None = None,
         score_threshold: float | None = None,
         instruction: str | None = None,
+        *,
+        first_stage_scores: Sequence[float] | None = None,
+        fusion: FusionMethod | None = None,
+        fusion_weight: float | None = None,
     ) -> list[RankedPassage]:
         """Return passages, best first."""
 

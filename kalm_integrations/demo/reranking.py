@@ -14,12 +14,13 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from kalm_integrations.core.fusion import fuse
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.demo.layout import columns, heading, plain, seconds, shortened
 from kalm_integrations.demo.stage import N_CANDIDATES
 from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.evaluation.first_stage import BM25
-from kalm_integrations.evaluation.metrics import ndcg_at_10, sum_z_scores
+from kalm_integrations.evaluation.metrics import ndcg_at_10
 
 N_RANDOM, SEED = 100, 0
 
@@ -110,7 +111,7 @@ def _find_candidates(sample: Collection) -> list[_Question]:
 def _rerank(reranker: KalmReranker, sample: Collection, question: _Question) -> _Answered:
     ranked = reranker.rank(question.text, [sample.passages[i] for i in question.before])
     margins = [passage.margin for passage in sorted(ranked, key=lambda passage: passage.index)]
-    sums = sum_z_scores(margins, question.scores)
+    sums = fuse(margins, question.scores, "z_score")
     by_sum = sorted(range(len(sums)), key=lambda i: -sums[i])
     after = [question.before[passage.index] for passage in ranked]
     return _Answered(question, after, [question.before[i] for i in by_sum])

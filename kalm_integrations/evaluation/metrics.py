@@ -1,9 +1,8 @@
-"""Measures of a ranking: nDCG@10, the interval of a difference, and the sum of two scorers."""
+"""Measures of a ranking: nDCG@10, the interval of a difference, and the agreement of two orders."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, pstdev
 
 from kalm_integrations.errors import MissingExtraError
 
@@ -60,16 +59,3 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
     signs = [np.sign(np.subtract.outer(values, values)) for values in (np.asarray(first), np.asarray(second))]
     n_ordered = np.sqrt(np.abs(signs[0]).sum() * np.abs(signs[1]).sum())
     return float((signs[0] * signs[1]).sum() / n_ordered) if n_ordered else 1.0
-
-
-def sum_z_scores(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    """Return the sums of two scorers' values for the candidates of one query, each scaled to mean 0 and deviation 1.
-
-    A scorer that gives all candidates the same value has no say.
-    """
-    return [a + b for a, b in zip(_z_scores(first), _z_scores(second), strict=True)]
-
-
-def _z_scores(values: Sequence[float]) -> list[float]:
-    mean, deviation = fmean(values), pstdev(values)
-    return [(value - mean) / deviation if deviation > 0 else 0.0 for value in values]

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from kalm_integrations.core.encoding import EncodedPassage, check_codec
+from kalm_integrations.core.fusion import fuse
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.evaluation.first_stage import BM25
-from kalm_integrations.evaluation.metrics import bootstrap_interval, kendall_tau, ndcg_at_10, sum_z_scores
+from kalm_integrations.evaluation.metrics import bootstrap_interval, kendall_tau, ndcg_at_10
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,7 +49,7 @@ class Setting:
     reranked: Measured
     """The reranker's own order."""
     fused: Measured
-    """The order by the sum of the z-scores of the reranker's margin and the first stage's score."""
+    """The order by z-score fusion of the reranker's margin and the first stage's score, at the default weight."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def evaluate(
                     read = {i: EncodedPassage.from_metadata(value) for i, value in values.items()}
                     margins = _margins(reranker, candidates, read, progress)
                 reranked = {q: _order(found.ids, margins[q]) for q, found in candidates.items()}
-                fused = {q: _order(found.ids, sum_z_scores(margins[q], found.scores)) for q, found in candidates.items()}
+                fused = {q: _order(found.ids, fuse(margins[q], found.scores, "z_score")) for q, found in candidates.items()}
                 settings.append(
                     Setting(
                         ratio=ratio,
