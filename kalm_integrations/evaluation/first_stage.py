@@ -36,3 +36,12 @@ class BM25:
         tokens = self._bm25s.tokenize(list(queries), stopwords="en", show_progress=False)
         indices, scores = self._index.retrieve(tokens, k=min(k, self._n_passages), show_progress=False)
         return [(i.tolist(), s.tolist()) for i, s in zip(indices, scores, strict=True)]
+
+    def scores(self, query: str, indices: Sequence[int]) -> list[float]:
+        """Return the scores of some passages for a query."""
+        [words] = self._bm25s.tokenize([query], stopwords="en", return_ids=False, show_progress=False)
+        known = [word for word in words if word in self._index.vocab_dict]
+        if not known:
+            return [0.0] * len(indices)
+        scores: list[float] = self._index.get_scores(known)[list(indices)].tolist()
+        return scores
