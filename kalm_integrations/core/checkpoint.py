@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,6 +81,9 @@ LAYER_TENSORS: dict[str, tuple[str, ...]] = {
     "post_mlp_norm": ("post_feedforward_layernorm.weight",),
 }
 """Our name of a layer's weight -> the checkpoint's names, stacked along the output dimension."""
+
+EMBEDDING_TENSORS = ("embed_tokens.weight", "embed_tokens.eoi_embedding")
+"""The encoder's, which the decoder and the output projection share."""
 
 CONFIG_FIELDS = (
     "vocab_size",
@@ -279,9 +282,8 @@ class Checkpoint:
         config = self.encoder_config
         shape = (config.vocabulary_size, config.hidden_width)
         read = self._reader.side("encoder")
-        tokens = _checked(read("embed_tokens.weight"), shape, "embed_tokens.weight")
-        end_of_image = _checked(read("embed_tokens.eoi_embedding"), shape[1:], "embed_tokens.eoi_embedding")
-        return EmbeddingWeights(*(t.to(device, copy=True) for t in (tokens, end_of_image)))
+        tensors = [_checked(read(name), part, name) for name, part in zip(EMBEDDING_TENSORS, (shape, shape[1:]), strict=True)]
+        return EmbeddingWeights(*(tensor.to(device, copy=True) for tensor in tensors))
 
     def load_stack(self, side: str, device: torch.device, dtype: torch.dtype) -> StackWeights:
         """Load the layers of the "encoder" or the "decoder" (its embeddings excepted).
@@ -293,6 +295,26 @@ class Checkpoint:
         read = self._reader.side(side)
         # One tensor at a time: the file's pages are mapped only while a tensor is copied.
         return stack_weights(read, config, lambda tensor: tensor.to(device, dtype, copy=True))
+
+    def text_names(self) -> list[str]:
+        """Return the names in the file of all tensors that a reranker consists of: embeddings and both sides' layers.
+
+        Raises:
+            InvalidCheckpointError: a tensor is missing.
+        """
+        names = [self._reader.full_name("encoder", name) for name in EMBEDDING_TENSORS]
+        for side, config in (("encoder", self.encoder_config), ("decoder", self.decoder_config)):
+            names += [self._reader.full_name(side, name) for name in _side_tensors(config)]
+        return names
+
+    def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield tensors by their names in the file, as they are stored; None: all, those that are not text included.
+
+        Raises:
+            InvalidCheckpointError: a tensor is missing, or holds something else than weights.
+        """
+        for name in self._reader.names if names is None else names:
+            yield name, self._reader.read(name)
 
 
 def stack_weights(
@@ -363,6 +385,11 @@ class TensorReader:
         return cls(files)
 
     @property
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._files)
+
+    @property
     def files(self) -> list[Path]:
         """The weight files, sorted by name."""
         return sorted(set(self._files.values()))
@@ -380,34 +407,47 @@ class TensorReader:
             raise InvalidCheckpointError(msg)
         return path
 
-    def side(self, side: str) -> Callable[[str], torch.Tensor]:
-        """Return a function that reads a tensor of the "encoder" or "decoder" by its name without prefix."""
+    def full_name(self, side: str, name: str) -> str:
+        """Return the name in the file of a tensor of the "encoder" or "decoder".
+
+        Raises:
+            InvalidCheckpointError: it is missing.
+        """
+        candidates = [prefix + name for prefix in SIDE_PREFIXES[side]]
+        full_name = next((candidate for candidate in candidates if candidate in self._files), None)
+        if full_name is None:
+            msg = (
+                f"tensor {' or '.join(candidates)} is missing from the checkpoint; it is incomplete or not a "
+                "T5Gemma2 encoder-decoder"
+            )
+            raise InvalidCheckpointError(msg)
+        return full_name
+
+    def read(self, full_name: str) -> torch.Tensor:
+        """Read a tensor by its name in the file.
+
+        Raises:
+            InvalidCheckpointError: the file cannot be read, or holds something else than weights under that name.
+        """
         from safetensors import SafetensorError, safe_open
 
-        def read(name: str) -> torch.Tensor:
-            candidates = [prefix + name for prefix in SIDE_PREFIXES[side]]
-            full_name = next((candidate for candidate in candidates if candidate in self._files), None)
-            if full_name is None:
-                msg = (
-                    f"tensor {' or '.join(candidates)} is missing from the checkpoint; it is incomplete or not a "
-                    "T5Gemma2 encoder-decoder"
-                )
-                raise InvalidCheckpointError(msg)
-            try:
-                with safe_open(self.unchanged(self._files[full_name]), framework="pt") as file:
-                    tensor: torch.Tensor = file.get_tensor(full_name)
-            except SafetensorError as error:
-                msg = f"tensor {full_name} cannot be read from {self._files[full_name]} ({error}); fetch it again"
-                raise InvalidCheckpointError(msg) from error
-            if tensor.dtype not in WEIGHT_DTYPES:
-                msg = (
-                    f"tensor {full_name} must hold floating-point numbers of 16 bits or more, but is {tensor.dtype}; "
-                    "quantised checkpoints are not supported, use the original one"
-                )
-                raise InvalidCheckpointError(msg)
-            return tensor
+        try:
+            with safe_open(self.unchanged(self._files[full_name]), framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(full_name)
+        except SafetensorError as error:
+            msg = f"tensor {full_name} cannot be read from {self._files[full_name]} ({error}); fetch it again"
+            raise InvalidCheckpointError(msg) from error
+        if tensor.dtype not in WEIGHT_DTYPES:
+            msg = (
+                f"tensor {full_name} must hold floating-point numbers of 16 bits or more, but is {tensor.dtype}; "
+                "quantised checkpoints are not supported, use the original one"
+            )
+            raise InvalidCheckpointError(msg)
+        return tensor
 
-        return read
+    def side(self, side: str) -> Callable[[str], torch.Tensor]:
+        """Return a function that reads a tensor of the "encoder" or "decoder" by its name without prefix."""
+        return lambda name: self.read(self.full_name(side, name))
 
 
 def _shards(index: Path) -> list[Path]:
@@ -423,6 +463,12 @@ def _shards(index: Path) -> list[Path]:
         msg = f"{index.name} names shards that are not in {index.parent}: {', '.join(missing)}; fetch the checkpoint again"
         raise InvalidCheckpointError(msg)
     return paths
+
+
+def _side_tensors(config: StackConfig) -> list[str]:
+    """Return the names, without prefix, of one side's tensors."""
+    layers = range(len(config.layer_types))
+    return [f"layers.{i}.{name}" for i in layers for names in LAYER_TENSORS.values() for name in names] + ["norm.weight"]
 
 
 def _weight_shapes(config: StackConfig) -> dict[str, tuple[int, ...]]:
