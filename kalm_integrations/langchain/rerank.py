@@ -15,9 +15,10 @@ from langchain_core.runnables.config import (
     get_callback_manager_for_config,
     run_in_executor,
 )
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from kalm_integrations.core.types import ENCODING_KEY
+from kalm_integrations.core.fusion import check_fusion
+from kalm_integrations.core.types import ENCODING_KEY, FUSED_SCORE_KEY, FusionMethod, RankedPassage
 from kalm_integrations.errors import EncodingError, SettingsError
 from kalm_integrations.langchain.documents import passage, with_encodings, with_metadata, without_encoding
 from kalm_integrations.langchain.model import WithReranker
@@ -49,6 +50,14 @@ class KalmRerank(WithReranker, BaseDocumentCompressor):
     """How many documents to return at most; None returns all."""
     score_threshold: float | None = None
     """Documents that score less are left out, before `top_n` is applied."""
+    fusion: FusionMethod | None = None
+    """Order by the retriever's judgement too: "z_score" adds its scores, "reciprocal_rank" its ranks. `relevance_score` stays
+    P(yes); what decides the order is returned as `metadata["fused_score"]`."""
+    fusion_weight: float | None = None
+    """The reranker's share in a fusion, from 0 to 1."""
+    first_stage_score_key: str | None = None
+    """Metadata key under which documents carry the retriever's score, higher being better. "z_score" needs one;
+    "reciprocal_rank" takes the order of the documents without."""
     instruction: str | None = None
     """What makes a document relevant; may also be given per call. Invalidates no encoding."""
     strip_encodings: bool = True
@@ -60,6 +69,20 @@ class KalmRerank(WithReranker, BaseDocumentCompressor):
     write_back: Callable[[Sequence[Document]], object] | None = Field(None, repr=False)
     """Called after scoring with copies of the documents that had to be encoded, their new encodings in the metadata; see
     `write_back_to`. What it raises is logged."""
+
+    @model_validator(mode="after")
+    def _check_fusion(self) -> KalmRerank:
+        check_fusion(self.fusion, self.fusion_weight)
+        if self.fusion == "z_score" and self.first_stage_score_key is None:
+            msg = (
+                "fusion='z_score' needs first_stage_score_key, but got None; name the metadata key of the retriever's score, "
+                "or use fusion='reciprocal_rank', which takes the order of the documents"
+            )
+            raise SettingsError(msg)
+        if self.fusion is None and self.first_stage_score_key is not None:
+            msg = f"first_stage_score_key={self.first_stage_score_key!r} is for fusion, but fusion is None; set fusion too"
+            raise SettingsError(msg)
+        return self
 
     def compress_documents(
         self,
@@ -81,7 +104,8 @@ class KalmRerank(WithReranker, BaseDocumentCompressor):
 
         Raises:
             EncodingError: `on_missing="error"`, and a document carries no sound encoding.
-            SettingsError: an argument is out of range, or the reranker cannot be made from the settings.
+            SettingsError: an argument is out of range, a document lacks the score that `fusion` needs, or the reranker cannot
+                be made from the settings.
             CheckpointError: the checkpoint is not there or cannot be used.
             NonFiniteScoreError: the model produced NaN or infinite logits.
         """
@@ -152,6 +176,7 @@ class KalmRerank(WithReranker, BaseDocumentCompressor):
     def _rerank(
         self, documents: Sequence[Document], query: str, instruction: str | None, top_n: int | None, *, is_traced: bool
     ) -> _Outcome:
+        first_stage_scores = self._first_stage_scores(documents)
         reranker = self.reranker
         passages = [passage(document, self.encoding_key) for document in documents]
         missing: list[int] = []
@@ -170,10 +195,13 @@ class KalmRerank(WithReranker, BaseDocumentCompressor):
             top_k=self.top_n if top_n is None else top_n,
             score_threshold=self.score_threshold,
             instruction=self.instruction if instruction is None else instruction,
+            first_stage_scores=first_stage_scores,
+            fusion=self.fusion,
+            fusion_weight=self.fusion_weight,
         )
         if missing and self.write_back is not None:
             self._write_back([documents[index] for index in missing])
-        returned = [self._scored(documents[place.index], place.score) for place in ranked]
+        returned = [self._scored(documents[place.index], place) for place in ranked]
         counts = {
             "n_stored": len(documents) - len(missing),
             "n_missing": len(missing),
@@ -181,9 +209,23 @@ class KalmRerank(WithReranker, BaseDocumentCompressor):
         }
         return _Outcome(returned, counts)
 
-    def _scored(self, document: Document, score: float) -> Document:
+    def _first_stage_scores(self, documents: Sequence[Document]) -> list[Any] | None:
+        if self.first_stage_score_key is None:
+            return None
+        scores = [document.metadata.get(self.first_stage_score_key) for document in documents]
+        if None in scores:
+            msg = (
+                f"for fusion every document must carry a score under metadata[{self.first_stage_score_key!r}], but "
+                f"{scores.count(None)} of {len(scores)} do not; have the retriever write it, or use fusion='reciprocal_rank' "
+                "with first_stage_score_key=None"
+            )
+            raise SettingsError(msg)
+        return scores
+
+    def _scored(self, document: Document, place: RankedPassage) -> Document:
         metadata = without_encoding(document, self.encoding_key) if self.strip_encodings else document.metadata
-        return with_metadata(document, {**metadata, "relevance_score": float(score)})
+        added = {"relevance_score": float(place.score)} | ({} if place.fused is None else {FUSED_SCORE_KEY: place.fused})
+        return with_metadata(document, {**metadata, **added})
 
     def _write_back(self, documents: list[Document]) -> None:
         if self.write_back is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from llama_index.core.schema import BaseNode, MetadataMode, RelatedNodeInfo
 
-from kalm_integrations.core.types import FINGERPRINT_KEY, Passage
+from kalm_integrations.core.types import FINGERPRINT_KEY, FUSED_SCORE_KEY, Passage
 
 RETRIEVAL_SCORE_KEY = "retrieval_score"
 """Where rerankers of LlamaIndex keep the score that a node came with."""
@@ -37,9 +37,9 @@ def to_passage(node: BaseNode, encoding_key: str, metadata_mode: MetadataMode) -
     """Return what is encoded of a node, with the encoding that it carries.
 
     The text is that of the node without what rerankers add to it: it is the same before ingest, after retrieval, and behind
-    another reranker that keeps the retrieval score.
+    another reranker that keeps the retrieval score or fuses it.
     """
-    clean = _without(node, {encoding_key, FINGERPRINT_KEY, RETRIEVAL_SCORE_KEY})
+    clean = _without(node, {encoding_key, FINGERPRINT_KEY, FUSED_SCORE_KEY, RETRIEVAL_SCORE_KEY})
     return Passage(clean.get_content(metadata_mode=metadata_mode), node.metadata.get(encoding_key))
 
 

@@ -11,10 +11,11 @@ from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
-from kalm_integrations.core.types import Passage, RankedPassage
-from kalm_integrations.errors import EncodingError
+from kalm_integrations.core.fusion import check_fusion
+from kalm_integrations.core.types import FUSED_SCORE_KEY, FusionMethod, Passage, RankedPassage
+from kalm_integrations.errors import EncodingError, SettingsError
 from kalm_integrations.llama_index.component import RerankerComponent
 from kalm_integrations.llama_index.nodes import RETRIEVAL_SCORE_KEY, attach, strip, to_passage, with_hidden_metadata
 
@@ -39,6 +40,12 @@ class KalmRerank(RerankerComponent, BaseNodePostprocessor):
     """How many nodes to return at most; None returns all."""
     score_threshold: float | None = None
     """Nodes that score less are left out, before `top_n` is applied."""
+    fusion: FusionMethod | None = None
+    """Order by the retriever's judgement too: "z_score" adds the scores that nodes come with, "reciprocal_rank" the ranks in
+    which they come. The score stays P(yes); what decides the order is returned as metadata `fused_score`, hidden from LLMs and
+    embedding models."""
+    fusion_weight: float | None = None
+    """The reranker's share in a fusion, from 0 to 1."""
     instruction: str | None = None
     """What makes a passage relevant. Encodings do not depend on it."""
     system_instruction: str | None = None
@@ -53,6 +60,14 @@ class KalmRerank(RerankerComponent, BaseNodePostprocessor):
     """What happens to nodes without a sound encoding of their text."""
     write_back: WriteBack | None = Field(default=None, exclude=True)
     """Gets what had to be encoded, after scoring. Its errors are logged and never fail a query."""
+
+    @field_validator("fusion_weight")
+    @classmethod
+    def _check_fusion_weight(cls, fusion_weight: float | None, others: ValidationInfo) -> float | None:
+        # A method that is wrong itself is not among the others, and reported for its own part.
+        if "fusion" in others.data:
+            check_fusion(others.data["fusion"], fusion_weight)
+        return fusion_weight
 
     @classmethod
     def class_name(cls) -> str:
@@ -85,10 +100,29 @@ class KalmRerank(RerankerComponent, BaseNodePostprocessor):
         passages = [to_passage(node.node, self.encoding_key, self.metadata_mode) for node in nodes]
         if self.on_missing == "error":
             self._check_encoded(nodes, passages)
-        ranked = self.reranker.rank(query, passages, self.top_n, self.score_threshold, self.instruction)
+        ranked = self.reranker.rank(
+            query,
+            passages,
+            self.top_n,
+            self.score_threshold,
+            self.instruction,
+            first_stage_scores=self._first_stage_scores(nodes) if self.fusion == "z_score" else None,
+            fusion=self.fusion,
+            fusion_weight=self.fusion_weight,
+        )
         if self.write_back is not None:
             self._write(self.write_back, nodes, passages)
         return ranked
+
+    def _first_stage_scores(self, nodes: Sequence[NodeWithScore]) -> list[float]:
+        unscored = [node.node_id for node in nodes if node.score is None]
+        if unscored:
+            msg = (
+                f"fusion='z_score' needs nodes with a score, but {len(unscored)} of {len(nodes)} have none, the first being "
+                f"{unscored[0]}; use a retriever that gives scores, or fusion='reciprocal_rank'"
+            )
+            raise SettingsError(msg)
+        return [node.score for node in nodes if node.score is not None]
 
     def _check_encoded(self, nodes: Sequence[NodeWithScore], passages: Sequence[Passage]) -> None:
         missing = self.reranker.find_unencoded(passages)
@@ -110,4 +144,6 @@ class KalmRerank(RerankerComponent, BaseNodePostprocessor):
 
     def _output(self, node: NodeWithScore, ranked: RankedPassage) -> NodeWithScore:
         update = {RETRIEVAL_SCORE_KEY: node.score} if self.keep_retrieval_score else {}
+        if ranked.fused is not None:
+            update[FUSED_SCORE_KEY] = ranked.fused
         return node.model_copy(update={"node": with_hidden_metadata(node.node, update), "score": float(ranked.score)})

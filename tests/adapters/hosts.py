@@ -20,12 +20,14 @@ class Host(Protocol):
     name: str
 
     def document(self, key: str, text: str, metadata: dict[str, Any]) -> Any: ...
+    def retrieved(self, document: Any, score: float | None) -> Any: ...
     def with_text(self, document: Any, text: str) -> Any: ...
     def key(self, document: Any) -> str: ...
     def score(self, document: Any) -> Any: ...
     def metadata(self, document: Any) -> dict[str, Any]: ...
     def ingest(self, model: Any, documents: Sequence[Any]) -> list[Any]: ...
     def rerank(self, model: Any, query: str, documents: Sequence[Any], top: int, **settings: Any) -> list[Any]: ...
+    def fuse(self, model: Any, query: str, retrieved: Sequence[Any], **settings: Any) -> list[Any]: ...
     async def arerank(self, model: Any, query: str, documents: Sequence[Any], top: int) -> list[Any]: ...
 
 
@@ -34,6 +36,9 @@ class LangChain:
 
     def document(self, key, text, metadata):
         return LangChainDocument(id=key, page_content=text, metadata=metadata)
+
+    def retrieved(self, document, score):
+        return document if score is None else document.model_copy(update={"metadata": {**document.metadata, "bm25": score}})
 
     def with_text(self, document, text):
         return document.model_copy(update={"page_content": text})
@@ -45,13 +50,17 @@ class LangChain:
         return document.metadata["relevance_score"]
 
     def metadata(self, document):
-        return {k: v for k, v in document.metadata.items() if k != "relevance_score"}
+        return {k: v for k, v in document.metadata.items() if k not in ("relevance_score", "bm25")}
 
     def ingest(self, model, documents):
         return list(langchain.KalmPassageEncoder(model=model).transform_documents(documents))
 
     def rerank(self, model, query, documents, top, **settings):
         return list(langchain.KalmRerank(model=model, top_n=top, **settings).compress_documents(documents, query))
+
+    def fuse(self, model, query, retrieved, **settings):
+        key = "bm25" if settings["fusion"] == "z_score" else None
+        return self.rerank(model, query, retrieved, None, first_stage_score_key=key, **settings)
 
     async def arerank(self, model, query, documents, top):
         return list(await langchain.KalmRerank(model=model, top_n=top).acompress_documents(documents, query))
@@ -63,6 +72,9 @@ class LlamaIndex:
     def document(self, key, text, metadata):
         # Metadata out of the text, which the other hosts do not put into it either.
         return TextNode(id_=key, text=text, metadata=metadata, excluded_embed_metadata_keys=list(metadata))
+
+    def retrieved(self, document, score):
+        return NodeWithScore(node=document, score=score)
 
     def with_text(self, document, text):
         return document.model_copy(update={"text": text})
@@ -83,6 +95,9 @@ class LlamaIndex:
         nodes = [NodeWithScore(node=node, score=0.5) for node in documents]
         return llama_index.KalmRerank(model, top_n=top, **settings).postprocess_nodes(nodes, QueryBundle(query))
 
+    def fuse(self, model, query, retrieved, **settings):
+        return llama_index.KalmRerank(model, top_n=None, **settings).postprocess_nodes(retrieved, QueryBundle(query))
+
     async def arerank(self, model, query, documents, top):
         nodes = [NodeWithScore(node=node, score=0.5) for node in documents]
         return await llama_index.KalmRerank(model, top_n=top).apostprocess_nodes(nodes, QueryBundle(query))
@@ -93,6 +108,9 @@ class Haystack:
 
     def document(self, key, text, metadata):
         return HaystackDocument(id=key, content=text, meta=metadata)
+
+    def retrieved(self, document, score):
+        return replace(document, score=score)
 
     def with_text(self, document, text):
         return replace(document, content=text)
@@ -111,6 +129,9 @@ class Haystack:
 
     def rerank(self, model, query, documents, top, **settings):
         return haystack.KalmRanker(model=model, top_k=top, **settings).run(query, list(documents))["documents"]
+
+    def fuse(self, model, query, retrieved, **settings):
+        return self.rerank(model, query, retrieved, 10, **settings)
 
     async def arerank(self, model, query, documents, top):
         return (await haystack.KalmRanker(model=model, top_k=top).run_async(query, list(documents)))["documents"]

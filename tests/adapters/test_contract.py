@@ -8,7 +8,8 @@ import pytest
 from adapters.hosts import HOSTS, Host, gather
 
 from kalm_integrations import KalmReranker
-from kalm_integrations.errors import EncodingError
+from kalm_integrations.core.fusion import DEFAULT_WEIGHTS
+from kalm_integrations.errors import EncodingError, SettingsError
 
 TEXTS = [
     "The Panthers defense gave up just 308 points.",
@@ -111,6 +112,53 @@ def test_threshold_comes_before_the_cut(host, reranker):
     assert len(host.rerank(reranker, QUERY, documents(host), top=10, score_threshold=threshold)) == 3
     assert len(host.rerank(reranker, QUERY, documents(host), top=2, score_threshold=threshold)) == 2
     assert host.rerank(reranker, QUERY, documents(host), top=10, score_threshold=1.01) == []
+
+
+FIRST_STAGE = [3.0, 9.5, 0.0, 4.0, 1.0]
+
+
+@pytest.mark.parametrize("fusion_weight", [None, 0.2])
+@pytest.mark.parametrize("fusion", DEFAULT_WEIGHTS)
+def test_fusion_orders_by_both_stages(host, reranker, fusion, fusion_weight):
+    """As the core does it: the host's scores for z_score, the host's order for reciprocal_rank; the score stays P(yes)."""
+    retrieved = [host.retrieved(d, score) for d, score in zip(documents(host), FIRST_STAGE, strict=True)]
+    ranked = host.fuse(reranker, QUERY, retrieved, fusion=fusion, fusion_weight=fusion_weight)
+    scores = FIRST_STAGE if fusion == "z_score" else [5, 4, 3, 2, 1]
+    expected = reranker.rank(QUERY, TEXTS, first_stage_scores=scores, fusion=fusion, fusion_weight=fusion_weight)
+    assert [host.key(d) for d in ranked] == [f"id-{p.index}" for p in expected]
+    assert [host.score(d) for d in ranked] == pytest.approx([p.score for p in expected], abs=1e-6)
+    assert [host.metadata(d)["fused_score"] for d in ranked] == pytest.approx([p.fused for p in expected], abs=1e-6)
+    assert all(type(host.metadata(d)["fused_score"]) is float for d in ranked)
+    cut = host.fuse(reranker, QUERY, retrieved, fusion=fusion, fusion_weight=fusion_weight, score_threshold=1.01)
+    assert cut == []
+
+
+def test_without_fusion_nothing_is_added(host, reranker):
+    assert all("fused_score" not in host.metadata(d) for d in host.rerank(reranker, QUERY, documents(host), top=10))
+
+
+def test_z_scores_without_scores_are_an_error(host, reranker):
+    """Before any work, and never silently something else; ranks need none."""
+    scores = [1.0, None, 2.0, None, 3.0]
+    retrieved = [host.retrieved(d, score) for d, score in zip(documents(host), scores, strict=True)]
+    with pytest.raises(SettingsError, match=r"2 of 5 .*fusion='reciprocal_rank'"):
+        host.fuse(reranker, QUERY, retrieved, fusion="z_score")
+    assert reranker.stats.passages_encoded == 0
+    assert len(host.fuse(reranker, QUERY, retrieved, fusion="reciprocal_rank")) == len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fusion": "sum"}, "z_score"),
+        ({"fusion": "z_score", "fusion_weight": 2.0}, "from 0 .* to 1"),
+        ({"fusion": None, "fusion_weight": 0.5}, "needs a fusion"),
+    ],
+)
+def test_bad_fusion_is_refused_when_a_component_is_made(host, reranker, settings, message):
+    """Without documents nothing else would notice."""
+    with pytest.raises(ValueError, match=message):
+        host.fuse(reranker, QUERY, [], **settings)
 
 
 def test_stale_text_after_an_upsert(host, reranker):

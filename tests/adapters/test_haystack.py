@@ -433,6 +433,8 @@ class TestSerialisation:
                 "token": DEFAULT_TOKEN,
                 "top_k": 10,
                 "score_threshold": None,
+                "fusion": None,
+                "fusion_weight": None,
                 "instruction": None,
                 "system_instruction": None,
                 "meta_fields_to_embed": [],
@@ -492,6 +494,8 @@ class TestSerialisation:
         ranking = {
             "top_k": 3,
             "score_threshold": 0.25,
+            "fusion": "z_score",
+            "fusion_weight": 0.25,
             "instruction": "Find it.",
             "system_instruction": "Judge.",
             "max_query_tokens": 40,

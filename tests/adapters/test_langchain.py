@@ -125,6 +125,35 @@ def test_order_top_n_and_threshold():
     assert texts(above) == [d.page_content for d in everything if d.metadata["relevance_score"] >= threshold]
 
 
+def test_a_retriever_s_scores_may_lie_under_any_key():
+    """Also under the one that is written over, as after another reranker."""
+    documents = [Document(text, metadata={"relevance_score": score}) for text, score in (("league", 2.0), ("x", 9.0))]
+    rerank = KalmRerank(model=FakeReranker(), fusion="z_score", fusion_weight=0.1, first_stage_score_key="relevance_score")
+    results = rerank.compress_documents(documents, "league")
+    assert texts(results) == ["x", "league"]
+    assert scores(results) == FakeReranker().score("league", ["x", "league"])
+
+
+def test_reciprocal_ranks_take_scores_where_a_key_is_named():
+    documents = [Document(text, metadata={"bm25": score}) for text, score in (("a", 1), ("b", 3), ("c", 2))]
+    by_score = KalmRerank(model=FakeReranker(), fusion="reciprocal_rank", first_stage_score_key="bm25")
+    assert texts(by_score.compress_documents(documents, "league")) == ["b", "c", "a"]
+    by_order = KalmRerank(model=FakeReranker(), fusion="reciprocal_rank")
+    assert texts(by_order.compress_documents(documents, "league")) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fusion": "z_score"}, "needs first_stage_score_key, but got None; .* or use fusion='reciprocal_rank'"),
+        ({"first_stage_score_key": "bm25"}, "first_stage_score_key='bm25' is for fusion, but fusion is None; set fusion too"),
+    ],
+)
+def test_fusion_and_the_key_of_its_scores_belong_together(settings, message):
+    with pytest.raises(ValueError, match=message):
+        KalmRerank(model=FakeReranker(), **settings)
+
+
 def test_ties_keep_their_order_and_duplicates_are_encoded_once(make_reranker: MakeReranker):
     reranker = make_reranker()
     documents = [Document("same", id=str(i)) for i in range(4)]

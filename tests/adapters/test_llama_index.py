@@ -623,8 +623,24 @@ def test_bad_settings_are_refused_at_construction(settings, message):
         KalmRerank(**settings)
 
 
+def test_a_fused_score_is_in_no_text():
+    """Neither in what models see, nor in what the next reranker reads: the encoding that came with a node stays valid."""
+    stored = KalmPassageEncoder(FakeReranker())(make_nodes())
+    fused = KalmRerank(FakeReranker(), fusion="z_score", strip_encodings=False).postprocess_nodes(
+        scored(stored), query_str=QUERY
+    )
+    assert all(type(node.metadata["fused_score"]) is float for node in fused)
+    assert not any(
+        "fused_score" in node.node.get_content(mode) for node in fused for mode in (MetadataMode.LLM, MetadataMode.EMBED)
+    )
+    after = FakeReranker()
+    KalmRerank(after).postprocess_nodes(fused, query_str=QUERY)
+    assert after.stats.passages_encoded == 0
+
+
 def test_components_survive_serialisation(tiny_checkpoint):
     settings = {"top_n": 2, "score_threshold": 0.1, "metadata_mode": "llm", "model_kwargs": {"cache_bytes": 0}}
+    settings |= {"fusion": "z_score", "fusion_weight": 0.25}
     postprocessor = KalmRerank(tiny_checkpoint, write_back=print, **settings)
     encoder = KalmPassageEncoder(tiny_checkpoint, compression_ratio=2, model_kwargs={"payload_store": {}})
     for component in (postprocessor, encoder):

@@ -13,7 +13,8 @@ from haystack.utils import ComponentDevice, Secret, deserialize_callable, serial
 from haystack_integrations.common.kalm.documents import DocumentLayout, check_documents
 from haystack_integrations.common.kalm.models import HUB_TOKEN, WithReranker
 from haystack_integrations.common.kalm.stores import check_updatable, write_encodings
-from kalm_integrations.core.types import ENCODING_KEY, Passage, Reranker
+from kalm_integrations.core.fusion import check_fusion
+from kalm_integrations.core.types import ENCODING_KEY, FUSED_SCORE_KEY, FusionMethod, Passage, RankedPassage, Reranker
 from kalm_integrations.errors import EncodingError, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class KalmRanker(WithReranker):
         token: Secret | None = HUB_TOKEN,
         top_k: int = 10,
         score_threshold: float | None = None,
+        fusion: FusionMethod | None = None,
+        fusion_weight: float | None = None,
         instruction: str | None = None,
         system_instruction: str | None = None,
         meta_fields_to_embed: list[str] | None = None,
@@ -77,6 +80,10 @@ class KalmRanker(WithReranker):
             token: for private hub repositories.
             top_k: how many documents to return at most.
             score_threshold: documents that score less (0 to 1) are left out, before `top_k` is applied.
+            fusion: order by the retriever's judgement too: "z_score" adds the scores that documents come with,
+                "reciprocal_rank" the ranks in which they come. `score` stays P(yes); what decides the order is returned as
+                `meta["fused_score"]`.
+            fusion_weight: the reranker's share in a fusion, from 0 to 1.
             instruction: what makes a document relevant; changing it leaves encodings valid.
             system_instruction: the sentence that tells the model to judge.
             meta_fields_to_embed: meta fields whose values are put in front of the content; the same as the encoder's.
@@ -97,6 +104,7 @@ class KalmRanker(WithReranker):
             SettingsError: a value breaks a rule; it is a ValueError.
         """
         _check_top_k(top_k)
+        check_fusion(fusion, fusion_weight)
         if on_missing not in ("encode", "error"):
             msg = f"on_missing must be 'encode' or 'error', but got {on_missing!r}"
             raise SettingsError(msg)
@@ -113,6 +121,8 @@ class KalmRanker(WithReranker):
         self.token = token
         self.top_k = top_k
         self.score_threshold = score_threshold
+        self.fusion = fusion
+        self.fusion_weight = fusion_weight
         self.instruction = instruction
         self.system_instruction = system_instruction
         self.meta_fields_to_embed = meta_fields_to_embed or []
@@ -186,11 +196,12 @@ class KalmRanker(WithReranker):
             instruction: replaces the component's for this call.
 
         Returns:
-            `documents`: copies with P(yes) as `score`, best first; ties keep their order.
+            `documents`: copies with P(yes) as `score`, best first by it, or by the fused score; ties keep their order.
 
         Raises:
             TypeError: `documents` is not a list of Documents.
-            SettingsError: `query` is empty, or `top_k` is not positive; it is a ValueError.
+            SettingsError: `query` is empty, `top_k` is not positive, or a document lacks the score that `fusion` needs; it is
+                a ValueError.
             EncodingError: a document has no sound encoding, and `on_missing` is "error".
         """
         check_documents(documents, "KalmRanker")
@@ -211,8 +222,11 @@ class KalmRanker(WithReranker):
             top_k=self.top_k if top_k is None else top_k,
             score_threshold=self.score_threshold if score_threshold is None else score_threshold,
             instruction=self.instruction if instruction is None else instruction,
+            first_stage_scores=_retrieval_scores(candidates) if self.fusion == "z_score" else None,
+            fusion=self.fusion,
+            fusion_weight=self.fusion_weight,
         )
-        ranked_documents = [self._scored(candidates[place.index], place.score) for place in ranked]
+        ranked_documents = [self._scored(candidates[place.index], place) for place in ranked]
         if missing:
             self._write_back(reranker, [candidates[i] for i in missing], [passages[i].text for i in missing])
         return {"documents": ranked_documents}
@@ -247,9 +261,11 @@ class KalmRanker(WithReranker):
             raise EncodingError(msg)
         return missing
 
-    def _scored(self, document: Document, score: float) -> Document:
+    def _scored(self, document: Document, place: RankedPassage) -> Document:
         meta = self._layout.strip(document.meta) if self.strip_encodings else dict(document.meta)
-        return replace(document, score=score, meta=meta)
+        if place.fused is not None:
+            meta[FUSED_SCORE_KEY] = place.fused
+        return replace(document, score=place.score, meta=meta)
 
     def _write_back(self, reranker: Reranker, documents: list[Document], texts: list[str]) -> None:
         """Hand encodings to the store. The query has its answer: whatever goes wrong is logged."""
@@ -292,6 +308,22 @@ def _best_of_each_id(documents: list[Document]) -> list[Document]:
         if kept is None or _retrieval_score(document) > _retrieval_score(kept):
             best[document.id] = document
     return list(best.values())
+
+
+def _retrieval_scores(documents: list[Document]) -> list[float]:
+    """Return the scores that documents came with.
+
+    Raises:
+        SettingsError: one has none.
+    """
+    unscored = [document.id for document in documents if document.score is None]
+    if unscored:
+        msg = (
+            f"fusion='z_score' needs documents with a score, but {len(unscored)} of {len(documents)} have none, first "
+            f"{unscored[0]}; use a retriever that gives scores, or fusion='reciprocal_rank'"
+        )
+        raise SettingsError(msg)
+    return [_retrieval_score(document) for document in documents]
 
 
 def _retrieval_score(document: Document) -> float:
