@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
+from kalm_integrations.core.calibration import Calibration
 from kalm_integrations.core.layers import (
     ACTIVATIONS,
     EmbeddingWeights,
@@ -120,6 +121,8 @@ class CheckpointDefaults(BaseModel):
     system_instruction: str | None = None
     max_passage_tokens: PositiveInt | None = None
     max_query_tokens: PositiveInt | None = None
+    calibration: Calibration | None = None
+    """Used by who asks for it; no default."""
 
 
 def resolve(model: str | os.PathLike[str], revision: str | None = None, token: str | None = None) -> Path:

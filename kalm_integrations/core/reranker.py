@@ -8,13 +8,14 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalm_integrations.core import prompts
 from kalm_integrations.core.caches import CacheKey, EncodingCache, LmdbPayloadStore
+from kalm_integrations.core.calibration import Calibration
 from kalm_integrations.core.encoding import EncodedPassage, fingerprint, hash_text
 from kalm_integrations.core.fusion import check_first_stage, check_fusion, fuse
 from kalm_integrations.core.ranking import best_first, check_cut
@@ -47,6 +48,8 @@ from kalm_integrations.errors import (
 if TYPE_CHECKING:
     import torch
 
+    from kalm_integrations.core.checkpoint import Checkpoint
+
 logger = logging.getLogger(__name__)
 
 
@@ -76,6 +79,7 @@ class KalmReranker:
         self._encoder = encoder
         self._storage = storage
         self._query = query
+        self._calibration = _choose_calibration(query.calibration, runtime.checkpoint)
         self._cache = EncodingCache(query.cache_bytes)
         self._stats = RuntimeStats()
         self._stats_lock = threading.Lock()
@@ -103,6 +107,7 @@ class KalmReranker:
         encode_batch_size: int | None = None,
         score_batch_size: int | None = None,
         cache_bytes: int | None = None,
+        calibration: bool | Calibration | Mapping[str, float] | None = None,
     ) -> KalmReranker:
         """Open a checkpoint. Its weights are loaded when they are first needed.
 
@@ -132,6 +137,8 @@ class KalmReranker:
             encode_batch_size: passages per encoder batch; None chooses by device.
             score_batch_size: passages per decoder batch; None chooses by device.
             cache_bytes: bound of the in-memory cache of encodings; 256 MiB by default, 0 switches it off.
+            calibration: makes scores probabilities: True takes what `kalm calibrate` has saved beside the checkpoint, or give
+                `{"temperature": …, "bias": …}`. Off by default. Margins, the order and encodings do not depend on it.
 
         Raises:
             SettingsError: a setting is out of range or unknown.
@@ -149,7 +156,7 @@ class KalmReranker:
             msg = f"model must be an alias, a hub id or a folder, but got {type(model).__name__}"
             raise SettingsError(msg)
         runtime = get_runtime(model, revision, device, dtype, token)
-        defaults = runtime.checkpoint.defaults.model_dump()
+        defaults = runtime.checkpoint.defaults.model_dump(exclude={"calibration"})
         return cls(
             runtime,
             make_settings(EncoderSettings, given, defaults),
@@ -187,6 +194,11 @@ class KalmReranker:
     def compression_ratio(self) -> int:
         """Encoder tokens per state."""
         return self._storage.compression_ratio
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What makes scores of margins, if not the sigmoid alone."""
+        return self._calibration
 
     def warm_up(self, *, encoder: bool = True, decoder: bool = True) -> None:
         """Load weights now: the encoder's instead of at the first miss, the decoder's instead of at the first score."""
@@ -272,7 +284,7 @@ class KalmReranker:
             StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
             NonFiniteScoreError: the model produced NaN or infinite logits.
         """
-        return [_sigmoid(margin) for margin in self._margins(query, passages, instruction)]
+        return self._scores(self._margins(query, passages, instruction))
 
     def rank(
         self,
@@ -313,7 +325,13 @@ class KalmReranker:
         first_stage = check_first_stage(first_stage_scores, len(passages), fusion)
         margins = self._margins(query, passages, instruction)
         fused = None if fusion is None else fuse(margins, first_stage, fusion, fusion_weight)
-        return best_first([_sigmoid(margin) for margin in margins], margins, top_k, score_threshold, fused)
+        return best_first(self._scores(margins), margins, top_k, score_threshold, fused)
+
+    def _scores(self, margins: Sequence[float]) -> list[float]:
+        """Return P(yes) for margins."""
+        if self._calibration is not None:
+            margins = [self._calibration.apply(margin) for margin in margins]
+        return [_sigmoid(margin) for margin in margins]
 
     def _margins(self, query: str, passages: Sequence[AnyPassage], instruction: str | None) -> list[float]:
         if not isinstance(query, str):
@@ -518,6 +536,23 @@ def as_reranker(model: Reranker | str | os.PathLike[str], **settings: Any) -> Re
 @functools.cache
 def _notice_pico() -> None:
     logger.warning("using the small built-in checkpoint 'pico'; for production pass model='nano' or larger")
+
+
+def _choose_calibration(wanted: bool | Calibration, checkpoint: Checkpoint) -> Calibration | None:
+    """Return the calibration that was asked for.
+
+    Raises:
+        SettingsError: it is the checkpoint's, which has none.
+    """
+    if isinstance(wanted, Calibration):
+        return wanted
+    if wanted and checkpoint.defaults.calibration is None:
+        msg = (
+            f"calibration=True needs one in the checkpoint's kalm_reranker.json, but {checkpoint.folder} has none; make one "
+            'with kalm calibrate, or pass {"temperature": …, "bias": …}'
+        )
+        raise SettingsError(msg)
+    return checkpoint.defaults.calibration if wanted else None
 
 
 def _check_payload_store(store: object, storage_mode: str | None) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
+from kalm_integrations.core.calibration import Calibration
 from kalm_integrations.core.encoding import MAX_TOKENS, check_codec
 from kalm_integrations.core.prompts import INSTRUCTION, SYSTEM_INSTRUCTION
 from kalm_integrations.errors import SettingsError
@@ -51,6 +52,8 @@ class QuerySettings(_Settings):
     encode_batch_size: PositiveInt | None = None
     score_batch_size: PositiveInt | None = None
     cache_bytes: int = Field(256 * 2**20, ge=0)
+    calibration: bool | Calibration = False
+    """True takes the checkpoint's."""
 
 
 AnySettings = TypeVar("AnySettings", bound=_Settings)
