@@ -39,6 +39,8 @@ class WithReranker(BaseModel):
     """Longer queries are cut; 512 if not set."""
     system_instruction: str | None = None
     """The sentence that tells the model to judge."""
+    calibration: bool | dict[str, float] | None = None
+    """Make scores probabilities: True takes what `kalm calibrate` saved in the checkpoint, or give temperature and bias."""
     model_kwargs: dict[str, Any] = Field(default_factory=dict, repr=False)
     """What else `KalmReranker.from_pretrained` takes: storage_mode, payload_store, cache_bytes, batch sizes, …"""
 

@@ -30,6 +30,7 @@ _SETTINGS = (
     "max_passage_tokens",
     "max_query_tokens",
     "system_instruction",
+    "calibration",
 )
 
 

@@ -52,6 +52,8 @@ class KalmRerank(RerankerComponent, BaseNodePostprocessor):
     """The sentence that tells the model to judge."""
     max_query_tokens: PositiveInt | None = None
     """Longer queries are cut."""
+    calibration: bool | dict[str, float] | None = None
+    """Make scores probabilities: True takes what `kalm calibrate` saved in the checkpoint, or give temperature and bias."""
     keep_retrieval_score: bool = False
     """Keep the score that a node came with as metadata `retrieval_score`, hidden from LLMs and embedding models."""
     strip_encodings: bool = True

@@ -161,6 +161,16 @@ def test_bad_fusion_is_refused_when_a_component_is_made(host, reranker, settings
         host.fuse(reranker, QUERY, [], **settings)
 
 
+def test_calibration_goes_through_to_the_reranker(host, make_reranker, tiny_checkpoint):
+    calibration = {"temperature": 3.0, "bias": -1.0}
+    ranked = host.rerank(str(tiny_checkpoint), QUERY, documents(host), top=10, calibration=calibration)
+    expected = make_reranker(calibration=calibration).rank(QUERY, TEXTS)
+    assert [host.key(d) for d in ranked] == [f"id-{p.index}" for p in expected]
+    assert [host.score(d) for d in ranked] == pytest.approx([p.score for p in expected], abs=1e-6)
+    with pytest.raises(SettingsError, match="calibration=True needs one in the checkpoint"):
+        host.rerank(str(tiny_checkpoint), QUERY, documents(host), top=10, calibration=True)
+
+
 def test_stale_text_after_an_upsert(host, reranker):
     """An encoding that stayed behind when the text changed is noticed, counted, and not used."""
     stored = host.ingest(reranker, documents(host))

@@ -640,7 +640,7 @@ def test_a_fused_score_is_in_no_text():
 
 def test_components_survive_serialisation(tiny_checkpoint):
     settings = {"top_n": 2, "score_threshold": 0.1, "metadata_mode": "llm", "model_kwargs": {"cache_bytes": 0}}
-    settings |= {"fusion": "z_score", "fusion_weight": 0.25}
+    settings |= {"fusion": "z_score", "fusion_weight": 0.25, "calibration": {"temperature": 2.0, "bias": -1.0}}
     postprocessor = KalmRerank(tiny_checkpoint, write_back=print, **settings)
     encoder = KalmPassageEncoder(tiny_checkpoint, compression_ratio=2, model_kwargs={"payload_store": {}})
     for component in (postprocessor, encoder):

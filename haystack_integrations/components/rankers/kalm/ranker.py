@@ -62,6 +62,7 @@ class KalmRanker(WithReranker):
         max_inline_bytes: int | None = None,
         max_passage_tokens: int | None = None,
         max_query_tokens: int | None = None,
+        calibration: bool | dict[str, float] | None = None,
         strip_encodings: bool = True,
         encoding_key: str = ENCODING_KEY,
         on_missing: Literal["encode", "error"] = "encode",
@@ -93,6 +94,8 @@ class KalmRanker(WithReranker):
             max_inline_bytes: bound of the strings that are written back.
             max_passage_tokens: longer documents are cut; 1,024 by default; the same as the encoder's.
             max_query_tokens: longer queries are cut; 512 by default.
+            calibration: make scores probabilities: True takes what `kalm calibrate` saved beside the checkpoint, or give
+                `{"temperature": ..., "bias": ...}`.
             strip_encodings: return documents without encodings, so that none reaches a prompt or a trace.
             encoding_key: meta key of the encoding.
             on_missing: what to do with documents whose encoding is missing or stale: "encode" them, or raise an "error".
@@ -132,6 +135,7 @@ class KalmRanker(WithReranker):
         self.max_inline_bytes = max_inline_bytes
         self.max_passage_tokens = max_passage_tokens
         self.max_query_tokens = max_query_tokens
+        self.calibration = calibration
         self.strip_encodings = strip_encodings
         self.encoding_key = encoding_key
         self.on_missing = on_missing
@@ -291,6 +295,7 @@ class KalmRanker(WithReranker):
             "max_inline_bytes": self.max_inline_bytes,
             "max_passage_tokens": self.max_passage_tokens,
             "max_query_tokens": self.max_query_tokens,
+            "calibration": self.calibration,
         }
 
 
