@@ -8,6 +8,7 @@ import random
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -15,9 +16,11 @@ from kalm_integrations import EncodedPassage, KalmReranker
 from kalm_integrations.core.fusion import fuse
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.beir import Collection
+from kalm_integrations.evaluation.candidates import encode_candidates, find_candidates, score_settings
 from kalm_integrations.evaluation.first_stage import BM25
-from kalm_integrations.evaluation.metrics import bootstrap_interval, kendall_tau, ndcg_at_10
+from kalm_integrations.evaluation.metrics import bootstrap_interval, bootstrap_intervals, kendall_tau, measure, ndcg_at_10
 from kalm_integrations.evaluation.report import Report, evaluate
+from kalm_integrations.evaluation.runs import read_run, write_run
 
 WORDS = ["wing", "drag", "lift", "bowl", "team", "league", "jazz", "river", "stone", "glass"]
 
@@ -54,6 +57,12 @@ def test_ndcg_has_the_book_s_values() -> None:
     assert (values["c"], values["d"]) == (0, 0)
 
 
+def test_measures_are_those_asked_for() -> None:
+    """By name and query; the first relevant passage at rank 2 of 3."""
+    values = measure({"q": {"x": 1, "y": 1}}, {"q": ["z", "x", "w"]}, ["RR@10", "R@3", "P@2"])
+    assert values == {"RR@10": {"q": 0.5}, "R@3": {"q": 0.5}, "P@2": {"q": 0.5}}
+
+
 def test_bootstrap_interval_is_that_of_a_mean() -> None:
     draw = random.Random(1)
     differences = [draw.gauss(0.1, 0.5) for _ in range(400)]
@@ -63,6 +72,7 @@ def test_bootstrap_interval_is_that_of_a_mean() -> None:
     assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error)
     assert high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
     assert bootstrap_interval([0.25] * 10) == (0.25, 0.25)
+    assert bootstrap_intervals([differences, [0.25] * 400], seed=3) == [pytest.approx((low, high), abs=0.02), (0.25, 0.25)]
 
 
 def test_report_has_the_orders_that_ranking_gives(
@@ -74,11 +84,12 @@ def test_report_has_the_orders_that_ranking_gives(
     candidates = {q: [ids[i] for i in indices] for q, (indices, _) in zip(collection.queries, found, strict=True)}
     scores = {q: scores for q, (_, scores) in zip(collection.queries, found, strict=True)}
     baseline = ndcg_at_10(collection.qrels, candidates)
-    assert report.first_stage_ndcg == pytest.approx(statistics.fmean(baseline.values()))
-    assert [(s.ratio, s.codec) for s in report.settings] == [(1, "fp32"), (1, "int4"), (32, "fp32"), (32, "int4")]
+    first, *systems = report.systems
+    assert (first.name, first.means, first.differences) == ("bm25", {"nDCG@10": pytest.approx(fmean(baseline.values()))}, {})
+    assert [(s.ratio, s.codec) for s in systems[::2]] == [(1, "fp32"), (1, "int4"), (32, "fp32"), (32, "int4")]
     orders = set()
-    for setting in report.settings:
-        reranker = make_reranker(compression_ratio=setting.ratio, storage_codec=setting.codec)
+    for alone, summed in zip(systems[::2], systems[1::2], strict=True):
+        reranker = make_reranker(compression_ratio=alone.ratio, storage_codec=alone.codec)
         stored = [metadata["kalm_encoding"] for metadata in reranker.encode_to_metadata(list(collection.passages.values()))]
         encodings = dict(zip(ids, map(EncodedPassage.from_metadata, stored), strict=True))
         reranked, fused = {}, {}
@@ -87,41 +98,35 @@ def test_report_has_the_orders_that_ranking_gives(
             total = fuse([p.margin for p in sorted(ranked, key=lambda p: p.index)], scores[query_id], "z_score")
             reranked[query_id] = [candidates[query_id][p.index] for p in ranked]
             fused[query_id] = [i for _, i in sorted(zip(total, candidates[query_id], strict=True), key=lambda p: -p[0])]
-        for measured, rankings in ((setting.reranked, reranked), (setting.fused, fused)):
+        for system, rankings in ((alone, reranked), (summed, fused)):
             values = ndcg_at_10(collection.qrels, rankings)
-            differences = [values[q] - baseline[q] for q in baseline]
-            assert measured.ndcg == pytest.approx(statistics.fmean(values.values()))
-            assert measured.difference == pytest.approx(measured.ndcg - report.first_stage_ndcg)
-            assert (measured.low, measured.high) == pytest.approx(bootstrap_interval(differences, 0))
-        assert setting.mean_characters == pytest.approx(
-            statistics.fmean(map(len, (stored[ids.index(i)] for i in used(candidates))))
-        )
+            assert system.means["nDCG@10"] == pytest.approx(fmean(values.values()))
+            difference = system.differences["bm25"]
+            assert difference.mean == pytest.approx(fmean(values.values()) - fmean(baseline.values()))
+            assert difference.low <= difference.mean <= difference.high
         orders.add(json.dumps(reranked))
     assert len(orders) == 4, "ratios and codecs must show in the orders, or this test tells nothing"
-
-
-def used(candidates: dict[str, list[str]]) -> set[str]:
-    return {passage_id for ids in candidates.values() for passage_id in ids}
 
 
 def test_candidates_are_encoded_once(collection: Collection, make_reranker: Callable[..., KalmReranker]) -> None:
     """Whatever number of queries, ratios and codecs; passages that are no candidate are not encoded at all."""
     reranker = make_reranker(compression_ratio=2)
     report = evaluate(reranker, collection, ratios=[2, 4, 4], codecs=["fp16", "int8"], top_k=2, n_queries=3)
-    assert len(report.settings) == 4
+    assert len(report.systems) == 1 + 4 * 2
     assert reranker.stats.passages_encoded == report.n_passages <= 6
-    # Each ratio once more with states in float32, for comparison.
-    assert reranker.stats.passages_scored == (4 + 2) * 3 * 2
+    assert reranker.stats.passages_scored == 4 * 3 * 2
 
 
-def test_codecs_are_compared_with_float32(collection: Collection, reranker: KalmReranker) -> None:
-    """fp32 changes nothing; the fewer bits a codec has, the more it changes."""
-    report = evaluate(reranker, collection, ratios=[1], codecs=["fp32", "fp16", "int8", "int4"])
-    exact, *lossy = report.settings
-    assert (exact.max_score_change, exact.rank_agreement) == (0, 1)
-    changes = [setting.max_score_change for setting in lossy]
-    assert 0 < changes[0] < changes[1] < changes[2]
-    assert all(-1 <= setting.rank_agreement <= 1 for setting in lossy)
+def test_stored_size_is_that_of_the_metadata(
+    collection: Collection, reranker: KalmReranker, make_reranker: Callable[..., KalmReranker]
+) -> None:
+    candidates = find_candidates(collection, top_k=3)
+    encoded = encode_candidates(reranker, collection, candidates)
+    for scored in score_settings(reranker, candidates, encoded, [1, 4], ["fp32", "int8"]):
+        stored = make_reranker(compression_ratio=scored.ratio, storage_codec=scored.codec).encode_to_metadata(
+            [collection.passages[i] for i in encoded]
+        )
+        assert scored.mean_bytes == pytest.approx(fmean(len(metadata["kalm_encoding"]) for metadata in stored))
 
 
 def test_kendall_tau() -> None:
@@ -132,25 +137,20 @@ def test_kendall_tau() -> None:
     assert kendall_tau([1, 1], [1, 2]) == 1, "nothing is ordered, so nothing is disputed"
 
 
-def test_query_sample_depends_on_the_seed_only(collection: Collection, reranker: KalmReranker) -> None:
-    def first_stage(seed: int, n_queries: int | None) -> float:
-        options = {"ratios": [64], "codecs": ["fp16"], "top_k": 3, "n_queries": n_queries, "seed": seed}
-        report = evaluate(reranker, collection, **options)
-        assert report.n_queries == min(n_queries or 6, 6)
-        return report.first_stage_ndcg
+def test_query_sample_depends_on_the_seed_only(collection: Collection) -> None:
+    def draw(seed: int, n_queries: int | None) -> list[str]:
+        return list(find_candidates(collection, top_k=3, n_queries=n_queries, seed=seed))
 
-    assert first_stage(0, 2) == first_stage(0, 2)
-    assert len({first_stage(seed, 2) for seed in range(5)}) > 1
-    assert first_stage(0, 100) == first_stage(1, None)
+    assert draw(0, 2) == draw(0, 2)
+    assert len({tuple(draw(seed, 2)) for seed in range(5)}) > 1
+    assert draw(0, 100) == draw(1, None) == sorted(collection.queries)
 
 
-def test_query_is_not_its_own_candidate(reranker: KalmReranker) -> None:
+def test_query_is_not_its_own_candidate() -> None:
     """As in BEIR, where queries of some collections are passages of the corpus."""
     passages = {"a": "wing drag", "b": "wing lift", "c": "bowl"}
-    report = evaluate(
-        reranker, Collection("own", passages, {"a": "wing drag"}, {"a": {"b": 1}}), ratios=[1], codecs=["fp16"], top_k=2
-    )
-    assert (report.n_passages, report.first_stage_ndcg) == (2, 1)
+    [found] = find_candidates(Collection("own", passages, {"a": "wing drag"}, {"a": {"b": 1}}), top_k=2).values()
+    assert found.ids == ["b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,8 @@ def test_query_is_not_its_own_candidate(reranker: KalmReranker) -> None:
         ({"codecs": ["zip"]}, "storage_codec must be one of"),
         ({"top_k": 0}, "top_k must be at least 1, but got 0"),
         ({"n_queries": 0}, "n_queries must be at least 1, but got 0"),
+        ({"measures": []}, "measures must name one at least"),
+        ({"measures": ["nDCG@ten"]}, "a measure must be one of ir-measures, .* but got 'nDCG@ten'"),
     ],
 )
 def test_evaluate_refuses_bad_arguments(
@@ -230,3 +232,41 @@ def test_collection_names_what_is_missing(tmp_path: Path) -> None:
         Collection.read(tmp_path)
     with pytest.raises(SettingsError, match=r"split 'dev' must be a file in .*, but it has: test"):
         Collection.read(write_beir(tmp_path, CORPUS, QUERIES, ""), "dev")
+
+
+def test_run_files_keep_the_order(tmp_path: Path, collection: Collection, reranker: KalmReranker) -> None:
+    """What is written is read again, every order of a report is written, and a run is a first stage."""
+    rankings = {"a": ["x", "y", "z"], "b": ["z"]}
+    write_run(tmp_path / "run.trec", "a tag", rankings)
+    assert {q: [i for i, _ in found] for q, found in read_run(tmp_path / "run.trec").items()} == rankings
+    assert (tmp_path / "run.trec").read_text().splitlines()[1] == "a Q0 y 2 1 a_tag"
+    options = {"ratios": [1], "codecs": ["fp16"], "top_k": 4}
+    first = evaluate(reranker, collection, **options, run_folder=tmp_path / "runs")
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        "words.bm25.trec",
+        "words.reranked-r1-fp16.trec",
+        "words.plus-bm25-r1-fp16.trec",
+    }
+    again = evaluate(reranker, collection, **options, first_stage=str(tmp_path / "runs" / "{collection}.bm25.trec"))
+    assert [s.means for s in again.systems[:2]] == [s.means for s in first.systems[:2]]
+    reversed_run = find_candidates(collection, str(tmp_path / "runs" / "words.reranked-r1-fp16.trec"), top_k=4)
+    assert {q: sorted(found.ids) for q, found in reversed_run.items()} == {
+        q: sorted(found.ids) for q, found in find_candidates(collection, top_k=4).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("q0 Q0 p0 1 2.5", r"run:1: a line of a run must be 'query Q0 passage rank score tag', but got 'q0 Q0 p0 1 2.5'"),
+        ("q0 Q0 p0 1 nan t", "a score in a run must be a finite number, but got nan"),
+        ("q0 Q0 p0 1 2 t\nq0 Q0 p0 2 1 t", r"run:2: .* p0 comes twice for q0"),
+        ("q0 Q0 p99 1 2 t", "must be a run on words for all judged queries, but names p99, which is no passage"),
+        ("q1 Q0 p1 1 2 t", "but has no passage for query q0"),
+    ],
+)
+def test_runs_that_do_not_fit_are_refused(tmp_path: Path, collection: Collection, line: str, message: str) -> None:
+    path = tmp_path / "run"
+    path.write_text(line)
+    with pytest.raises(SettingsError, match=message):
+        find_candidates(collection, str(path))

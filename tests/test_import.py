@@ -24,11 +24,14 @@ FRAMEWORKS = {
     "llama_index": ("kalm_integrations.llama_index",),
     # Haystack loads components from its own namespace only.
     "haystack": ("kalm_integrations.haystack", "haystack_integrations"),
-    "sentence_transformers": ("kalm_integrations.sentence_transformers", "kalm_integrations.evaluation.peers"),
+    "sentence_transformers": ("kalm_integrations.sentence_transformers",),
     "mteb": ("kalm_integrations.evaluation.mteb",),
     "ray": ("kalm_integrations.ray",),
 }
 """Framework (and what begins with its name) -> the one package that imports it."""
+
+MODELS_OF_OTHERS = {"sentence_transformers": ("kalm_integrations.evaluation.peers",)}
+"""Framework -> where its models are run, to compare with or to learn from."""
 
 ADAPTERS = ("langchain", "llama_index", "haystack", "sentence_transformers")
 
@@ -154,7 +157,7 @@ def test_there_is_something_to_check():
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_a_framework_is_imported_by_its_adapter_and_the_demo_only(framework):
-    allowed = (*FRAMEWORKS[framework], f"{PACKAGE}.demo.on_{framework}")
+    allowed = (*FRAMEWORKS[framework], *MODELS_OF_OTHERS.get(framework, ()), f"{PACKAGE}.demo.on_{framework}")
     # langchain_core, langchain_classic, llama_index.core, ...
     pattern = re.compile(rf"{framework}(_(?!integrations)\w+)?(\.|$)")
     importers = {name for name, names in IMPORTS.items() if any(pattern.match(module) for module in names)}

@@ -1,60 +1,60 @@
-"""What a reranker does to the order of a first stage, by compression ratio and codec."""
+"""Orders of the same candidates compared: a first stage's, the reranker's, the sum of both, and other models'."""
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-
-from kalm_integrations.core.encoding import EncodedPassage, check_codec
 from kalm_integrations.core.fusion import fuse
 from kalm_integrations.core.reranker import KalmReranker
-from kalm_integrations.errors import SettingsError
+from kalm_integrations.evaluation import peers
 from kalm_integrations.evaluation.beir import Collection
-from kalm_integrations.evaluation.first_stage import BM25
-from kalm_integrations.evaluation.metrics import bootstrap_interval, kendall_tau, ndcg_at_10
+from kalm_integrations.evaluation.candidates import (
+    BM25_NAME,
+    Candidates,
+    check_ratios_and_codecs,
+    encode_candidates,
+    find_candidates,
+    order,
+    score_settings,
+)
+from kalm_integrations.evaluation.metrics import bootstrap_intervals, check_measures, measure
+from kalm_integrations.evaluation.runs import write_run
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+DEFAULT_MEASURE = "nDCG@10"
+
 
 @dataclass(frozen=True)
-class Measured:
-    """nDCG@10 of an order, and its difference to the first stage's order."""
+class Difference:
+    """Mean difference of a measure over queries, with its 95 % interval (paired bootstrap)."""
 
-    ndcg: float
-    difference: float
+    mean: float
     low: float
-    """Lower end of the difference's 95 % interval (paired bootstrap over queries)."""
     high: float
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Results with the encodings at one ratio and codec."""
+class System:
+    """An order of the candidates, and what it is worth."""
 
-    ratio: int
-    codec: str
-    mean_characters: float
-    """Mean length of a passage's metadata string."""
-    max_score_change: float
-    """Largest change of a score, compared with states in float32 at the same ratio."""
-    rank_agreement: float
-    """Kendall's tau with the order by states in float32, mean over queries."""
-    reranked: Measured
-    """The reranker's own order."""
-    fused: Measured
-    """The order by z-score fusion of the reranker's margin and the first stage's score, at the default weight."""
+    name: str
+    means: dict[str, float]
+    """By measure: the mean over queries."""
+    differences: dict[str, Difference]
+    """By baseline (the first stage and each peer): how much more the first measure is here."""
+    ratio: int | None = None
+    codec: str | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """An evaluation on one collection."""
+    """A comparison on one collection."""
 
     collection: str
     n_queries: int
@@ -66,8 +66,9 @@ class Report:
     """Different candidates, each encoded once."""
     encode_seconds: float
     score_seconds: float
-    first_stage_ndcg: float
-    settings: tuple[Setting, ...]
+    measures: tuple[str, ...]
+    systems: tuple[System, ...]
+    """The first stage, the peers, and the reranker alone and summed at each ratio and codec."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -78,29 +79,22 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
-        title = f"{self.collection}: {self.n_queries:,} queries, the {self.top_k} best of BM25 reordered"
+        first_stage, *others = self.systems
+        title = f"{self.collection}: {self.n_queries:,} queries, the {self.top_k} best of {first_stage.name} reordered"
         table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
         table.add_column("order")
-        for name in ("ratio", "codec", "chars", "max Δp", "tau", "nDCG@10", "to BM25", "95 % interval"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_row("BM25", "", "", "", "", "", f"{self.first_stage_ndcg:.3f}")
-        for setting in self.settings:
-            size = f"{setting.mean_characters:,.0f}"
-            for name, measured in (("reranked", setting.reranked), ("+ BM25", setting.fused)):
-                interval = f"{measured.low:+.3f}…{measured.high:+.3f}"
-                change = (f"{setting.max_score_change:.0e}", f"{setting.rank_agreement:.3f}")
-                numbers = (*change, f"{measured.ndcg:.3f}", f"{measured.difference:+.3f}", interval)
-                table.add_row(name, str(setting.ratio), setting.codec, size, *numbers)
+        baselines = [name for name in others[0].differences if name != first_stage.name]
+        for name in (*self.measures, *(f"to {name}" for name in (first_stage.name, *baselines))):
+            table.add_column(name, justify="right")
+        for system in self.systems:
+            means = (f"{system.means[name]:.3f}" for name in self.measures)
+            differences = (_format(system.differences.get(name)) for name in (first_stage.name, *baselines))
+            table.add_row(system.name, *means, *differences)
         return table
 
 
-@dataclass(frozen=True)
-class _Candidates:
-    """A query's candidates in the first stage's order."""
-
-    query: str
-    ids: list[str]
-    scores: list[float]
+def _format(difference: Difference | None) -> str:
+    return f"{difference.mean:+.3f} ({difference.low:+.3f}…{difference.high:+.3f})" if difference else ""
 
 
 def evaluate(
@@ -109,141 +103,109 @@ def evaluate(
     *,
     ratios: Sequence[int],
     codecs: Sequence[str],
+    first_stage: str = BM25_NAME,
+    cross_encoders: Sequence[str] = (),
+    bi_encoders: Sequence[str] = (),
+    measures: Sequence[str] = (DEFAULT_MEASURE,),
     top_k: int = 20,
     n_queries: int | None = None,
     seed: int = 0,
+    run_folder: Path | None = None,
     show_progress: bool = False,
 ) -> Report:
-    """Rerank BM25's candidates at every ratio and codec.
+    """Reorder a first stage's candidates by the reranker, at every ratio and codec, and by other models.
 
-    Each different candidate is encoded once, at the reranker's own ratio, and kept in float32; coarser ratios are pooled
-    from that, and every encoding makes the round trip through its metadata string before it is scored.
+    Each different candidate is encoded once, at the reranker's own ratio; see `score_settings` for the rest.
 
     Args:
         reranker: its `compression_ratio` must divide all `ratios`.
-        collection: what to search in. A passage with the id of the query is no candidate, as in BEIR.
+        collection: what to search in.
         ratios: compression ratios to compare.
         codecs: storage codecs to compare.
+        first_stage: where the candidates come from; see `find_candidates`.
+        cross_encoders: of sentence-transformers, to compare with.
+        bi_encoders: of sentence-transformers, to compare with.
+        measures: names of ir-measures; differences are of the first.
         top_k: candidates per query.
         n_queries: how many queries to draw; None, or as many as there are, takes all.
         seed: of that draw, and of the bootstrap.
+        run_folder: where to write every order as a TREC run file; None writes none.
         show_progress: draw progress bars.
 
     Raises:
         SettingsError: an argument is out of range, or the collection has no passages or no judged queries.
-        MissingExtraError: the extra `eval` is not installed.
+        MissingExtraError: the extra `eval` is not installed, or what a peer needs.
     """
-    _check(reranker, ratios, codecs, top_k, n_queries)
-    candidates = _search(collection, top_k, n_queries, seed)
-    baseline = ndcg_at_10(collection.qrels, {query_id: found.ids for query_id, found in candidates.items()})
-    ids = sorted({passage_id for found in candidates.values() for passage_id in found.ids})
+    check_ratios_and_codecs(reranker, ratios, codecs)
+    check_measures(measures)
+    candidates = find_candidates(collection, first_stage, top_k, n_queries, seed)
+    first_name = first_stage if first_stage == BM25_NAME else Path(first_stage).name
+    orders: dict[str, dict[str, list[str]]] = {first_name: {q: found.ids for q, found in candidates.items()}}
+    kinds = ((peers.score_by_cross_encoder, cross_encoders), (peers.score_by_bi_encoder, bi_encoders))
+    for score, models in kinds:
+        for model in models:
+            name = Path(model).name if Path(model).name not in orders else model
+            orders[name] = _order_by_peer(score, model, collection, candidates)
+    baselines = list(orders)
     before = reranker.stats
-    encodings = reranker.encode_passages([collection.passages[i] for i in ids], show_progress)
-    encoded = dict(zip(ids, encodings, strict=True))
-    lossy = [codec for codec in dict.fromkeys(codecs) if codec != "fp32"]
-    settings = []
-    total = len(dict.fromkeys(ratios)) * (1 + len(lossy)) * len(candidates)
-    with tqdm(total=total, desc="Scoring", unit="query", disable=not show_progress) as progress:
-        for ratio in dict.fromkeys(ratios):
-            pooled = {passage_id: encoding.pool(ratio) for passage_id, encoding in encoded.items()}
-            exact = _margins(reranker, candidates, pooled, progress)
-            for codec in dict.fromkeys(codecs):
-                values = {i: replace(encoding, codec=codec).to_metadata() for i, encoding in pooled.items()}
-                margins = exact
-                if codec in lossy:
-                    read = {i: EncodedPassage.from_metadata(value) for i, value in values.items()}
-                    margins = _margins(reranker, candidates, read, progress)
-                reranked = {q: _order(found.ids, margins[q]) for q, found in candidates.items()}
-                fused = {q: _order(found.ids, fuse(margins[q], found.scores, "z_score")) for q, found in candidates.items()}
-                settings.append(
-                    Setting(
-                        ratio=ratio,
-                        codec=codec,
-                        mean_characters=fmean(map(len, values.values())),
-                        max_score_change=max(_score_change(exact[q], margins[q]) for q in candidates),
-                        rank_agreement=fmean(kendall_tau(exact[q], margins[q]) for q in candidates),
-                        reranked=_measure(collection, baseline, reranked, seed),
-                        fused=_measure(collection, baseline, fused, seed),
-                    )
-                )
+    encoded = encode_candidates(reranker, collection, candidates, show_progress)
+    settings: dict[str, tuple[int, str]] = {}
+    for scored in score_settings(reranker, candidates, encoded, ratios, codecs, show_progress):
+        alone, summed = (f"{name} r{scored.ratio} {scored.codec}" for name in ("reranked", f"+ {first_name}"))
+        settings[alone] = settings[summed] = (scored.ratio, scored.codec)
+        orders[alone] = {q: order(found.ids, scored.margins[q]) for q, found in candidates.items()}
+        orders[summed] = {
+            q: order(found.ids, fuse(scored.margins[q], found.scores, "z_score")) for q, found in candidates.items()
+        }
     after = reranker.stats
+    if run_folder is not None:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        for name, rankings in orders.items():
+            file_name = name.replace("+ ", "plus ").replace(" ", "-")
+            write_run(run_folder / f"{collection.name}.{file_name}.trec", name, rankings)
     return Report(
         collection=collection.name,
         n_queries=len(candidates),
         top_k=top_k,
         seed=seed,
-        n_passages=len(ids),
+        n_passages=len(encoded),
         encode_seconds=after.encode_seconds - before.encode_seconds,
         score_seconds=after.score_seconds - before.score_seconds,
-        first_stage_ndcg=fmean(baseline.values()),
-        settings=tuple(settings),
+        measures=tuple(measures),
+        systems=_measure_systems(collection, orders, baselines, settings, measures, seed),
     )
 
 
-def _check(reranker: KalmReranker, ratios: Sequence[int], codecs: Sequence[str], top_k: int, n_queries: int | None) -> None:
-    for name, value in (("top_k", top_k), ("n_queries", n_queries)):
-        if value is not None and value < 1:
-            msg = f"{name} must be at least 1, but got {value}"
-            raise SettingsError(msg)
-    if not ratios or not codecs:
-        msg = f"ratios and codecs must each name one at least, but got {list(ratios)} and {list(codecs)}"
-        raise SettingsError(msg)
-    for ratio in ratios:
-        if ratio < 1 or ratio % reranker.compression_ratio:
-            msg = f"ratios must be multiples of the reranker's compression_ratio={reranker.compression_ratio}, but got {ratio}"
-            raise SettingsError(msg)
-    for codec in codecs:
-        check_codec(codec)
+def _order_by_peer(
+    score: Callable[[str, Sequence[tuple[str, str]]], list[float]],
+    model: str,
+    collection: Collection,
+    candidates: dict[str, Candidates],
+) -> dict[str, list[str]]:
+    pairs = [(found.query, collection.passages[i]) for found in candidates.values() for i in found.ids]
+    scores = iter(score(model, pairs))
+    return {q: order(found.ids, [next(scores) for _ in found.ids]) for q, found in candidates.items()}
 
 
-def _search(collection: Collection, top_k: int, n_queries: int | None, seed: int) -> dict[str, _Candidates]:
-    """Return the first stage's candidates by query id."""
-    if not collection.passages or not collection.queries:
-        have = f"{len(collection.passages)} passages and {len(collection.queries)} judged queries"
-        msg = f"a collection must have passages and judged queries, but {collection.name} has {have}; check the split"
-        raise SettingsError(msg)
-    query_ids = sorted(collection.queries)
-    if n_queries is not None and n_queries < len(query_ids):
-        query_ids = random.Random(seed).sample(query_ids, n_queries)
-    passage_ids = list(collection.passages)
-    queries = [collection.queries[i] for i in query_ids]
-    # One more than asked for, in case one of them is the query itself.
-    found = BM25(list(collection.passages.values())).search(queries, top_k + 1)
-    candidates = {}
-    for query_id, query, (indices, scores) in zip(query_ids, queries, found, strict=True):
-        named = [(passage_ids[i], score) for i, score in zip(indices, scores, strict=True)]
-        kept = [(passage_id, score) for passage_id, score in named if passage_id != query_id][:top_k]
-        candidates[query_id] = _Candidates(query, [i for i, _ in kept], [score for _, score in kept])
-    return candidates
-
-
-def _margins(
-    reranker: KalmReranker, candidates: Mapping[str, _Candidates], encoded: Mapping[str, EncodedPassage], progress: tqdm[Any]
-) -> dict[str, list[float]]:
-    """Return the margins of each query's candidates, in the first stage's order."""
-    margins = {}
-    for query_id, found in candidates.items():
-        ranked = reranker.rank(found.query, [encoded[i] for i in found.ids])
-        margins[query_id] = [passage.margin for passage in sorted(ranked, key=lambda passage: passage.index)]
-        progress.update()
-    return margins
-
-
-def _score_change(exact: Sequence[float], other: Sequence[float]) -> float:
-    """Return the largest difference between the probabilities of two lists of margins."""
-    return max(abs(_sigmoid(a) - _sigmoid(b)) for a, b in zip(exact, other, strict=True))
-
-
-def _sigmoid(margin: float) -> float:
-    return 0.5 * (1 + math.tanh(margin / 2))
-
-
-def _order(ids: Sequence[str], scores: Sequence[float]) -> list[str]:
-    """Return ids by falling score; ties keep the first stage's order."""
-    return [ids[i] for i in sorted(range(len(ids)), key=lambda i: -scores[i])]
-
-
-def _measure(collection: Collection, baseline: dict[str, float], rankings: dict[str, list[str]], seed: int) -> Measured:
-    values = ndcg_at_10(collection.qrels, rankings)
-    differences = [values[query_id] - baseline[query_id] for query_id in baseline]
-    return Measured(fmean(values.values()), fmean(differences), *bootstrap_interval(differences, seed))
+def _measure_systems(
+    collection: Collection,
+    orders: dict[str, dict[str, list[str]]],
+    baselines: Sequence[str],
+    settings: dict[str, tuple[int, str]],
+    measures: Sequence[str],
+    seed: int,
+) -> tuple[System, ...]:
+    values = {name: measure(collection.qrels, rankings, measures) for name, rankings in orders.items()}
+    first = {name: list(by_measure[measures[0]].values()) for name, by_measure in values.items()}
+    pairs = [(name, baseline) for name in orders for baseline in baselines if baseline != name]
+    gains = [[a - b for a, b in zip(first[name], first[baseline], strict=True)] for name, baseline in pairs]
+    differences = {
+        pair: Difference(fmean(gain), *interval)
+        for pair, gain, interval in zip(pairs, gains, bootstrap_intervals(gains, seed), strict=True)
+    }
+    systems = []
+    for name, by_measure in values.items():
+        means = {m: fmean(by_query.values()) for m, by_query in by_measure.items()}
+        own = {baseline: differences[name, baseline] for baseline in baselines if baseline != name}
+        systems.append(System(name, means, own, *settings.get(name, (None, None))))
+    return tuple(systems)
