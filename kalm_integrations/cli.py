@@ -286,6 +286,7 @@ def inspect(
 
 
 app.add_typer(evaluation.app, name="eval")
+app.command()(evaluation.calibrate)
 
 
 @app.command()

@@ -60,7 +60,10 @@ TOKENIZER_FILES = (
 )
 """Files that transformers builds a tokenizer from; each can change the token ids of a text."""
 
-FILES = ("config.json", "kalm_reranker.json", *TOKENIZER_FILES, "*.safetensors", "*.index.json")
+DEFAULTS_FILE = "kalm_reranker.json"
+"""A checkpoint's own defaults; see `CheckpointDefaults`."""
+
+FILES = ("config.json", DEFAULTS_FILE, *TOKENIZER_FILES, "*.safetensors", "*.index.json")
 """What is fetched from the hub: configuration, tokenizer and safetensors; never code, pickles or other formats."""
 
 SIDE_PREFIXES = {
@@ -225,7 +228,7 @@ class Checkpoint:
             folder=folder,
             encoder_config=_stack_config(text, config.encoder.eoi_token_index, path),
             decoder_config=_stack_config(config.decoder, config.encoder.eoi_token_index, path),
-            defaults=_read_defaults(folder / "kalm_reranker.json"),
+            defaults=_read_defaults(folder / DEFAULTS_FILE),
             is_tied=bool(config.tie_word_embeddings),
             _encoder_fields={
                 **{field: getattr(text, field) for field in CONFIG_FIELDS},

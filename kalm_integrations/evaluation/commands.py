@@ -1,4 +1,4 @@
-"""The commands of `kalm eval`.
+"""The commands of `kalm eval`, and `kalm calibrate`.
 
 Heavy imports stand inside the commands, so that help comes at once.
 """
@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from kalm_integrations.jsonl import to_json
 from kalm_integrations.terminal import (
     DeviceOption,
     DtypeOption,
@@ -19,9 +20,11 @@ from kalm_integrations.terminal import (
     ModelOption,
     RevisionOption,
     note,
+    open_output,
     open_reranker,
     parse_list,
     parse_numbers,
+    print_facts,
     print_json,
     print_table,
 )
@@ -121,3 +124,130 @@ def beir(
             )
     if as_json:
         print_json({"model": model, "fingerprint": reranker.fingerprint, "collections": reports})
+
+
+@app.command()
+def fusion(
+    folders: FoldersArgument,
+    split: SplitOption = "test",
+    model: ModelOption = "pico",
+    ratio: Annotated[int | None, typer.Option(help="Tokens per stored state.", show_default="4")] = None,
+    weights: Annotated[
+        str, typer.Option(help="The reranker's shares to compare, from 0 to 1.")
+    ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
+    first_stage: FirstStageOption = "bm25",
+    top_k: TopKOption = 20,
+    queries: QueriesOption = None,
+    seed: SeedOption = 0,
+    revision: RevisionOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare ways to fuse both stages' scores.
+
+    By method and weight, the fused order is compared with the first stage's and with the reranker's own: nDCG@10, differences
+    with a 95 % interval (paired bootstrap over the queries).
+    """
+    from kalm_integrations.evaluation.beir import Collection
+    from kalm_integrations.evaluation.fusion import compare_fusions
+
+    shares = [_to_share(part) for part in parse_list(weights, "--weights")]
+    collections = [Collection.read(folder, split) for folder in folders]
+    reranker = open_reranker(model, revision=revision, device=device, dtype=dtype, compression_ratio=ratio, cache_bytes=0)
+    reports = []
+    for collection in collections:
+        report = compare_fusions(
+            reranker,
+            collection,
+            weights=shares,
+            first_stage=first_stage,
+            top_k=top_k,
+            n_queries=queries,
+            seed=seed,
+            show_progress=sys.stderr.isatty(),
+        )
+        reports.append(report.to_dict())
+        if not as_json:
+            print_table(report.to_table())
+    if as_json:
+        print_json({"model": model, "fingerprint": reranker.fingerprint, "collections": reports})
+
+
+def calibrate(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help="A BEIR folder, whose judgements label a first stage's candidates, or a JSONL file of pairs with query, text "
+            "and label (1 or 0).",
+        ),
+    ],
+    split: SplitOption = "test",
+    model: ModelOption = "pico",
+    ratio: Annotated[int | None, typer.Option(help="Tokens per stored state.", show_default="4")] = None,
+    first_stage: FirstStageOption = "bm25",
+    top_k: TopKOption = 20,
+    queries: QueriesOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw of queries and of the half to measure on.")] = 0,
+    save: Annotated[bool, typer.Option("--save", help="Write the calibration into the checkpoint, a local folder.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file to write the calibration to.", show_default=False)
+    ] = None,
+    diagram: Annotated[
+        Path | None,
+        typer.Option(help="Picture to draw the reliability diagram in, such as calibration.svg.", show_default=False),
+    ] = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a calibration: what makes scores probabilities.
+
+    Temperature and bias are fitted to all pairs. How good that is, is measured with a fit to half of the queries on the other
+    half. Calibrate on candidates such as the retriever will find: the bias learns how common relevant passages are among them.
+    """
+    from kalm_integrations.evaluation.beir import Collection
+    from kalm_integrations.evaluation.calibration import (
+        calibrate as fit,
+    )
+    from kalm_integrations.evaluation.calibration import (
+        check_savable,
+        judge_candidates,
+        read_judged,
+        save_calibration,
+    )
+    from kalm_integrations.evaluation.candidates import find_candidates
+
+    if save:
+        check_savable(model)
+    if data.is_dir():
+        collection = Collection.read(data, split)
+        judged = judge_candidates(collection, find_candidates(collection, first_stage, top_k, queries, seed))
+    else:
+        judged = read_judged(data)
+    reranker = open_reranker(model, revision=revision, device=device, dtype=dtype, compression_ratio=ratio)
+    report = fit(reranker, judged, seed=seed, show_progress=sys.stderr.isatty())
+    values = report.calibration.model_dump()
+    if diagram is not None:
+        report.save_diagram(diagram)
+    if output is not None:
+        with open_output(output) as file:
+            file.write(to_json(values, indent=2) + b"\n")
+    if save:
+        note(f"saved into {save_calibration(model, report.calibration)}")
+    if as_json:
+        print_json({"model": model, "fingerprint": reranker.fingerprint, **report.to_dict()})
+        return
+    print_facts(values)
+    typer.echo()
+    print_table(report.to_table())
+
+
+def _to_share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        msg = f"must be numbers from 0 to 1 such as 0.4,0.6, but got {text!r}"
+        raise typer.BadParameter(msg, param_hint="--weights") from error
