@@ -43,6 +43,7 @@ FirstStageOption = Annotated[
 ]
 TopKOption = Annotated[int, typer.Option(min=1, help="Candidates per query, the best of the first stage.")]
 QueriesOption = Annotated[int | None, typer.Option(min=1, help="How many queries to draw.", show_default="all")]
+RoundsOption = Annotated[int, typer.Option(min=1, help="Rounds of timing.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the draw and of the bootstrap.")]
 
 app = typer.Typer(rich_markup_mode=None)
@@ -124,6 +125,60 @@ def beir(
             )
     if as_json:
         print_json({"model": model, "fingerprint": reranker.fingerprint, "collections": reports})
+
+
+@app.command()
+def compression(
+    folders: FoldersArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for compression.json and compression.svg.")],
+    split: SplitOption = "test",
+    model: ModelOption = "pico",
+    ratios: RatiosOption = "1,2,4,8,16,32",
+    codecs: Annotated[str, typer.Option(help="Codecs to compare.")] = "fp32,fp16,bf16,int8,int4",
+    first_stage: FirstStageOption = "bm25",
+    top_k: TopKOption = 20,
+    queries: QueriesOption = None,
+    seed: SeedOption = 0,
+    rounds: RoundsOption = 5,
+    revision: RevisionOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Measure what ratio and codec cost.
+
+    For every ratio and codec: nDCG@10 and its difference to ratio 1 in float32 with a 95 % interval (paired bootstrap over
+    the queries), how far scores move and orders agree (Kendall's tau), bytes per passage, and the time to read and score 100
+    candidates. Each different candidate is encoded once, at ratio 1, and kept in memory: for large collections draw
+    --queries.
+    """
+    from kalm_integrations.evaluation.beir import Collection
+    from kalm_integrations.evaluation.compression import measure_costs, to_markdown, to_report
+    from kalm_integrations.evaluation.plots import plot_costs
+
+    chosen = parse_numbers(ratios, "--ratios")
+    collections = [Collection.read(folder, split) for folder in folders]
+    settings = {"revision": revision, "device": device, "dtype": dtype, "compression_ratio": 1, "cache_bytes": 0}
+    reranker = open_reranker(model, **settings)
+    costs = [
+        measure_costs(
+            reranker,
+            collection,
+            ratios=chosen,
+            codecs=parse_list(codecs, "--codecs"),
+            first_stage=first_stage,
+            top_k=top_k,
+            n_queries=queries,
+            seed=seed,
+            rounds=rounds,
+            show_progress=sys.stderr.isatty(),
+        )
+        for collection in collections
+    ]
+    report = to_report(model, reranker, costs)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "compression.json").write_bytes(to_json(report, indent=2) + b"\n")
+    plot_costs(report, output / "compression.svg")
+    typer.echo(to_markdown(report))
 
 
 @app.command()
@@ -251,3 +306,71 @@ def _to_share(text: str) -> float:
     except ValueError as error:
         msg = f"must be numbers from 0 to 1 such as 0.4,0.6, but got {text!r}"
         raise typer.BadParameter(msg, param_hint="--weights") from error
+
+
+@app.command()
+def screen(
+    folders: Annotated[list[Path] | None, typer.Argument(metavar="FOLDER", help="BEIR folders, for the quality.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file to write.", show_default="only the tables are printed")
+    ] = None,
+    split: SplitOption = "test",
+    model: ModelOption = "pico",
+    timed_model: Annotated[
+        str | None, typer.Option(help="Take the times with another checkpoint.", show_default="that of --model")
+    ] = None,
+    coarse_ratio: Annotated[int, typer.Option(min=2, help="Ratio of the screen.")] = 32,
+    fine_ratio: Annotated[int, typer.Option(min=1, help="Ratio of the final ranking.")] = 4,
+    keep: Annotated[int, typer.Option(min=1, help="Candidates that the screen keeps.")] = 20,
+    lengths: Annotated[str, typer.Option(help="Passage lengths to time, in tokens.")] = "256,512,1024,2048,4096",
+    first_stage: FirstStageOption = "bm25",
+    top_k: TopKOption = 100,
+    queries: QueriesOption = None,
+    seed: SeedOption = 0,
+    rounds: RoundsOption = 3,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Measure a coarse-to-fine screen.
+
+    All candidates are ranked at the coarse ratio, and the best of them again at the fine one. Shown are how many of the fine
+    ranking's ten best such a screen keeps, the nDCG@10 it leaves, and the time it saves by passage length.
+    """
+    from kalm_integrations.evaluation.beir import Collection
+    from kalm_integrations.evaluation.screen import ScreenReport, find_crossover, measure_quality, measure_times, to_markdown
+
+    collections = [Collection.read(folder, split) for folder in folders or ()]
+    settings = {"device": device, "dtype": dtype, "compression_ratio": fine_ratio, "cache_bytes": 0}
+    reranker = open_reranker(model, **settings)
+    qualities = [
+        measure_quality(
+            reranker,
+            collection,
+            coarse_ratio=coarse_ratio,
+            fine_ratio=fine_ratio,
+            n_kept=keep,
+            first_stage=first_stage,
+            top_k=top_k,
+            n_queries=queries,
+            seed=seed,
+            show_progress=sys.stderr.isatty(),
+        )
+        for collection in collections
+    ]
+    timed = reranker if timed_model is None else open_reranker(timed_model, **settings)
+    times = measure_times(
+        timed,
+        lengths=parse_numbers(lengths, "--lengths"),
+        coarse_ratio=coarse_ratio,
+        fine_ratio=fine_ratio,
+        n_kept=keep,
+        n_candidates=top_k,
+        rounds=rounds,
+        seed=seed,
+    )
+    name = Path(timed_model or model).name
+    crossover = find_crossover(times)
+    report = ScreenReport(name, top_k, coarse_ratio, fine_ratio, keep, tuple(qualities), times, crossover)
+    if output is not None:
+        output.write_bytes(to_json(report.to_dict(), indent=2) + b"\n")
+    typer.echo(to_markdown(report.to_dict()))

@@ -48,7 +48,7 @@ def load_cross_encoder(model: str) -> CrossEncoder:
     import torch
 
     try:
-        loaded = CrossEncoder(model, activation_fn=torch.nn.Identity())
+        loaded: CrossEncoder = CrossEncoder(model, activation_fn=torch.nn.Identity())
     except (OSError, ValueError) as error:
         msg = f"a cross-encoder must be a folder or a hub id of a sentence-transformers model, but {model!r} is not: {error}"
         raise SettingsError(msg) from error

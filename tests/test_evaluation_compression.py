@@ -1,0 +1,236 @@
+"""What compression costs: the figures, the Pareto line, the recommendation, the plot; and the coarse-to-fine screen."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from kalm_integrations import KalmReranker, Passage
+from kalm_integrations.errors import SettingsError
+from kalm_integrations.evaluation.beir import Collection
+from kalm_integrations.evaluation.candidates import find_candidates
+from kalm_integrations.evaluation.compression import (
+    CollectionCosts,
+    Cost,
+    measure_costs,
+    pareto,
+    recommend,
+    to_markdown,
+    to_report,
+)
+from kalm_integrations.evaluation.metrics import kendall_tau, ndcg_at_10
+from kalm_integrations.evaluation.plots import digest, plot_costs
+from kalm_integrations.evaluation.report import Difference
+from kalm_integrations.evaluation.screen import ScreenTime, find_crossover, measure_quality, measure_times
+
+WORDS = ["wing", "drag", "lift", "bowl", "team", "league", "jazz", "river", "stone", "glass"]
+
+
+@pytest.fixture(scope="module")
+def collection() -> Collection:
+    draw = random.Random(0)
+    passages = {f"p{i}": " ".join(draw.choices(WORDS, k=12)) for i in range(30)}
+    queries = {f"q{i}": " ".join(draw.sample(WORDS, 3)) for i in range(5)}
+    qrels = {query_id: dict(zip(draw.sample(list(passages), 2), (1, 2), strict=True)) for query_id in queries}
+    return Collection("words", passages, queries, qrels)
+
+
+@pytest.fixture(scope="module")
+def reranker(tiny_checkpoint: Path) -> KalmReranker:
+    return KalmReranker.from_pretrained(tiny_checkpoint, compression_ratio=1)
+
+
+@pytest.fixture(scope="module")
+def costs(collection: Collection, reranker: KalmReranker) -> CollectionCosts:
+    return measure_costs(reranker, collection, ratios=[4], codecs=["fp16", "int8", "int4"], top_k=12, rounds=1)
+
+
+def test_costs_are_those_of_stored_encodings(
+    collection: Collection, costs: CollectionCosts, make_reranker: Callable[..., KalmReranker]
+) -> None:
+    """Quality, changes of scores, agreement and bytes, worked out here from what a reranker stores at each setting."""
+    assert [(c.ratio, c.codec) for c in costs.costs] == [(r, c) for r in (1, 4) for c in ("fp32", "fp16", "int8", "int4")]
+    candidates = find_candidates(collection, top_k=12)
+    margins, scores = {}, {}
+    for cost in costs.costs:
+        reranker = make_reranker(compression_ratio=cost.ratio, storage_codec=cost.codec)
+        used = sorted({i for found in candidates.values() for i in found.ids})
+        stored = reranker.encode_to_metadata([collection.passages[i] for i in used])
+        assert cost.mean_bytes == pytest.approx(fmean(len(metadata["kalm_encoding"]) for metadata in stored))
+        encodings = dict(zip(used, stored, strict=True))
+        own: dict[str, list[float]] = {}
+        rankings = {}
+        for query_id, found in candidates.items():
+            passages = [Passage(collection.passages[i], encodings[i]["kalm_encoding"]) for i in found.ids]
+            ranked = reranker.rank(found.query, passages)
+            rankings[query_id] = [found.ids[p.index] for p in ranked]
+            own[query_id] = [p.margin for p in sorted(ranked, key=lambda p: p.index)]
+        margins[cost.ratio, cost.codec] = own
+        scores[cost.ratio, cost.codec] = [1 / (1 + math.exp(-m)) for query in own.values() for m in query]
+        values = ndcg_at_10(collection.qrels, rankings)
+        assert cost.ndcg == pytest.approx(fmean(values.values()))
+        assert cost.difference.mean == pytest.approx(cost.ndcg - costs.costs[0].ndcg)
+        for baseline, expected in (((1, "fp32"), cost.max_score_change), ((cost.ratio, "fp32"), cost.codec_score_change)):
+            changes = [abs(a - b) for a, b in zip(scores[baseline], scores[cost.ratio, cost.codec], strict=True)]
+            assert expected == pytest.approx(max(changes), abs=1e-6)
+        taus = [kendall_tau(margins[1, "fp32"][q], own[q]) for q in candidates]
+        assert cost.rank_agreement == pytest.approx(fmean(taus), abs=1e-6)
+        assert 0 <= cost.mean_score_change <= cost.max_score_change
+        assert cost.decode_seconds > 0
+    exact, *_ = costs.costs
+    assert (exact.max_score_change, exact.rank_agreement, exact.difference) == (0, 1, Difference(0, 0, 0))
+    changes = [cost.codec_score_change for cost in costs.costs[:4]]
+    assert changes == sorted(changes), "the fewer bits a codec has, the more it changes"
+
+
+def test_candidates_are_encoded_once_for_all_settings(
+    collection: Collection, make_reranker: Callable[..., KalmReranker]
+) -> None:
+    reranker = make_reranker(compression_ratio=1)
+    costs = measure_costs(reranker, collection, ratios=[2, 4, 8], codecs=["int8"], top_k=5, n_queries=3, rounds=2)
+    assert reranker.stats.passages_encoded == costs.n_passages <= 15
+    assert len(costs.costs) == 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratios": [0]}, "but got 0"),
+        ({"codecs": ["zip"]}, "storage_codec must be one of"),
+        ({"rounds": 0}, "but got 1 and 0"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(
+    collection: Collection, make_reranker: Callable[..., KalmReranker], options: dict[str, object], message: str
+) -> None:
+    reranker = make_reranker(compression_ratio=1)
+    with pytest.raises(SettingsError, match=message):
+        measure_costs(reranker, collection, **{"ratios": [4], "codecs": ["fp16"], **options})
+    with pytest.raises(SettingsError, match="from compression_ratio=1, in one round at least, but got 2 and 5"):
+        measure_costs(make_reranker(compression_ratio=2), collection, ratios=[4], codecs=["fp16"])
+    assert reranker.stats.passages_encoded == 0
+
+
+def cost(ratio: int, codec: str, size: float, ndcg: float, low: float, codec_change: float) -> Cost:
+    return Cost(ratio, codec, size, ndcg, Difference(ndcg - 0.8, low, 0.0), 0.5, 0.1, 0.9, codec_change, 1.0)
+
+
+EXACT = cost(1, "fp32", 1000, 0.8, 0.0, 0.0)
+
+
+def on(*costs: Cost) -> CollectionCosts:
+    return CollectionCosts("c", 10, 20, 0, 50, "bm25", 0.7, (EXACT, *costs))
+
+
+def test_recommended_are_the_fewest_bytes_that_keep_order_and_scores_on_every_collection() -> None:
+    good = [cost(2, "fp16", 250, 0.795, -0.015, 0.001), cost(2, "bf16", 250, 0.795, -0.015, 0.005)]
+    moved = cost(2, "int8", 125, 0.796, -0.012, 0.02)
+    lossy = cost(4, "int8", 60, 0.789, -0.018, 0.02)
+    unsure = cost(8, "int8", 30, 0.799, -0.021, 0.02)
+    assert recommend([on(*good, moved, lossy, unsure)]) == {"order": (2, "int8"), "scores": (2, "fp16")}
+    assert recommend([on()]) == {"order": (1, "fp32"), "scores": (1, "fp32")}
+    elsewhere = replace(moved, difference=Difference(-0.02, -0.03, -0.01))
+    assert recommend([on(*good, moved), on(*good, elsewhere)])["order"] == (2, "fp16")
+
+
+def test_pareto_line_has_no_setting_that_another_beats() -> None:
+    cheap, beaten, best = (cost(r, "int4", size, ndcg, 0, 0) for r, size, ndcg in ((8, 10, 0.5), (4, 20, 0.4), (2, 30, 0.9)))
+    assert pareto([best, beaten, cheap, EXACT]) == [cheap, best]
+
+
+def test_report_survives_json_and_shows_its_figures(costs: CollectionCosts, reranker: KalmReranker) -> None:
+    report = json.loads(json.dumps(to_report("tiny", reranker, [costs])))
+    assert report["fingerprint"] == reranker.fingerprint
+    lines = to_markdown(report).splitlines()
+    rows = [line for line in lines if line.startswith(("| 1 |", "| 4 |"))]
+    for row, own in zip(rows, costs.costs, strict=True):
+        assert f"| `{own.codec}` | {own.mean_bytes:,.0f} |" in row
+        assert f"{own.ndcg:.3f}" in row
+        assert (f"**{own.ndcg:.3f}**" in row) == (own in pareto(costs.costs))
+    ratio, codec = recommend([costs])["order"]
+    assert f"only the order counts: ratio {ratio}, `{codec}`" in lines[-1]
+
+
+def test_plot_is_of_its_figures_and_reads_on_light_and_dark(
+    costs: CollectionCosts, reranker: KalmReranker, tmp_path: Path
+) -> None:
+    """The digest of the report is in it, the same report gives the same file, and nothing is black or white."""
+    report = to_report("tiny", reranker, [costs, costs])
+    for name in ("a.svg", "b.svg"):
+        plot_costs(report, tmp_path / name)
+    svg = (tmp_path / "a.svg").read_text()
+    assert svg == (tmp_path / "b.svg").read_text()
+    assert digest(report) in svg
+    assert digest(to_report("other", reranker, [costs])) != digest(report)
+    assert "bytes per passage" in svg
+    assert not {"#000000", "#ffffff"} & set(svg.replace(";", " ").replace('"', " ").split())
+
+
+def test_screen_keeps_what_its_ratio_ranks_high(collection: Collection, make_reranker: Callable[..., KalmReranker]) -> None:
+    """Recall is the share of the fine ranking's ten best that are kept, worked out here; the rest follows in coarse order."""
+    quality = measure_quality(
+        make_reranker(compression_ratio=2), collection, coarse_ratio=8, fine_ratio=2, n_kept=11, top_k=20
+    )
+    recalls, best, gains = [], [], []
+    for query_id, found in find_candidates(collection, top_k=20).items():
+        texts = [collection.passages[i] for i in found.ids]
+        fine, coarse = (
+            [found.ids[p.index] for p in make_reranker(compression_ratio=ratio).rank(found.query, texts)] for ratio in (2, 8)
+        )
+        kept = coarse[:11]
+        recalls.append(len(set(fine[:10]) & set(kept)) / 10)
+        best.append(fine[0] in kept)
+        screened = [i for i in fine if i in kept] + coarse[11:]
+        before, after = (ndcg_at_10(collection.qrels, {query_id: ids})[query_id] for ids in (fine, screened))
+        gains.append(after - before)
+    assert quality.recall == pytest.approx(fmean(recalls))
+    assert 0 < quality.recall < 1, "or this test tells nothing"
+    assert quality.best_kept == pytest.approx(fmean(best))
+    assert quality.difference.mean == pytest.approx(fmean(gains))
+
+
+def test_screen_scores_fewer_states(make_reranker: Callable[..., KalmReranker]) -> None:
+    """Timed without encoding anything, in the order of the lengths."""
+    reranker = make_reranker(compression_ratio=4)
+    times = measure_times(reranker, lengths=[64, 32], coarse_ratio=32, fine_ratio=4, n_kept=2, n_candidates=6, rounds=2)
+    assert [t.n_tokens for t in times] == [32, 64]
+    assert all(t.fine_seconds > 0 and t.screened_seconds > 0 for t in times)
+    assert reranker.stats.passages_encoded == 0
+    # Three rounds, one of them not counted: six candidates finely, and six coarsely and two finely.
+    assert reranker.stats.passages_scored == 3 * 2 * (6 + 6 + 2)
+
+
+@pytest.mark.parametrize(
+    ("times", "crossover"),
+    [
+        ([(100, 1.0, 1.2), (200, 1.4, 1.2)], 150),
+        ([(100, 1.0, 1.2), (200, 1.0, 1.1)], None),
+        ([(100, 1.2, 1.0), (200, 2.0, 1.0)], 100),
+        ([(100, 1.2, 1.0), (200, 1.0, 1.3), (400, 2.0, 1.7)], 300),
+    ],
+)
+def test_crossover_is_where_the_screen_begins_to_pay_for_good(
+    times: list[tuple[int, float, float]], crossover: int | None
+) -> None:
+    assert find_crossover([ScreenTime(*t) for t in times]) == crossover
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coarse_ratio": 4}, "larger multiple of the fine one, but got 4 and 4"),
+        ({"coarse_ratio": 6}, "larger multiple of the fine one, but got 6 and 4"),
+        ({"n_kept": 100}, "fewer of the 100 candidates than all, and one at least, but got 100"),
+        ({"lengths": []}, r"lengths and rounds must be positive and one at least, but got \[\] and 3"),
+    ],
+)
+def test_screens_that_are_none_are_refused(reranker: KalmReranker, options: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        measure_times(reranker, **{"lengths": [8], **options})
