@@ -48,9 +48,11 @@ types: $(READY) ## check types
 docs: $(READY) ## build the documentation into site/, refusing broken links
 	$(BIN)/mkdocs build --strict
 
-bench: $(READY) ## measure parity, memory and load time against the reference (docs/parity.md)
+bench: $(READY) ## measure parity, memory, load time and speed (docs/parity.md, docs/benchmarks.md); half an hour
 	$(BIN)/python tests/parity.py
 	$(BIN)/python tests/real_shape.py
+	cd tests && ../$(BIN)/python -m benchmarks measure
+	cd tests && ../$(BIN)/python -m benchmarks render
 
 clean: ## remove what was built and cached, but not .venv
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

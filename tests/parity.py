@@ -36,6 +36,7 @@ class Parity:
         self,
         folder: Path,
         *,
+        device: str = "cpu",
         dtype: str = "float32",
         max_passage_tokens: int = 1024,
         max_query_tokens: int = 512,
@@ -43,7 +44,7 @@ class Parity:
     ) -> None:
         self.folder = folder
         self.settings = {
-            "device": "cpu",
+            "device": device,
             "dtype": dtype,
             "max_passage_tokens": max_passage_tokens,
             "max_query_tokens": max_query_tokens,
@@ -51,7 +52,7 @@ class Parity:
             "storage_codec": "fp32",
         }
         self.reference = KaLMRerankerWrapper(
-            str(folder), device="cpu", dtype=dtype, max_length=max_passage_tokens, query_max_length=max_query_tokens
+            str(folder), device=device, dtype=dtype, max_length=max_passage_tokens, query_max_length=max_query_tokens
         )
         # It reads the score at the last real position, which is right for right padding only.
         self.reference.tokenizer.padding_side = "right"

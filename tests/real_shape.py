@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from checkpoints import TEXTS, make_checkpoint
@@ -23,7 +24,7 @@ from kalm_integrations.training.tokenizer import train_tokenizer
 N_PARAMETERS = 786_029_296
 """All parameters of the published Nano, vision tower included."""
 
-TEXT = {
+NANO = {
     "vocab_size": 262_144,
     "hidden_size": 640,
     "intermediate_size": 2048,
@@ -34,6 +35,18 @@ TEXT = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 512,
 }
+SMALL = {**NANO, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26}
+LARGE = {
+    **NANO,
+    "hidden_size": 2560,
+    "intermediate_size": 10_240,
+    "num_hidden_layers": 34,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "sliding_window": 1024,
+}
+SHAPES = {"nano": NANO, "small": SMALL, "large": LARGE}
+"""Configuration of both sides of the published checkpoints."""
 VISION = {
     "model_type": "siglip_vision_model",
     "hidden_size": 1152,
@@ -48,8 +61,13 @@ QUERY, PASSAGES = "Which team won?", TEXTS[:2]
 
 
 def make_nano(folder: Path) -> None:
-    """Save a checkpoint in bfloat16 (1.6 GB), with a small tokenizer."""
-    config = T5Gemma2Config(encoder={"text_config": TEXT, "vision_config": VISION}, decoder=TEXT, dtype="bfloat16")
+    """Save a checkpoint of Nano's shape in bfloat16 (1.6 GB), with a small tokenizer."""
+    assert make_random(folder, NANO) == N_PARAMETERS
+
+
+def make_random(folder: Path, text: dict[str, Any]) -> int:
+    """Save a random checkpoint in bfloat16 with a small tokenizer, and return its number of parameters."""
+    config = T5Gemma2Config(encoder={"text_config": text, "vision_config": VISION}, decoder=text, dtype="bfloat16")
     with torch.device("meta"):
         model = T5Gemma2ForConditionalGeneration(config).bfloat16()
     model.to_empty(device="cpu")
@@ -61,10 +79,9 @@ def make_nano(folder: Path) -> None:
             scale = 0.1 if "norm" in name or parameter.ndim < 2 else parameter.shape[-1] ** -0.5
             for block in parameter.view(-1).split(len(noise)):
                 torch.mul(noise[: len(block)], scale, out=block)
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert n_parameters == N_PARAMETERS, n_parameters
     model.save_pretrained(folder)
     train_tokenizer(TEXTS, 300, folder)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def measure(side: str, folder: Path) -> dict[str, float | list[float]]:
@@ -87,7 +104,7 @@ def _measure_here(side: str, folder: Path) -> dict[str, float | list[float]]:
     with tempfile.TemporaryDirectory() as tiny:
         # Everything that is imported late is imported by this.
         Parity(make_checkpoint(Path(tiny))).differences(QUERY, PASSAGES)
-    before = _memory("VmRSS")
+    before = read_memory("VmRSS")
     started = time.process_time()
     load = _load_ours if side == "ours" else _load_reference
     score, count = load(folder)
@@ -95,7 +112,7 @@ def _measure_here(side: str, folder: Path) -> dict[str, float | list[float]]:
     scores = score()
     return {
         "scores": scores,
-        "peak": _memory("VmHWM") - before,
+        "peak": read_memory("VmHWM") - before,
         "text_weights": count(),
         "load_seconds": loaded - started,
         "score_seconds": time.process_time() - loaded,
@@ -116,7 +133,7 @@ def _load_reference(folder: Path) -> tuple[Callable[[], list[float]], Callable[[
     return lambda: parity.reference_scores(QUERY, PASSAGES), lambda: 0
 
 
-def _memory(field: str) -> int:
+def read_memory(field: str) -> int:
     """Return a field of this process's memory in bytes."""
     status = Path("/proc/self/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith(f"{field}:"))

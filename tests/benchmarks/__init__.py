@@ -1,0 +1,13 @@
+"""What the reranker costs beside the reference and its peers: `python -m benchmarks --help`, from tests/.
+
+| module | what it does |
+|---|---|
+| plan.py | what is measured: rows as data, for a CPU, for a GPU, and at toy size |
+| workload.py | the checkpoint, and texts of exact token counts |
+| rows.py | the work of each row, and the runner that interleaves them |
+| reference.py, peers.py | the reference with pooled states, and models of other shapes |
+| floor.py | the arithmetic that cannot be avoided, and the rate of this machine's matrix products |
+| curves.py, storage.py, memory.py | growth, bytes and read time of encodings, peak memory |
+| machine.py | what the figures depend on |
+| render.py, bars.py, plots.py, page.md | results to docs/benchmarks.md |
+"""

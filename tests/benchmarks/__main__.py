@@ -1,0 +1,138 @@
+"""`python -m benchmarks measure` writes docs/benchmarks/results.json, `python -m benchmarks render` the page from it."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import floor, machine, plan
+from benchmarks.curves import measure_curves
+from benchmarks.memory import measure_memory
+from benchmarks.plan import Plan
+from benchmarks.render import RESULTS, render
+from benchmarks.rows import Models, Scores, measure_rows, progress
+from benchmarks.storage import measure_storage
+from benchmarks.workload import MAKERS, Workload, make_workload_checkpoint
+
+PARTS = ("rows", "curves", "storage", "memory")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and measure or render."""
+    options = _parser().parse_args(arguments)
+    logging.disable(logging.WARNING)
+    if options.command == "render":
+        render(options.results, options.results.parent.with_suffix(".md"))
+        return
+    if arguments is None:
+        machine.start_again(options.malloc)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    results = json.loads(options.results.read_text()) if options.results.exists() else {}
+    name = f"{options.device} {options.shape}"
+    facts = machine.describe(options.device)
+    measured = measure(_plan(options), options.shape, options.device, options.parts)
+    before = results.get(name, {})
+    # Parts measured elsewhere, or with other versions, do not stand beside these.
+    kept = before if _comparable(before.get("machine", {})) == _comparable(facts) else {}
+    results[name] = {**kept, "machine": facts, **measured}
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    options.results.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measure(chosen: Plan, shape: str, device: str, parts: Sequence[str]) -> dict[str, Any]:
+    """Measure the parts of a plan on a random checkpoint of a shape.
+
+    Returns:
+        The shape's configuration (`config`) and what each part gave; with the rows, the `rates` of matrix products by dtype
+        and round, in multiply-adds per second.
+    """
+    measured: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        progress(f"making a checkpoint of shape {shape}")
+        workload = Workload(make_workload_checkpoint(shape, Path(folder)))
+        dtypes = list(dict.fromkeys(row.dtype for row in chosen.rows))
+        is_toy = shape == "toy"
+
+        def models_of(dtype: str) -> Models:
+            return Models(workload, dtype, device, are_peers_tiny=is_toy)
+
+        first = models_of(dtypes[0])
+        config = first.encoder.runtime.checkpoint.decoder_config
+        widths = floor.Widths(**{field.name: getattr(config, field.name) for field in fields(floor.Widths)})
+        measured["config"] = asdict(widths)
+        if "rows" in parts:
+            measured["rows"], measured["rates"] = [], {}
+            expected: Scores = {}
+            for dtype in dtypes:
+                rates: list[dict[str, float]] = []
+                measured["rows"] += measure_rows(
+                    [row for row in chosen.rows if row.dtype == dtype],
+                    models_of(dtype),
+                    expected,
+                    each_round=lambda dtype=dtype, rates=rates: rates.append(
+                        floor.measure_rates(widths, dtype, device, chosen.rate_seconds)
+                    ),
+                )
+                measured["rates"][dtype] = rates
+                # Models have cycles; the next dtype needs their memory.
+                gc.collect()
+        if "curves" in parts and chosen.curves:
+            measured["curves"] = measure_curves(chosen.curves, first)
+        if "storage" in parts and chosen.storage_passages:
+            measured["storage"] = measure_storage(
+                workload, first.encoder, chosen.memory_passage_tokens, chosen.storage_passages
+            )
+        if "memory" in parts and chosen.memory:
+            measured["memory"] = measure_memory(chosen.memory, workload, first.encoder, chosen.memory_passage_tokens)
+    return measured
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    """Return the plan for the options, cut down to the rows that were asked for."""
+    makers = {"toy": plan.toy_plan, "cpu": plan.cpu_plan, "cuda": plan.cuda_plan}
+    make = makers["toy" if options.shape == "toy" else options.device.partition(":")[0]]
+    whole = make(options.dtypes) if options.dtypes else make()
+    rows = [
+        replace(row, rounds=min(row.rounds, options.max_rounds or row.rounds))
+        for row in whole.rows
+        if not options.only or any(text in row.name for text in options.only)
+        if not options.passage_tokens or row.passage_tokens in options.passage_tokens
+    ]
+    return replace(whole, rows=tuple(rows))
+
+
+def _comparable(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name != "load_before"}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measuring = commands.add_parser("measure", help="measure, and put the results into the file")
+    rendering = commands.add_parser("render", help="write page and plots from the results, beside their folder")
+    for command in (measuring, rendering):
+        command.add_argument("--results", type=Path, default=RESULTS, help="default: docs/benchmarks/results.json")
+    measuring.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 …")
+    measuring.add_argument("--shape", choices=MAKERS, default="nano", help="toy measures everything once, in seconds")
+    measuring.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is not named keeps its results")
+    measuring.add_argument("--dtypes", nargs="+", help="default: float32 and bfloat16; bfloat16 on a GPU")
+    measuring.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
+    measuring.add_argument("--passage-tokens", nargs="+", type=int, help="rows of these lengths")
+    measuring.add_argument("--max-rounds", type=int, help="bound of the rounds of a row")
+    measuring.add_argument("--threads", type=int, help="default: what PyTorch chooses")
+    measuring.add_argument("--malloc", choices=machine.MALLOC, default="tuned", help="glibc: leave its thresholds alone")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

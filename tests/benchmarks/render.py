@@ -1,0 +1,276 @@
+"""docs/benchmarks.md and its plots, from results.json alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from benchmarks import floor, plan, plots
+from benchmarks.bars import BARS
+from benchmarks.plan import LONG, SHORT
+from benchmarks.results import Results, Row
+
+DOCS = Path(__file__).parents[2] / "docs"
+RESULTS = DOCS / "benchmarks" / "results.json"
+PAGE = Path(__file__).with_name("page.md")
+
+NOT_MEASURED = "Not measured."
+
+CODEC_RATIOS = (2, 4, 16)
+"""Ratios whose bytes the page shows; results.json has more."""
+
+
+def render(results_path: Path, page_path: Path) -> None:
+    """Write the page, and its plots beside the results."""
+    runs = json.loads(results_path.read_text()) if results_path.exists() else {}
+    page_path.write_text(make_page(runs, results_path.parent.name), encoding="utf-8")
+    for name, draw in _plots(_cpu(runs)).items():
+        draw(results_path.parent / f"{name}.svg")
+
+
+def make_page(runs: dict[str, Any], folder: str = RESULTS.parent.name) -> str:
+    """Return the page for runs by "device shape"; `folder` holds the plots, beside the page."""
+    results = _cpu(runs)
+    images = {name: f"![{name}]({folder}/{name}.svg)\n\n" for name in _plots(results)}
+    cuda = {name: Results(run) for name, run in runs.items() if name.startswith("cuda")}
+    sections = {
+        "machine": _machine(results),
+        "bars": _bars(results),
+        "rows": "\n\n".join(_rows_sections(results, images)) or NOT_MEASURED,
+        "long_prompt": _long_prompt(results),
+        "floor_formula": floor.__doc__.partition("\n\n")[2].strip(),
+        "rates": _rates(results),
+        "floor": _floor(results),
+        "curves": images.get("growth", "") + _curves(results),
+        "memory": _memory(results),
+        "storage": _storage(results),
+        "cuda": "\n\n".join(_cuda_section(name, run) for name, run in cuda.items()) or f"{NOT_MEASURED} No GPU was at hand.",
+    }
+    return Template(PAGE.read_text(encoding="utf-8")).substitute(sections)
+
+
+def _cpu(runs: dict[str, Any]) -> Results:
+    """Return the first run on a CPU."""
+    return Results(next((run for name, run in runs.items() if name.startswith("cpu")), {}))
+
+
+def _plots(results: Results) -> dict[str, Any]:
+    """Return what draws each plot that the results have figures for."""
+    drawn: dict[str, Any] = {}
+    for group, rows in _groups(results).items():
+        drawn[_slug(*group)] = lambda path, rows=rows: plots.draw_rows(rows, path)
+    if results.run.get("curves"):
+        drawn["growth"] = lambda path: plots.draw_curves(results, path)
+    return drawn
+
+
+def _groups(results: Results) -> dict[tuple[str, int, int], list[Row]]:
+    """Return the rows that belong together, by dtype, passage tokens and candidates."""
+    groups: dict[tuple[str, int, int], list[Row]] = {}
+    for row in results.rows:
+        if row.prompt == SHORT:
+            groups.setdefault((row.dtype, row.passage_tokens, row.candidates), []).append(row)
+    return groups
+
+
+def _slug(dtype: str, length: int, candidates: int) -> str:
+    return f"{dtype}-{candidates}x{length}"
+
+
+def _title(dtype: str, length: int, candidates: int) -> str:
+    return f"{candidates:,} candidates × {length:,} tokens, {dtype}"
+
+
+def _machine(results: Results) -> str:
+    facts = results.run.get("machine")
+    if facts is None:
+        return NOT_MEASURED
+    packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
+    environment = ", ".join(f"`{name}={value}`" for name, value in facts["environment"].items())
+    lines = {
+        "processor": f"{facts['cpu']}, {facts['cores']} cores, {', '.join(facts['instruction_sets'])}",
+        "threads": facts["threads"],
+        "memory": f"{facts['memory_bytes'] / 2**30:.0f} GiB",
+        "GPU": facts["gpu"],
+        "system": f"{facts['system']}, Python {facts['python']}",
+        "packages": packages,
+        "environment": environment,
+        "load before the run": f"{facts['load_before']:.2f}",
+    }
+    return _table(("", ""), [(name, value) for name, value in lines.items() if value is not None])
+
+
+def _bars(results: Results) -> str:
+    rows = [(bar.text, *bar.verdict(results)) for bar in BARS]
+    return _table(("100 candidates × 256 tokens", "bar", "measured", ""), rows)
+
+
+def _rows_sections(results: Results, images: dict[str, str]) -> Iterable[str]:
+    for group, rows in _groups(results).items():
+        yield f"### {_title(*group)}\n\n{images[_slug(*group)]}{_rows_table(rows)}"
+
+
+def _rows_table(rows: Sequence[Row]) -> str:
+    cold = next((row for row in rows if row.name == plan.REFERENCE_COLD), None)
+    head = (
+        "",
+        "wall s",
+        "CPU s",
+        "reference cold ÷ this",
+        "prompt tokens",
+        "threads",
+        "rounds × candidates",
+        "max \\|Δp\\|",
+    )
+    return _table(
+        head,
+        [
+            (
+                row.name,
+                _significant(row.seconds),
+                _significant(row.cpu_seconds),
+                "–" if cold is None else _significant(cold.seconds / row.seconds),
+                row.prompt.n_query if row.name in plan.BARE_QUERY else row.prompt.n_tokens,
+                row.threads,
+                f"{row.rounds} × {row.measured}" + (", scaled" if row.measured != row.candidates else ""),
+                "–" if row.max_difference is None else f"{row.max_difference:.1e}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def _long_prompt(results: Results) -> str:
+    rows = [row for row in results.rows if row.prompt == LONG]
+    if not rows:
+        return NOT_MEASURED
+    return _table(
+        ("", "dtype", "wall s", "CPU s", "share of the floor"),
+        [
+            (row.name, row.dtype, _significant(row.seconds), _significant(row.cpu_seconds), f"{_share(results, row):.2f}")
+            for row in rows
+        ],
+    )
+
+
+def _rates(results: Results) -> str:
+    dtypes = list(results.run.get("rates", {}))
+    if not dtypes:
+        return NOT_MEASURED
+    shapes = floor.product_shapes(results.widths)
+    rates = {dtype: results.rates(dtype) for dtype in dtypes}
+    return _table(
+        ("product", "in → out", *(f"{dtype}, GFLOP/s" for dtype in dtypes)),
+        [
+            (name, f"{n_in:,} → {n_out:,}", *(f"{2 * rates[dtype][name] / 1e9:,.0f}" for dtype in dtypes))
+            for name, (n_in, n_out) in shapes.items()
+        ],
+    )
+
+
+def _floor(results: Results) -> str:
+    rows = [row for row in results.rows if row.name in (plan.OURS_COLD, plan.OURS_POOLED, plan.OURS_PREFIX)]
+    if not rows:
+        return NOT_MEASURED
+    return _table(
+        ("", "dtype", "passage tokens", "prompt tokens", "GFLOP", "floor s", "measured s", "share"),
+        [
+            (
+                row.name,
+                row.dtype,
+                f"{row.passage_tokens:,}",
+                _prompt(row),
+                f"{2 * sum(results.multiply_adds(row).values()) / 1e9:,.0f}",
+                _significant(results.floor_seconds(row)),
+                _significant(row.seconds),
+                f"{_share(results, row):.2f}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def _curves(results: Results) -> str:
+    curves = results.run.get("curves", [])
+    if not curves:
+        return NOT_MEASURED
+    tables = []
+    for axis in dict.fromkeys(curve["axis"] for curve in curves):
+        group = [curve for curve in curves if curve["axis"] == axis]
+        columns = [[Row(point) for point in curve["points"]] for curve in group]
+        base = columns[0][0]
+        held = {
+            "candidates": "" if axis == "candidates" else f"{base.candidates} candidates",
+            "passage_tokens": "" if axis == "passage_tokens" else f"passages of {base.passage_tokens} tokens",
+            "n_new": "" if axis == "n_new" else f"a prompt of {base.prompt.n_prefix} + {base.prompt.n_new} tokens",
+        }
+        head = (plots.AXES[axis], *(f"{curve['name']}, s" for curve in group))
+        body = [(f"{rows[0].at:,}", *(_significant(row.seconds) for row in rows)) for rows in zip(*columns, strict=True)]
+        with_what = ", ".join(text for text in held.values() if text)
+        tables.append(f"{base.dtype}, {with_what}:\n\n{_table(head, body)}")
+    return "\n\n".join(tables)
+
+
+def _memory(results: Results) -> str:
+    rows = results.run.get("memory", [])
+    if not rows:
+        return NOT_MEASURED
+    return _table(
+        ("", "dtype", "candidates", "peak memory"),
+        [(row["name"], row["dtype"], row["candidates"], f"{row['peak_bytes'] / 2**20:,.0f} MiB") for row in rows],
+    )
+
+
+def _storage(results: Results) -> str:
+    codecs = results.run.get("storage", [])
+    if not codecs:
+        return NOT_MEASURED
+    sizes = {codec["codec"]: {size["ratio"]: size for size in codec["sizes"]} for codec in codecs}
+    count = codecs[0]["read_n"]
+    return _table(
+        (
+            f"codec, passages of {codecs[0]['n_tokens']} tokens",
+            *(f"bytes, ratio {ratio}" for ratio in CODEC_RATIOS),
+            "characters in metadata, ratio 4",
+            f"reading {count} back, ratio 4",
+        ),
+        [
+            (
+                codec["codec"],
+                *(f"{sizes[codec['codec']][ratio]['bytes']:,}" for ratio in CODEC_RATIOS),
+                f"{sizes[codec['codec']][4]['characters']:,}",
+                f"{codec['read_ms']:.1f} ms",
+            )
+            for codec in codecs
+        ],
+    )
+
+
+def _cuda_section(name: str, results: Results) -> str:
+    shape = name.partition(" ")[2].capitalize()
+    parts = [f"### {shape}, {results.run['machine']['gpu']}", _machine(results)]
+    for group, rows in _groups(results).items():
+        parts += [f"{_title(*group)}:", _rows_table(rows)]
+    return "\n\n".join([*parts, _rates(results), _floor(results)])
+
+
+def _share(results: Results, row: Row) -> float:
+    return results.floor_seconds(row) / row.seconds
+
+
+def _prompt(row: Row) -> str:
+    return f"{row.prompt.n_prefix} + {row.prompt.n_new}"
+
+
+def _significant(value: float) -> str:
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -1,0 +1,55 @@
+"""What encodings take: bytes by codec and ratio, and the time to read them back."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.workload import Workload
+from kalm_integrations import EncodedPassage, KalmReranker
+from kalm_integrations.core.codecs import CODECS, write_states
+
+RATIOS = (1, 2, 4, 8, 16, 32)
+READ_ROUNDS = 7
+
+
+def measure_storage(workload: Workload, reranker: KalmReranker, n_tokens: int, n: int) -> list[dict[str, Any]]:
+    """Write and read `n` encodings of passages of `n_tokens` tokens with every codec, at ratio 4, and size up all ratios.
+
+    Returns:
+        By codec: payload bytes and characters of one metadata string at each ratio, the median milliseconds in which
+        `from_metadata` reads `n` of them at ratio 4, and `n`.
+    """
+    encodings = workload.encodings(reranker, n_tokens, n)
+    finest = reranker.encode_passages(workload.passages(n_tokens, 1))[0]
+    measured = []
+    for codec in CODECS:
+        sizes = []
+        for ratio in RATIOS:
+            pooled = _at_ratio(finest, ratio)
+            payload = write_states(pooled.states, codec)[1]
+            length = len(replace(pooled, codec=codec).to_metadata())
+            sizes.append({"ratio": ratio, "bytes": len(payload), "characters": length})
+        values = [replace(encoding, codec=codec).to_metadata() for encoding in encodings]
+        measured.append({"codec": codec, "n_tokens": n_tokens, "sizes": sizes, "read_n": n, "read_ms": _read_ms(values)})
+    return measured
+
+
+def _at_ratio(encoding: EncodedPassage, ratio: int) -> EncodedPassage:
+    """Return an encoding of the size that the ratio gives; one finer than it was made at repeats its states."""
+    if ratio >= encoding.compression_ratio:
+        return encoding.pool(ratio)
+    repeated = encoding.states.repeat_interleave(encoding.compression_ratio // ratio, dim=0)
+    return replace(encoding, states=repeated[: -(-encoding.n_tokens // ratio)], compression_ratio=ratio)
+
+
+def _read_ms(values: list[str]) -> float:
+    rounds = []
+    for _ in range(READ_ROUNDS):
+        started = time.perf_counter()
+        for value in values:
+            EncodedPassage.from_metadata(value)
+        rounds.append(time.perf_counter() - started)
+    return 1000 * statistics.median(rounds)

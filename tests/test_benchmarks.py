@@ -1,0 +1,138 @@
+"""The benchmark programs run end to end at toy size; the committed page is what they make of the committed results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks import floor, plan
+from benchmarks.__main__ import PARTS, main
+from benchmarks.bars import BARS
+from benchmarks.render import RESULTS, make_page
+from benchmarks.results import Results
+from parity import TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def results_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("docs") / "benchmarks" / "results.json"
+    main(["measure", "--shape", "toy", "--results", str(path)])
+    main(["render", "--results", str(path)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(results_path: Path) -> dict[str, Any]:
+    return json.loads(results_path.read_text())["cpu toy"]
+
+
+def test_every_row_of_the_plan_is_measured(run: dict[str, Any]):
+    """At toy size nothing is left out: the plan has all rows, lengths, dtypes and curves of the real one."""
+    full = plan.cpu_plan()
+    assert len(run["rows"]) == len(full.rows)
+    assert {(row["name"], row["dtype"]) for row in run["rows"]} == {(row.name, row.dtype) for row in full.rows}
+    assert {(curve["axis"], curve["name"]) for curve in run["curves"]} == {
+        (curve.axis, curve.base.name) for curve in full.curves
+    }
+    assert all(run[part] for part in PARTS)
+    assert run["machine"]["cpu"]
+
+
+def test_rows_say_what_they_are(run: dict[str, Any]):
+    """Every row has its sizes, its threads, and wall and CPU seconds of every round."""
+    for row in [*run["rows"], *(point for curve in run["curves"] for point in curve["points"])]:
+        assert row["threads"] >= 1
+        assert row["prompt"]["n_prefix"] in (53, 56)
+        assert min(row["candidates"], row["measured"], row["passage_tokens"]) > 0
+        assert len(row["wall"]) == len(row["cpu"]) == row["rounds"]
+        assert min(row["wall"]) > 0
+
+
+def test_all_exact_rows_score_alike(run: dict[str, Any]):
+    """Whatever a row starts from, in float32 it gives the reference's scores."""
+    differences = [
+        row["max_difference"]
+        for row in run["rows"]
+        if row["name"].startswith("ours") and row["dtype"] == "float32" and row["prompt"]["n_prefix"] == 53
+    ]
+    assert len(differences) == 8
+    assert max(differences) <= TOLERANCE
+
+
+def test_page_has_every_section_and_plot(results_path: Path):
+    """Nothing on the page of a whole run is missing but the GPU, and its plots exist."""
+    page = results_path.parent.with_suffix(".md").read_text()
+    before, _, after = page.partition("## GPU")
+    # The toy's lengths are not the ones that the bars are about.
+    assert "Not measured" not in before
+    assert "Not measured. No GPU was at hand." in after
+    assert {path.name for path in results_path.parent.glob("*.svg")} == {
+        "float32-4x12.svg",
+        "float32-4x24.svg",
+        "bfloat16-4x12.svg",
+        "bfloat16-4x24.svg",
+        "growth.svg",
+    }
+
+
+def test_parts_measured_alone_leave_the_others(results_path: Path, tmp_path: Path):
+    """A run of one part keeps what the file had of the others."""
+    path = tmp_path / "results.json"
+    path.write_text(results_path.read_text())
+    main(["measure", "--shape", "toy", "--results", str(path), "--parts", "storage"])
+    before, after = (json.loads(file.read_text())["cpu toy"] for file in (results_path, path))
+    assert after["rows"] == before["rows"]
+    assert after["storage"] != before["storage"]
+
+
+def test_verdicts_follow_from_the_figures(run: dict[str, Any]):
+    """A bar is met or not by the measured medians, and says so; without the rows it is not measured."""
+    rows = [
+        {**row, "passage_tokens": 256, "candidates": 100, "measured": 50, "wall": [1.0, seconds, 1000.0]}
+        for row in run["rows"]
+        if row["passage_tokens"] == 12 and row["dtype"] == "float32" and row["prompt"]["n_prefix"] == 53
+        for seconds in [{plan.REFERENCE_COLD: 80.0, plan.OURS_PREFIX: 2.0}.get(row["name"], 10.0)]
+    ]
+    results = Results({**run, "rows": rows})
+    assert results.find(plan.OURS_PREFIX).seconds == 4.0
+    verdicts = {bar.text: bar.verdict(results) for bar in BARS}
+    assert verdicts["prefix, against the reference cold"] == ("≥ 40 ×", "40.00 ×", "met")
+    assert verdicts["prefix, against the reference given pooled states"] == ("≥ 20 ×", "5.00 ×", "**not met**")
+    assert verdicts["prefix in bfloat16, 100 candidates"] == ("< 1 s", "–", "not measured")
+
+
+def test_floor_of_nano():
+    """The formula gives, for 100 passages of 64 states and a prompt of 80 tokens, the sum done by hand."""
+    kinds = (*["sliding_attention"] * 17, "full_attention")
+    nano = floor.Widths(kinds, 512, hidden_width=640, query_width=1024, kv_width=256, mlp_width=2048)
+    pooled = floor.decoder_multiply_adds(nano, 100, 64, 0, 80)
+    per_token = 640 * 1536 + 1024 * 640 + 3 * 640 * 2048
+    saved_in_layer_0 = 99 * 80 * 640 * 1536
+    saved_in_last_layer = 100 * 79 * (per_token - 640 * 512)
+    attention = 100 * 2048 * (17 * sum(64 + i for i in range(1, 81)) + 144)
+    passages = 100 * 64 * 18 * 640 * 512
+    assert sum(pooled.values()) == 100 * 80 * 18 * per_token - saved_in_layer_0 - saved_in_last_layer + attention + passages
+    prefix = floor.decoder_multiply_adds(nano, 100, 64, 56, 24)
+    assert sum(prefix.values()) < 0.3 * sum(pooled.values())
+    encoding = floor.encoder_multiply_adds(nano, 100, 256)
+    assert encoding["attention"] == 100 * 2048 * 18 * 256**2
+    assert floor.floor_seconds({"out": 6, "attention": 8}, {"out": 2.0, "down": 4.0}) == 5.0
+
+
+def test_windows_cut_the_floor():
+    """An encoder layer with a window counts the pairs that its mask lets through."""
+    import torch
+
+    from kalm_integrations.core.encoder import _mask
+
+    widths = floor.Widths(("sliding_attention",), 9, 4, 4, 4, 4)
+    mask = _mask("sliding_attention", torch.tensor([30]), 30, 9)
+    assert floor.encoder_multiply_adds(widths, 1, 30)["attention"] == 2 * 4 * int(mask.sum())
+
+
+def test_committed_page_is_rendered_from_committed_results():
+    """`python -m benchmarks render` changes nothing."""
+    runs = json.loads(RESULTS.read_text())
+    assert RESULTS.parent.with_suffix(".md").read_text(encoding="utf-8") == make_page(runs)
