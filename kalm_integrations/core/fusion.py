@@ -66,6 +66,27 @@ def check_first_stage(scores: Sequence[Any] | None, n_passages: int, fusion: Fus
     return [_finite(score, index) for index, score in enumerate(scores)]
 
 
+def check_first_stages(
+    scores: Sequence[Sequence[Any]] | None, lists: Sequence[Sequence[Any]], fusion: FusionMethod | None
+) -> list[list[float] | None]:
+    """Do what `check_first_stage` does for each of several queries.
+
+    Args:
+        scores: for each query, those of its passages; None if there are none at all.
+        lists: for each query, its passages.
+        fusion: a checked method.
+
+    Raises:
+        SettingsError: see `check_first_stage`; or there are not as many lists of scores as queries.
+    """
+    if scores is None:
+        return [check_first_stage(None, len(passages), fusion) for passages in lists]
+    if len(scores) != len(lists):
+        msg = f"first_stage_scores must hold a list for each of {len(lists)} queries, but hold {len(scores)}"
+        raise SettingsError(msg)
+    return [check_first_stage(of_query, len(passages), fusion) for of_query, passages in zip(scores, lists, strict=True)]
+
+
 def fuse(
     margins: Sequence[float],
     first_stage_scores: Sequence[float] | None,
