@@ -258,7 +258,7 @@ def calibrate(
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a calibration: what makes scores probabilities.
+    """Make scores probabilities.
 
     Temperature and bias are fitted to all pairs. How good that is, is measured with a fit to half of the queries on the other
     half. Calibrate on candidates such as the retriever will find: the bias learns how common relevant passages are among them.
