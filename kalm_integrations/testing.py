@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kalm_integrations.core.fusion import check_first_stage, check_fusion, fuse
+from kalm_integrations.core.fusion import check_first_stage, check_first_stages, check_fusion, fuse
 from kalm_integrations.core.ranking import best_first, check_cut
 from kalm_integrations.core.types import (
     ENCODING_KEY,
@@ -71,6 +71,35 @@ class FakeReranker:
         margins = self._margins(query, passages, instruction)
         fused = None if fusion is None else fuse(margins, first_stage, fusion, fusion_weight)
         return best_first([_sigmoid(margin) for margin in margins], margins, top_k, score_threshold, fused)
+
+    def rank_many(
+        self,
+        queries: Sequence[str],
+        passages: Sequence[Sequence[AnyPassage]],
+        top_k: int | None = None,
+        score_threshold: float | None = None,
+        instruction: str | None = None,
+        *,
+        first_stage_scores: Sequence[Sequence[float]] | None = None,
+        fusion: FusionMethod | None = None,
+        fusion_weight: float | None = None,
+    ) -> list[list[RankedPassage]]:
+        """Return the ranking of each query's passages."""
+        check_fusion(fusion, fusion_weight)
+        first_stages = check_first_stages(first_stage_scores, passages, fusion)
+        return [
+            self.rank(
+                query,
+                candidates,
+                top_k,
+                score_threshold,
+                instruction,
+                first_stage_scores=first_stage,
+                fusion=fusion,
+                fusion_weight=fusion_weight,
+            )
+            for query, candidates, first_stage in zip(queries, passages, first_stages, strict=True)
+        ]
 
     def _margins(self, query: str, passages: Sequence[AnyPassage], instruction: str | None) -> list[float]:
         del instruction

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalm_integrations import EncodedPassage
-from kalm_integrations.core.caches import EncodingCache, LmdbPayloadStore
+from kalm_integrations.core.caches import BoundedCache, LmdbPayloadStore
 
 ROW_BYTES = 40
 
@@ -33,7 +33,7 @@ def key(name: object) -> tuple[str, str]:
 
 
 def test_the_longest_unused_is_dropped_first_and_reading_counts_as_use():
-    cache = EncodingCache(3 * ROW_BYTES)
+    cache = BoundedCache(3 * ROW_BYTES)
     cache.put_many({key(name): make_encoding() for name in "abc"})
     assert set(cache.get_many([key("a")])) == {key("a")}
     cache.put_many({key("d"): make_encoding()})
@@ -41,27 +41,27 @@ def test_the_longest_unused_is_dropped_first_and_reading_counts_as_use():
 
 
 def test_one_that_is_larger_than_the_bound_is_not_kept_and_drops_nothing():
-    cache = EncodingCache(3 * ROW_BYTES)
+    cache = BoundedCache(3 * ROW_BYTES)
     cache.put_many({key("small"): make_encoding()})
     cache.put_many({key("large"): make_encoding(4)})
     assert set(cache.get_many(map(key, ["small", "large"]))) == {key("small")}
 
 
 def test_no_bytes_keep_nothing():
-    cache = EncodingCache(0)
+    cache = BoundedCache(0)
     cache.put_many({key("a"): make_encoding()})
     assert (len(cache), cache.nbytes, cache.get_many([key("a")])) == (0, 0, {})
 
 
 def test_clear_drops_everything():
-    cache = EncodingCache(3 * ROW_BYTES)
+    cache = BoundedCache(3 * ROW_BYTES)
     cache.put_many({key("a"): make_encoding()})
     cache.clear()
     assert (len(cache), cache.nbytes, cache.max_bytes) == (0, 0, 3 * ROW_BYTES)
 
 
 def test_the_same_text_of_another_fingerprint_is_another_entry():
-    cache = EncodingCache(10 * ROW_BYTES)
+    cache = BoundedCache(10 * ROW_BYTES)
     cache.put_many({("one", "text"): make_encoding()})
     assert cache.get_many([("other", "text")]) == {}
 
@@ -73,7 +73,7 @@ def test_the_same_text_of_another_fingerprint_is_another_entry():
     ),
 )
 def test_the_cache_never_holds_more_than_its_bytes_and_only_what_was_put(max_rows, calls):
-    cache = EncodingCache(max_rows * ROW_BYTES)
+    cache = BoundedCache(max_rows * ROW_BYTES)
     put: dict[tuple[str, str], list[EncodedPassage]] = {}
     for is_put, entries in calls:
         if is_put:
@@ -88,7 +88,7 @@ def test_the_cache_never_holds_more_than_its_bytes_and_only_what_was_put(max_row
 
 
 def test_the_bound_holds_under_threads():
-    cache = EncodingCache(5 * ROW_BYTES)
+    cache = BoundedCache(5 * ROW_BYTES)
     errors = []
 
     def use(thread: int) -> None:

@@ -16,7 +16,8 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import sliding_window_mask_f
 
 from kalm_integrations import KalmReranker
 from kalm_integrations.core import decoder, encoder
-from kalm_integrations.core.decoder import Memory, answer_logits, extend, remember_passages
+from kalm_integrations.core.decoder import answer_logits, extend, remember_passages
+from kalm_integrations.core.memory import FreshMemory
 from kalm_integrations.core.pooling import n_pooled_states, pool_states, repool_states
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.errors import SettingsError
@@ -104,7 +105,7 @@ def test_encoder_windows_are_those_of_transformers(window: int, length: int) -> 
 def test_decoder_windows(window: int, n_read: int, n_new: int, n_states: list[int], kind: str) -> None:
     """A prompt token sees all real passage states, and prompt tokens up to itself, in a window if the layer has one."""
     width = max(n_states)
-    memory = Memory((), (), torch.tensor(n_states), width, n_read)
+    memory = FreshMemory(width, n_read, (), (), torch.tensor(n_states))
     positions = n_read + torch.arange(n_new)[None]
     expected = torch.tensor(
         [
@@ -142,7 +143,7 @@ def test_a_prompt_continues_where_memory_ends(runtime: Runtime, window: int, cut
     head = embedding.tokens[[7, 8]]
     memory = remember_passages(random_states(3, 6, config.hidden_width), torch.tensor([1, 4, 6]), weights, config)
 
-    def logits(memory: Memory, ids: torch.Tensor) -> torch.Tensor:
+    def logits(memory: FreshMemory, ids: torch.Tensor) -> torch.Tensor:
         return answer_logits(memory, ids, torch.tensor([ids.shape[1] - 1]), embedding, weights, head, config)
 
     first, last = sorted((cut, second_cut))

@@ -1,29 +1,40 @@
-"""Where encodings are kept outside the host's metadata: a bounded in-memory cache, and a byte store on disk."""
+"""What is kept outside the host's metadata: bounded in-memory caches, and a byte store on disk."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import lmdb
 from cachetools import LRUCache
 
-from kalm_integrations.core.encoding import EncodedPassage
-
 CacheKey = tuple[str, str]
 """Fingerprint and text hash."""
 
+Key = TypeVar("Key", bound=Hashable)
 
-class EncodingCache:
-    """Least-recently-used encodings, bounded by the bytes of their states."""
+
+class Sized(Protocol):
+    """Something that knows how many bytes it takes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes."""
+
+
+Entry = TypeVar("Entry", bound=Sized)
+
+
+class BoundedCache(Generic[Key, Entry]):
+    """Least-recently-used encodings or prefix states, bounded by their bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         """Make an empty cache; 0 bytes keeps nothing."""
-        self._entries: LRUCache[CacheKey, EncodedPassage] = LRUCache(max_bytes, getsizeof=lambda entry: entry.nbytes)
+        self._entries: LRUCache[Key, Entry] = LRUCache(max_bytes, getsizeof=lambda entry: entry.nbytes)
         self._lock = threading.Lock()
 
     @property
@@ -37,17 +48,17 @@ class EncodingCache:
         return int(self._entries.currsize)
 
     def __len__(self) -> int:
-        """Return the number of encodings."""
+        """Return the number of entries."""
         return len(self._entries)
 
-    def get_many(self, keys: Iterable[CacheKey]) -> dict[CacheKey, EncodedPassage]:
+    def get_many(self, keys: Iterable[Key]) -> dict[Key, Entry]:
         """Return those of the keys that are there."""
         with self._lock:
             found = ((key, self._entries.get(key)) for key in keys)
             return {key: entry for key, entry in found if entry is not None}
 
-    def put_many(self, entries: Mapping[CacheKey, EncodedPassage]) -> None:
-        """Add encodings, dropping the least recently used; one that is larger than the bound is not kept."""
+    def put_many(self, entries: Mapping[Key, Entry]) -> None:
+        """Add entries, dropping the least recently used; one that is larger than the bound is not kept."""
         with self._lock:
             for key, entry in entries.items():
                 if entry.nbytes <= self.max_bytes:

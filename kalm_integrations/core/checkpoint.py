@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
+from kalm_integrations.core import packing
 from kalm_integrations.core.calibration import Calibration
 from kalm_integrations.core.layers import (
     ACTIVATIONS,
@@ -73,11 +74,13 @@ SIDE_PREFIXES = {
 """Tensor prefixes of each side: the module names of transformers >= 5.3, then what `save_pretrained` writes."""
 
 LAYER_TENSORS: dict[str, tuple[str, ...]] = {
-    "qkv": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "query": ("self_attn.q_proj.weight",),
+    "key_value": ("self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "q_norm": ("self_attn.q_norm.weight",),
     "k_norm": ("self_attn.k_norm.weight",),
     "out": ("self_attn.o_proj.weight",),
-    "gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "gate": ("mlp.gate_proj.weight",),
+    "up": ("mlp.up_proj.weight",),
     "down": ("mlp.down_proj.weight",),
     "pre_attention_norm": ("pre_self_attn_layernorm.weight",),
     "post_attention_norm": ("post_self_attn_layernorm.weight",),
@@ -299,8 +302,14 @@ class Checkpoint:
         """
         config = self.encoder_config if side == "encoder" else self.decoder_config
         read = self._reader.side(side)
+        is_packed = packing.can_pack(dtype, device)
+
+        def convert(tensor: torch.Tensor) -> torch.Tensor:
+            copy = tensor.to(device, dtype, copy=True)
+            return packing.pack(copy) if is_packed and copy.ndim == 2 else copy
+
         # One tensor at a time: the file's pages are mapped only while a tensor is copied.
-        return stack_weights(read, config, lambda tensor: tensor.to(device, dtype, copy=True))
+        return stack_weights(read, config, convert)
 
     def text_names(self) -> list[str]:
         """Return the names in the file of all tensors that a reranker consists of: embeddings and both sides' layers.

@@ -3,12 +3,10 @@
 T5Gemma2 merges self- and cross-attention: one softmax over [passage keys, prompt keys], both made by the same projections,
 passage keys without rotation and outside any window. The decoder is causal, so what a passage contributes (its keys and values
 in every layer) does not depend on the prompt, and what a prompt prefix contributes does not depend on what follows it.
-`Memory` holds both; `extend` adds prompt tokens to it and `answer_logits` reads the score off the last ones.
+A `Memory` holds both; `extend` adds prompt tokens to it and `answer_logits` reads the score off the last ones.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,49 +17,33 @@ from kalm_integrations.core.layers import (
     StackWeights,
     attend,
     finish_layer,
-    project_all,
     project_keys_values,
     project_queries,
     rms_norm,
 )
+from kalm_integrations.core.memory import FreshMemory, Memory
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What a batch of passages, and the prompt tokens read so far, left behind in every layer.
-
-    Keys and values of layer i: (batch, n_kv_heads, n_states + n_prompt, head_width), passage states first.
-    """
-
-    keys: tuple[torch.Tensor, ...]
-    values: tuple[torch.Tensor, ...]
-    n_states: torch.Tensor
-    """Real passage states of each row. Shape: (batch,)."""
-    width: int
-    """Passage states per row, padding included."""
-    n_prompt: int
-    """Prompt tokens read so far."""
-
-
-def remember_passages(states: torch.Tensor, n_states: torch.Tensor, weights: StackWeights, config: StackConfig) -> Memory:
+def remember_passages(states: torch.Tensor, n_states: torch.Tensor, weights: StackWeights, config: StackConfig) -> FreshMemory:
     """Project passage states, right-padded (batch, width, hidden), into every layer's keys and values."""
     states = states.to(weights.dtype)
     pairs = [project_keys_values(states, layer, config, rope=None) for layer in weights.layers]
     keys, values = zip(*pairs, strict=True)
-    return Memory(keys, values, n_states, width=states.shape[1], n_prompt=0)
+    return FreshMemory(states.shape[1], 0, keys, values, n_states)
 
 
 def extend(
-    memory: Memory,
+    memory: FreshMemory,
     token_ids: torch.Tensor,
     embedding: EmbeddingWeights,
     weights: StackWeights,
     config: StackConfig,
-) -> Memory:
+) -> FreshMemory:
     """Read prompt tokens (batch or 1, n_new) that later calls continue; no hidden state of them is kept."""
-    _, keys, values = _run(memory, token_ids, None, embedding, weights, config)
-    n_prompt = memory.n_prompt + token_ids.shape[1]
-    return Memory(tuple(keys), tuple(values), memory.n_states, memory.width, n_prompt)
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    _run(memory, token_ids, None, embedding, weights, config, pairs)
+    keys, values = zip(*pairs, strict=True)
+    return FreshMemory(memory.width, memory.n_prompt + token_ids.shape[1], keys, values, memory.n_states)
 
 
 def answer_logits(
@@ -87,7 +69,7 @@ def answer_logits(
     Returns:
         float32 logits. Shape: (batch, n_answers).
     """
-    x, _, _ = _run(memory, token_ids, last, embedding, weights, config)
+    x = _run(memory, token_ids, last, embedding, weights, config)
     normed = rms_norm(x, weights.final_norm, config.norm_epsilon, weights.dtype)
     logits = F.linear(normed, head.to(weights.dtype)).float()
     if config.logit_softcap is not None:
@@ -104,14 +86,17 @@ def _run(
     embedding: EmbeddingWeights,
     weights: StackWeights,
     config: StackConfig,
-) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """Run all layers; with `last`, the last layer computes that position only and x is (batch, hidden)."""
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> torch.Tensor:
+    """Run all layers, leaving their keys and values in `pairs`.
+
+    With `last`, the last layer computes that position only and the result is (batch, hidden).
+    """
     n_new = token_ids.shape[1]
     x = embedding.embed(token_ids, config, weights.dtype)
     ropes = {k: rope.table(memory.n_prompt, memory.n_prompt + n_new, x.device) for k, rope in config.ropes.items()}
     positions = memory.n_prompt + torch.arange(n_new, device=x.device)[None]
     masks = {kind: _mask(kind, memory, positions, n_new, config.sliding_window) for kind in config.ropes}
-    all_keys, all_values = [], []
     for index, (layer, kind) in enumerate(zip(weights.layers, config.layer_types, strict=True)):
         rope, mask = ropes[kind], masks[kind]
         normed = rms_norm(x, layer.pre_attention_norm, config.norm_epsilon, weights.dtype)
@@ -123,18 +108,16 @@ def _run(
             queries = project_queries(normed, layer, config, (rope[0][last][:, None], rope[1][last][:, None]))
             mask = _mask(kind, memory, memory.n_prompt + last[:, None], n_new, config.sliding_window)
         else:
-            queries, keys, values = project_all(normed, layer, config, rope)
-        keys, values = _append(memory.keys[index], keys), _append(memory.values[index], values)
-        all_keys.append(keys)
-        all_values.append(values)
+            queries = project_queries(normed, layer, config, rope)
+            keys, values = project_keys_values(normed, layer, config, rope)
+        keys, values = memory.join(index, keys, values)
+        if pairs is not None:
+            pairs.append((keys, values))
+            if index == len(weights.layers) - 1:
+                break
         queries = queries.expand(keys.shape[0], -1, -1, -1)
         x = finish_layer(x, attend(queries, keys, values, mask, config.attention_scale), layer, config)
-    return (x if last is None else x[:, 0]), all_keys, all_values
-
-
-def _append(remembered: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Put new keys or values behind the remembered ones; a prompt shared by all rows is repeated here."""
-    return torch.cat((remembered, new.expand(remembered.shape[0], -1, -1, -1)), dim=2)
+    return x if last is None else x[:, 0]
 
 
 def _mask(kind: str, memory: Memory, positions: torch.Tensor, n_new: int, window: int | None) -> torch.Tensor | None:
@@ -147,14 +130,15 @@ def _mask(kind: str, memory: Memory, positions: torch.Tensor, n_new: int, window
     sees_prompt = distance >= 0
     if kind == "sliding_attention" and window is not None:
         sees_prompt = sees_prompt & (distance < window)
-    states = torch.arange(memory.width, device=positions.device)
-    sees_state = (states < memory.n_states[:, None])[:, None, :]
-    if bool(sees_prompt.all()) and bool(sees_state.all()):
+    sees_state = memory.visible_states
+    if sees_state is None and bool(sees_prompt.all()):
         return None
+    if sees_state is None:
+        sees_state = torch.ones(1, memory.width, dtype=torch.bool, device=positions.device)
     batch = max(sees_prompt.shape[0], sees_state.shape[0])
     return torch.cat(
         (
-            sees_state.expand(batch, positions.shape[1], -1),
+            sees_state[:, None].expand(batch, positions.shape[1], -1),
             sees_prompt.expand(batch, -1, -1),
         ),
         dim=2,

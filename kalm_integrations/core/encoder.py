@@ -10,7 +10,8 @@ from kalm_integrations.core.layers import (
     StackWeights,
     attend,
     finish_layer,
-    project_all,
+    project_keys_values,
+    project_queries,
     rms_norm,
 )
 
@@ -40,7 +41,8 @@ def encode(
     masks = {kind: _mask(kind, n_tokens, length, config.sliding_window) for kind in config.ropes}
     for layer, kind in zip(weights.layers, config.layer_types, strict=True):
         normed = rms_norm(x, layer.pre_attention_norm, config.norm_epsilon, weights.dtype)
-        queries, keys, values = project_all(normed, layer, config, ropes[kind])
+        queries = project_queries(normed, layer, config, ropes[kind])
+        keys, values = project_keys_values(normed, layer, config, ropes[kind])
         attended = attend(queries, keys, values, masks[kind], config.attention_scale)
         x = finish_layer(x, attended, layer, config)
     return rms_norm(x, weights.final_norm, config.norm_epsilon, x.dtype)

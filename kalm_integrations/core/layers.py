@@ -2,7 +2,7 @@
 
 Nothing here knows how a checkpoint names its tensors (`checkpoint.py` does) and nothing keeps state, so that the very same
 code serves inference and, under autograd, training. Written for this workload: bidirectional or causal attention over short
-sequences, grouped key/value heads without copies, query/key/value and gate/up projections fused into one matrix each.
+sequences, grouped key/value heads without copies, matrices that can be packed for oneDNN.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+
+from kalm_integrations.core import packing
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
@@ -70,15 +72,17 @@ class StackConfig:
 class LayerWeights:
     """Weights of one layer; norm weights are stored as the checkpoint has them (the norm multiplies by 1 + weight).
 
-    Shapes: qkv (query_width + 2 * kv_width, hidden); out (hidden, query_width); gate_up (2 * mlp_width, hidden);
-    down (hidden, mlp_width); q_norm and k_norm (head_width,); the other norms (hidden,).
+    Shapes: query (query_width, hidden); key_value (2 * kv_width, hidden), keys first; out (hidden, query_width); gate and up
+    (mlp_width, hidden); down (hidden, mlp_width); q_norm and k_norm (head_width,); the other norms (hidden,).
     """
 
-    qkv: torch.Tensor
+    query: torch.Tensor
+    key_value: torch.Tensor
     q_norm: torch.Tensor
     k_norm: torch.Tensor
     out: torch.Tensor
-    gate_up: torch.Tensor
+    gate: torch.Tensor
+    up: torch.Tensor
     down: torch.Tensor
     pre_attention_norm: torch.Tensor
     post_attention_norm: torch.Tensor
@@ -96,7 +100,7 @@ class StackWeights:
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the matrix products; the residual stream and the norms are float32 in any case."""
-        return self.layers[0].qkv.dtype
+        return self.layers[0].query.dtype
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,13 @@ class EmbeddingWeights:
         if bool(is_end_of_image.any()):
             embeddings = torch.where(is_end_of_image[..., None], self.end_of_image.float(), embeddings)
         return embeddings
+
+
+def linear(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Return `x` (..., n_in) times the transpose of `matrix` (n_out, n_in), which may be packed."""
+    if matrix.is_mkldnn:
+        return packing.multiply(x, matrix)
+    return F.linear(x, matrix)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dtype) -> torch.Tensor:
@@ -152,7 +163,15 @@ def attend(
     rows = rows.reshape(batch, n_kv_heads, group * n_queries, width)
     if mask is not None:
         mask = mask.repeat(1, group, 1)[:, None]
-    attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
+    if rows.dtype == torch.bfloat16 and rows.device.type == "cpu":
+        # PyTorch's fused attention does not use the CPU's bfloat16 units, its matrix product does.
+        scores = torch.matmul(rows, keys.transpose(2, 3)).float() * scale
+        if mask is not None:
+            # Not -infinity: a padded row may see nothing at all, and has to stay finite.
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        attended = torch.matmul(torch.softmax(scores, dim=-1).to(rows.dtype), values)
+    else:
+        attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
     attended = attended.view(batch, n_kv_heads, group, n_queries, width).permute(0, 3, 1, 2, 4)
     return attended.reshape(batch, n_queries, n_heads * width)
 
@@ -161,7 +180,7 @@ def project_queries(
     x: torch.Tensor, weights: LayerWeights, config: StackConfig, rope: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
     """Return the rotated queries of normalised states `x` (batch, length, hidden): (batch, length, heads, width)."""
-    queries = F.linear(x, weights.qkv[: config.query_width]).unflatten(-1, (config.n_heads, config.head_width))
+    queries = linear(x, weights.query).unflatten(-1, (config.n_heads, config.head_width))
     return rotate(rms_norm(queries, weights.q_norm, config.norm_epsilon, queries.dtype), *rope)
 
 
@@ -175,7 +194,7 @@ def project_keys_values(
 
     Passage states carry no position: their keys are not rotated (`rope` is None).
     """
-    keys, values = F.linear(x, weights.qkv[config.query_width :]).chunk(2, dim=-1)
+    keys, values = linear(x, weights.key_value).chunk(2, dim=-1)
     keys = keys.unflatten(-1, (config.n_kv_heads, config.head_width))
     keys = rms_norm(keys, weights.k_norm, config.norm_epsilon, keys.dtype)
     if rope is not None:
@@ -183,25 +202,17 @@ def project_keys_values(
     return keys.transpose(1, 2), values.unflatten(-1, (config.n_kv_heads, config.head_width)).transpose(1, 2)
 
 
-def project_all(
-    x: torch.Tensor, weights: LayerWeights, config: StackConfig, rope: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return queries, keys and values of `x` from one matrix product; shapes as in the two functions above."""
-    widths = [config.query_width, config.kv_width, config.kv_width]
-    queries, keys, values = torch.split(F.linear(x, weights.qkv), widths, dim=-1)
-    queries = queries.unflatten(-1, (config.n_heads, config.head_width))
-    keys = keys.unflatten(-1, (config.n_kv_heads, config.head_width))
-    queries = rotate(rms_norm(queries, weights.q_norm, config.norm_epsilon, queries.dtype), *rope)
-    keys = rotate(rms_norm(keys, weights.k_norm, config.norm_epsilon, keys.dtype), *rope)
-    values = values.unflatten(-1, (config.n_kv_heads, config.head_width))
-    return queries, keys.transpose(1, 2), values.transpose(1, 2)
-
-
 def finish_layer(x: torch.Tensor, attended: torch.Tensor, weights: LayerWeights, config: StackConfig) -> torch.Tensor:
     """Add what attention found to the residual `x` (batch, length, hidden), then the gated MLP."""
     epsilon = config.norm_epsilon
-    x = x + rms_norm(F.linear(attended, weights.out), weights.post_attention_norm, epsilon, x.dtype)
-    normed = rms_norm(x, weights.pre_mlp_norm, epsilon, weights.gate_up.dtype)
-    gate, up = F.linear(normed, weights.gate_up).chunk(2, dim=-1)
-    hidden = F.linear(ACTIVATIONS[config.activation](gate) * up, weights.down)
+    x = x + rms_norm(linear(attended, weights.out), weights.post_attention_norm, epsilon, x.dtype)
+    normed = rms_norm(x, weights.pre_mlp_norm, epsilon, weights.gate.dtype)
+    hidden = linear(_gate(normed, weights, config.activation), weights.down)
     return x + rms_norm(hidden, weights.post_mlp_norm, epsilon, x.dtype)
+
+
+def _gate(x: torch.Tensor, weights: LayerWeights, activation: str) -> torch.Tensor:
+    """Return activation(gate projection) * up projection; packed matrices do both while they multiply."""
+    if weights.gate.is_mkldnn:
+        return packing.multiply_gated(x, weights.gate, weights.up, activation)
+    return ACTIVATIONS[activation](linear(x, weights.gate)) * linear(x, weights.up)

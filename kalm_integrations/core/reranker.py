@@ -7,19 +7,21 @@ import logging
 import os
 import threading
 import time
+import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalm_integrations.core import prompts
-from kalm_integrations.core.caches import CacheKey, EncodingCache, LmdbPayloadStore
+from kalm_integrations.core.caches import BoundedCache, CacheKey, LmdbPayloadStore
 from kalm_integrations.core.calibration import Calibration
 from kalm_integrations.core.encoding import EncodedPassage, fingerprint, hash_text
-from kalm_integrations.core.fusion import check_first_stage, check_fusion, fuse
+from kalm_integrations.core.fusion import check_first_stage, check_first_stages, check_fusion, fuse
+from kalm_integrations.core.memory import PrefixStates
 from kalm_integrations.core.ranking import best_first, check_cut
-from kalm_integrations.core.runtime import Runtime, get_runtime
+from kalm_integrations.core.runtime import Candidate, Prefix, PrefixKey, Runtime, get_runtime
 from kalm_integrations.core.settings import (
     EncoderSettings,
     QuerySettings,
@@ -52,6 +54,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_PASSAGES_AT_ONCE = 4096
+"""Passages that `rank_many` works on at a time: what bounds the encodings in memory, beside the caches."""
+
 
 class KalmReranker:
     """Scores passages for a query with a KaLM-Reranker-V1 model, encoding each passage once.
@@ -80,7 +85,8 @@ class KalmReranker:
         self._storage = storage
         self._query = query
         self._calibration = _choose_calibration(query.calibration, runtime.checkpoint)
-        self._cache = EncodingCache(query.cache_bytes)
+        self._cache: BoundedCache[CacheKey, EncodedPassage] = BoundedCache(query.cache_bytes)
+        self._prefixes: BoundedCache[PrefixKey, PrefixStates] = BoundedCache(query.prefix_cache_bytes)
         self._stats = RuntimeStats()
         self._stats_lock = threading.Lock()
         self._warned: set[str] = set()
@@ -107,6 +113,8 @@ class KalmReranker:
         encode_batch_size: int | None = None,
         score_batch_size: int | None = None,
         cache_bytes: int | None = None,
+        prefix_cache_bytes: int | None = None,
+        prefix_dtype: str | None = None,
         calibration: bool | Calibration | Mapping[str, float] | None = None,
     ) -> KalmReranker:
         """Open a checkpoint. Its weights are loaded when they are first needed.
@@ -137,6 +145,10 @@ class KalmReranker:
             encode_batch_size: passages per encoder batch; None chooses by device.
             score_batch_size: passages per decoder batch; None chooses by device.
             cache_bytes: bound of the in-memory cache of encodings; 256 MiB by default, 0 switches it off.
+            prefix_cache_bytes: bound of the in-memory cache of prefix states, on the model's device; 1 GiB by default, 0
+                switches it off. A passage whose states are there costs a query only the query's own tokens.
+            prefix_dtype: what prefix states are kept in: "float32", "bfloat16" or "float16"; None takes the model's dtype,
+                which changes no score.
             calibration: makes scores probabilities: True takes what `kalm calibrate` has saved beside the checkpoint, or give
                 `{"temperature": …, "bias": …}`. Off by default. Margins, the order and encodings do not depend on it.
 
@@ -284,7 +296,8 @@ class KalmReranker:
             StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
             NonFiniteScoreError: the model produced NaN or infinite logits.
         """
-        return self._scores(self._margins(query, passages, instruction))
+        passages = _checked_list(passages, "passages")
+        return self._scores(self._margins([query], [passages], instruction)[0])
 
     def rank(
         self,
@@ -323,7 +336,7 @@ class KalmReranker:
         check_fusion(fusion, fusion_weight)
         passages = _checked_list(passages, "passages")
         first_stage = check_first_stage(first_stage_scores, len(passages), fusion)
-        margins = self._margins(query, passages, instruction)
+        margins = self._margins([query], [passages], instruction)[0]
         fused = None if fusion is None else fuse(margins, first_stage, fusion, fusion_weight)
         return best_first(self._scores(margins), margins, top_k, score_threshold, fused)
 
@@ -333,29 +346,99 @@ class KalmReranker:
             margins = [self._calibration.apply(margin) for margin in margins]
         return [_sigmoid(margin) for margin in margins]
 
-    def _margins(self, query: str, passages: Sequence[AnyPassage], instruction: str | None) -> list[float]:
-        if not isinstance(query, str):
-            msg = f"query must be a string, but got {type(query).__name__}"
+    def rank_many(
+        self,
+        queries: Sequence[str],
+        passages: Sequence[Sequence[AnyPassage]],
+        top_k: int | None = None,
+        score_threshold: float | None = None,
+        instruction: str | None = None,
+        *,
+        first_stage_scores: Sequence[Sequence[float]] | None = None,
+        fusion: FusionMethod | None = None,
+        fusion_weight: float | None = None,
+    ) -> list[list[RankedPassage]]:
+        """Return the ranking of each query's passages: what `rank` returns for each, in less time.
+
+        A passage that several queries share is read or encoded once, and its prefix states are computed once. For evaluation
+        and offline jobs.
+
+        Args:
+            queries: the queries.
+            passages: for each query, its passages; see `score`.
+            top_k: how many to return at most per query; None returns all.
+            score_threshold: passages that score less are left out, before `top_k` is applied.
+            instruction: replaces the reranker's instruction for this call.
+            first_stage_scores: for each query, its passages' scores; see `rank`.
+            fusion: see `rank`.
+            fusion_weight: see `rank`.
+
+        Raises:
+            SettingsError: an argument has the wrong type or breaks a rule, or there are not as many lists as queries.
+            StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
+            NonFiniteScoreError: the model produced NaN or infinite logits.
+        """
+        check_cut(top_k, score_threshold)
+        check_fusion(fusion, fusion_weight)
+        queries = _checked_list(queries, "queries")
+        lists = [_checked_list(candidates, "passages of a query") for candidates in _checked_list(passages, "passages")]
+        if len(queries) != len(lists):
+            msg = f"rank_many needs a list of passages for each query, but got {len(queries)} queries and {len(lists)} lists"
             raise SettingsError(msg)
+        first_stages = check_first_stages(first_stage_scores, lists, fusion)
+        rankings: list[list[RankedPassage]] = []
+        for part in _slices(lists, MAX_PASSAGES_AT_ONCE):
+            found = self._margins(queries[part], lists[part], instruction)
+            for margins, first_stage in zip(found, first_stages[part], strict=True):
+                fused = None if fusion is None else fuse(margins, first_stage, fusion, fusion_weight)
+                rankings.append(best_first(self._scores(margins), margins, top_k, score_threshold, fused))
+        return rankings
+
+    def _margins(
+        self, queries: Sequence[str], lists: Sequence[Sequence[AnyPassage]], instruction: str | None
+    ) -> list[list[float]]:
+        """Return the margins of each query's passages."""
+        for query in queries:
+            if not isinstance(query, str):
+                msg = f"query must be a string, but got {type(query).__name__}"
+                raise SettingsError(msg)
         if instruction is not None and not isinstance(instruction, str):
             msg = f"instruction must be a string or None, but got {type(instruction).__name__}"
             raise SettingsError(msg)
-        passages = _checked_list(passages, "passages")
-        if not passages:
-            return []
-        keys, encodings = self._resolve(passages)
+        if not any(lists):
+            return [[] for _ in lists]
+        keys, encodings = self._resolve([passage for passages in lists for passage in passages])
         started = time.perf_counter()
         tokenizer = self._runtime.tokenizer(allow_special_tokens=self._encoder.allow_special_tokens)
-        prompt = tokenizer.prompt(
-            self._query.system_instruction,
-            self._query.instruction if instruction is None else instruction,
-            tokenizer.truncate_query(query, self._query.max_query_tokens),
+        parts = (self._query.system_instruction, self._query.instruction if instruction is None else instruction)
+        prompts = [
+            tokenizer.prompt(*parts, tokenizer.truncate_query(query, self._query.max_query_tokens)) for query in queries
+        ]
+        position = {key: index for index, key in enumerate(encodings)}
+        indices = iter([position[key] for key in keys])
+        asked = [[(query, next(indices)) for _ in passages] for query, passages in enumerate(lists)]
+        pairs = list(dict.fromkeys(pair for row in asked for pair in row))
+        margins = self._runtime.margins(
+            prompts,
+            [Candidate(encoding.states, _states_key(encoding)) for encoding in encodings.values()],
+            pairs,
+            tokenizer.answer_ids,
+            self._query.score_batch_size,
+            self._prefix(tokenizer.prompt_prefix(*parts)),
         )
-        states = [encoding.states for encoding in encodings.values()]
-        margins = self._runtime.margins(prompt, tokenizer.answer_ids, states, self._query.score_batch_size)
-        self._count(passages_scored=len(margins), score_seconds=time.perf_counter() - started)
-        by_key = dict(zip(encodings, margins, strict=True))
-        return [by_key[key] for key in keys]
+        self._count(passages_scored=len(pairs), score_seconds=time.perf_counter() - started)
+        by_pair = dict(zip(pairs, margins, strict=True))
+        return [[by_pair[pair] for pair in row] for row in asked]
+
+    def _prefix(self, token_ids: list[int]) -> Prefix | None:
+        """Return the prompts' prefix and where its states are kept, or None where none are."""
+        if self._prefixes.max_bytes == 0:
+            return None
+
+        def count(n_found: int, n_computed: int) -> None:
+            self._count(prefix_hits=n_found, prefix_misses=n_computed)
+
+        return Prefix(tuple(token_ids), self._prefixes, self._runtime.storage_dtype(self._query.prefix_dtype), count)
 
     def _resolve(self, passages: Sequence[AnyPassage]) -> tuple[list[object], dict[object, EncodedPassage]]:
         """Find or make the encoding of each passage.
@@ -573,12 +656,29 @@ def _check_payload_store(store: object, storage_mode: str | None) -> None:
         raise SettingsError(msg)
 
 
-def _checked_list(values: Sequence[AnyPassage], name: str) -> list[Any]:
+def _checked_list(values: Sequence[Any], name: str) -> list[Any]:
     """Return the values as a list: an iterator is gone through once only, and what it makes must outlive the call."""
     if isinstance(values, (str, bytes, EncodedPassage, Passage)) or not isinstance(values, Iterable):
         msg = f"{name} must be a list, but got one {type(values).__name__}; put it into a list"
         raise SettingsError(msg)
     return list(values)
+
+
+def _slices(lists: Sequence[Sequence[object]], limit: int) -> Iterator[slice]:
+    """Cut lists into runs of at most `limit` items together; a longer list makes a run of its own."""
+    start, n_items = 0, 0
+    for index, items in enumerate(lists):
+        if index > start and n_items + len(items) > limit:
+            yield slice(start, index)
+            start, n_items = index, 0
+        n_items += len(items)
+    yield slice(start, len(lists))
+
+
+def _states_key(encoding: EncodedPassage) -> PrefixKey:
+    """Name the states of an encoding: the same text may come with states of several ratios and codecs."""
+    checksum = zlib.crc32(encoding.states.numpy().data)
+    return encoding.fingerprint, encoding.text_hash, encoding.compression_ratio, checksum
 
 
 def _sigmoid(margin: float) -> float:

@@ -6,21 +6,24 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from tqdm.auto import tqdm
 
 from kalm_integrations.core import checkpoint as checkpoints
+from kalm_integrations.core.caches import BoundedCache
 from kalm_integrations.core.checkpoint import Checkpoint
-from kalm_integrations.core.decoder import answer_logits, remember_passages
+from kalm_integrations.core.decoder import answer_logits, extend, remember_passages
 from kalm_integrations.core.encoder import encode
 from kalm_integrations.core.layers import EmbeddingWeights, StackConfig, StackWeights
+from kalm_integrations.core.memory import FreshMemory, Memory, PrefixStates, RecalledMemory
 from kalm_integrations.core.pooling import n_pooled_states, pool_states
-from kalm_integrations.core.tokenization import PromptTokenizer
+from kalm_integrations.core.tokenization import PromptTokenizer, n_shared
 from kalm_integrations.errors import NonFiniteScoreError, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -32,13 +35,47 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 
-BATCH_SIZES = {"encode": {"cpu": 16, "cuda": 128}, "score": {"cpu": 16, "cuda": 256}}
+PREFIX_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+BATCH_SIZES = {"encode": {"cpu": 16, "cuda": 128}, "score": {"cpu": 32, "cuda": 256}}
 """Passages per batch by device type: on a CPU more do not fit the caches, on a GPU fewer do not fill it."""
 
 _NOT_FINITE_REMEDY = "use dtype='float32', and check the checkpoint if that fails too"
 
-Item = TypeVar("Item", bound=Sized)
+Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+Pair = tuple[int, int]
+"""Index of a prompt and index of a passage."""
+
+PrefixKey = tuple[Hashable, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A passage to score."""
+
+    states: torch.Tensor
+    """Pooled states. Shape: (n_states, hidden)."""
+    key: PrefixKey
+    """Names the states: what has the same key has the same states."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What prompts begin with, and where its states are kept per passage."""
+
+    token_ids: tuple[int, ...]
+    cache: BoundedCache[PrefixKey, PrefixStates]
+    dtype: torch.dtype
+    """Of the kept states."""
+    count: Callable[[int, int], None]
+    """Told how many states were found, and how many had to be computed."""
+
+    def key(self, candidate: Candidate) -> PrefixKey:
+        """Return what a passage's states are kept under."""
+        return (*candidate.key, self.token_ids)
 
 
 class Runtime:
@@ -124,43 +161,69 @@ class Runtime:
             # Cloned, so that a cached passage does not keep its whole batch alive.
             return [row[: n_pooled_states(len(ids), ratio)].clone() for row, ids in zip(pooled, batch, strict=True)]
 
+        order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
         size = batch_size or self._batch_size("encode")
-        with self.lock, torch.inference_mode():
-            return _in_batches(token_ids, encode_batch, size, show_progress)
+        with self.lock, torch.inference_mode(), _progress(len(order), show_progress) as progress:
+            in_order = _in_batches([token_ids[i] for i in order], encode_batch, size, progress.update)
+        states = dict(zip(order, in_order, strict=True))
+        return [states[i] for i in range(len(token_ids))]
 
     def margins(
-        self, prompt_ids: list[int], answer_ids: Sequence[int], states: Sequence[torch.Tensor], batch_size: int | None
+        self,
+        prompts: Sequence[list[int]],
+        candidates: Sequence[Candidate],
+        pairs: Sequence[Pair],
+        answer_ids: Sequence[int],
+        batch_size: int | None,
+        prefix: Prefix | None = None,
     ) -> list[float]:
-        """Return logit(yes) - logit(no) for one prompt and many passages.
+        """Return logit(yes) - logit(no) of prompts for passages.
 
         Args:
-            prompt_ids: the whole prompt.
+            prompts: token ids of each whole prompt.
+            candidates: the passages.
+            pairs: which prompt is to be answered for which passage: indices of both.
             answer_ids: the tokens of yes and no.
-            states: pooled states of each passage. Shape of each: (n_states, hidden).
-            batch_size: passages per batch; None chooses by device.
+            batch_size: pairs per batch; None chooses by device.
+            prefix: the prompts' common beginning and where its states are kept; None computes every prompt whole.
+
+        Returns:
+            The margin of each pair, in order.
 
         Raises:
             NonFiniteScoreError: the model produced NaN or infinite logits.
-            SettingsError: a token of the prompt has no embedding.
+            SettingsError: a token of a prompt has no embedding.
         """
         config = self.checkpoint.decoder_config
-        _check_vocabulary([prompt_ids], config)
+        _check_vocabulary(prompts, config)
         embedding, decoder = self.embedding(), self.stack("decoder")
         head = embedding.tokens[list(answer_ids)]
-        ids = torch.tensor([prompt_ids], device=self.device)
-        last = torch.tensor([len(prompt_ids) - 1], device=self.device)
 
-        def score_batch(batch: list[torch.Tensor]) -> list[float]:
-            n_states = torch.tensor([len(rows) for rows in batch], device=self.device)
-            padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(self.device)
-            memory = remember_passages(padded, n_states, decoder, config)
-            logits = answer_logits(memory, ids, last, embedding, decoder, head, config)
+        def score_batch(batch: list[Pair]) -> list[float]:
+            asked = [prompts[query] for query, _ in batch]
+            if all(prompt is asked[0] for prompt in asked):
+                asked = asked[:1]
+            n_read = 0 if prefix is None else min(min(n_shared(prefix.token_ids, ids), len(ids) - 1) for ids in asked)
+            rest = [ids[n_read:] for ids in asked]
+            token_ids = pad_token_ids(rest).to(self.device)
+            last = torch.tensor([len(ids) - 1 for ids in rest], device=self.device)
+            rows = [candidates[index] for _, index in batch]
+            memory: Memory
+            if prefix is None or n_read == 0:
+                memory = self._remember(rows)
+            else:
+                recalled = self._recall(rows, prefix)
+                memory = RecalledMemory(recalled, n_read, self.dtype, token_ids.shape[1])
+            logits = answer_logits(memory, token_ids, last, embedding, decoder, head, config)
             margins: list[float] = (logits[:, 0] - logits[:, 1]).tolist()
             return margins
 
+        entry_bytes = None if prefix is None else [self._prefix_bytes(candidate, prefix) for candidate in candidates]
+        order = _scoring_order(prompts, candidates, pairs, entry_bytes, 0 if prefix is None else prefix.cache.max_bytes)
         size = batch_size or self._batch_size("score")
         with self.lock, torch.inference_mode():
-            margins = _in_batches(states, score_batch, size, show_progress=False)
+            in_order = _in_batches([pairs[i] for i in order], score_batch, size)
+        margins = [margin for _, margin in sorted(zip(order, in_order, strict=True))]
         n_bad = sum(not math.isfinite(margin) for margin in margins)
         if n_bad:
             msg = (
@@ -169,6 +232,41 @@ class Runtime:
             )
             raise NonFiniteScoreError(msg)
         return margins
+
+    def _remember(self, rows: Sequence[Candidate]) -> FreshMemory:
+        """Project the states of passages; one that several prompts ask about is projected once."""
+        unique = list({id(row): row for row in rows}.values())
+        n_states = torch.tensor([len(row.states) for row in unique], device=self.device)
+        padded = torch.nn.utils.rnn.pad_sequence([row.states for row in unique], batch_first=True).to(self.device)
+        memory = remember_passages(padded, n_states, self.stack("decoder"), self.checkpoint.decoder_config)
+        if len(unique) == len(rows):
+            return memory
+        position = {id(row): index for index, row in enumerate(unique)}
+        return memory.select(torch.tensor([position[id(row)] for row in rows], device=self.device))
+
+    def _recall(self, rows: Sequence[Candidate], prefix: Prefix) -> list[PrefixStates]:
+        """Return the prefix states of passages, computing and keeping those that are not there."""
+        wanted = {prefix.key(row): row for row in rows}
+        states = prefix.cache.get_many(wanted)
+        missing = {key: row for key, row in wanted.items() if key not in states}
+        if missing:
+            token_ids = torch.tensor([prefix.token_ids], device=self.device)
+            memory = self._remember(list(missing.values()))
+            memory = extend(memory, token_ids, self.embedding(), self.stack("decoder"), self.checkpoint.decoder_config)
+            made = dict(zip(missing, memory.split(prefix.dtype), strict=True))
+            prefix.cache.put_many(made)
+            states |= made
+        prefix.count(len(wanted) - len(missing), len(missing))
+        return [states[prefix.key(row)] for row in rows]
+
+    def _prefix_bytes(self, candidate: Candidate, prefix: Prefix) -> int:
+        config = self.checkpoint.decoder_config
+        per_token = 2 * len(config.layer_types) * config.kv_width * prefix.dtype.itemsize
+        return per_token * (len(candidate.states) + len(prefix.token_ids))
+
+    def storage_dtype(self, name: str | None) -> torch.dtype:
+        """Return what prefix states are kept in; None takes the dtype of the run."""
+        return self.dtype if name is None else PREFIX_DTYPES[name]
 
     def _batch_size(self, kind: str) -> int:
         return BATCH_SIZES[kind].get(self.device.type, BATCH_SIZES[kind]["cpu"])
@@ -250,37 +348,64 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     return DTYPES[name]
 
 
+def _scoring_order(
+    prompts: Sequence[list[int]],
+    candidates: Sequence[Candidate],
+    pairs: Sequence[Pair],
+    entry_bytes: Sequence[int] | None,
+    cache_bytes: int,
+) -> list[int]:
+    """Return the order to score pairs in, as indices of `pairs`.
+
+    Neighbours share a prompt, or have prompts and passages of like length. Where many prompts meet more passages than the
+    cache of prefix states holds, all pairs of as many passages as it does hold come first, so that each passage's prefix is
+    computed once.
+    """
+    window = [0] * len(candidates)
+    if entry_bytes is not None and len(prompts) > 1:
+        filled = 0
+        for index, n_bytes in enumerate(entry_bytes):
+            filled += n_bytes
+            window[index] = filled // max(cache_bytes, 1)
+
+    def key(i: int) -> tuple[int, int, int, int]:
+        query, candidate = pairs[i]
+        return window[candidate], len(prompts[query]), query, -len(candidates[candidate].states)
+
+    return sorted(range(len(pairs)), key=key)
+
+
+def _progress(n_items: int, is_shown: bool) -> tqdm[NoReturn]:
+    return tqdm(total=n_items, desc="Encoding", unit="passage", disable=not is_shown)
+
+
 def _in_batches(
     items: Sequence[Item],
     run: Callable[[list[Item]], list[Result]],
     batch_size: int,
-    show_progress: bool,
+    report: Callable[[int], object] | None = None,
 ) -> list[Result]:
-    """Run over batches of similar length, longest first, and return results in the order of `items`.
-
-    When memory runs out the batch is halved, for the rest of the call too.
-    """
-    order = sorted(range(len(items)), key=lambda i: -len(items[i]))
-    results: dict[int, Result] = {}
-    with tqdm(total=len(items), desc="Encoding", unit="passage", disable=not show_progress) as progress:
-        while len(results) < len(order):
-            batch = order[len(results) : len(results) + batch_size]
-            done = None
-            try:
-                done = run([items[i] for i in batch])
-            except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error) or len(batch) == 1:
-                    raise
-            if done is None:
-                # Out here, because inside `except` the traceback would still hold the tensors of the failed batch.
-                batch_size = len(batch) // 2
-                logger.warning("out of memory with %d passages at a time; going on with %d", len(batch), batch_size)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                continue
-            results.update(zip(batch, done, strict=True))
-            progress.update(len(batch))
-    return [results[i] for i in range(len(items))]
+    """Run over batches and return all results; when memory runs out the batch is halved, for the rest of the call too."""
+    results: list[Result] = []
+    while len(results) < len(items):
+        batch = list(items[len(results) : len(results) + batch_size])
+        done = None
+        try:
+            done = run(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error) or len(batch) == 1:
+                raise
+        if done is None:
+            # Out here, because inside `except` the traceback would still hold the tensors of the failed batch.
+            batch_size = len(batch) // 2
+            logger.warning("out of memory with %d passages at a time; going on with %d", len(batch), batch_size)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        results += done
+        if report is not None:
+            report(len(batch))
+    return results
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -52,6 +52,8 @@ class QuerySettings(_Settings):
     encode_batch_size: PositiveInt | None = None
     score_batch_size: PositiveInt | None = None
     cache_bytes: int = Field(256 * 2**20, ge=0)
+    prefix_cache_bytes: int = Field(2**30, ge=0)
+    prefix_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     calibration: bool | Calibration = False
     """True takes the checkpoint's."""
 

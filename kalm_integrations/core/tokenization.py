@@ -80,6 +80,12 @@ class PromptTokenizer:
                 text += part
         return ids + (self._encode([text])[0] if text else [])
 
+    def prompt_prefix(self, system_instruction: str, instruction: str) -> list[int]:
+        """Return the ids that prompts begin with whatever the query, a token that merges with the query's start left out."""
+        # Two queries that begin with nothing in common.
+        first, second = (self.prompt(system_instruction, instruction, query) for query in ("which", "42"))
+        return first[: n_shared(first, second)]
+
     def _encode(self, texts: list[str]) -> list[list[int]]:
         whole = [_without_surrogates(text) for text in texts]
         return [encoding.ids for encoding in self._tokenizer.encode_batch(whole, add_special_tokens=False)]
@@ -90,6 +96,11 @@ class PromptTokenizer:
             msg = f"the tokenizer must have a token for the answer {answer!r}, but gives none; it cannot score"
             raise InvalidCheckpointError(msg)
         return ids[-1]
+
+
+def n_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two sequences have in common from the start."""
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
 
 
 def _without_surrogates(text: str) -> str:

@@ -80,6 +80,10 @@ class RuntimeStats:
     truncated: int = 0
     """Longer than `max_passage_tokens` when encoded."""
     passages_scored: int = 0
+    prefix_hits: int = 0
+    """Scored from prefix states in memory: the decoder read only the query's own tokens."""
+    prefix_misses: int = 0
+    """Prefix states had to be computed."""
     encode_seconds: float = 0.0
     score_seconds: float = 0.0
 
@@ -121,6 +125,20 @@ class Reranker(Protocol):
         fusion_weight: float | None = None,
     ) -> list[RankedPassage]:
         """Return passages, best first."""
+
+    def rank_many(
+        self,
+        queries: Sequence[str],
+        passages: Sequence[Sequence[AnyPassage]],
+        top_k: int | None = None,
+        score_threshold: float | None = None,
+        instruction: str | None = None,
+        *,
+        first_stage_scores: Sequence[Sequence[float]] | None = None,
+        fusion: FusionMethod | None = None,
+        fusion_weight: float | None = None,
+    ) -> list[list[RankedPassage]]:
+        """Return the ranking of each query's passages."""
 
 
 def is_reranker(value: object) -> bool:

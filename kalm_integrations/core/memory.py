@@ -1,0 +1,155 @@
+"""What the decoder remembers: the keys and values that passages and prompt tokens left behind in every layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+class Memory(ABC):
+    """Keys and values that the next prompt tokens of a batch attend to: of passage states, then of prompt tokens."""
+
+    width: int
+    """Passage states per row, padding included."""
+    n_prompt: int
+    """Prompt tokens read so far."""
+
+    @property
+    @abstractmethod
+    def visible_states(self) -> torch.Tensor | None:
+        """Which passage states are real, (batch, width), or None if all are."""
+
+    @abstractmethod
+    def join(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a layer's remembered keys and values with new ones behind them.
+
+        Args:
+            layer: its index.
+            keys: of the new tokens. Shape: (batch or 1, n_kv_heads, n_new, head_width).
+            values: same shape.
+
+        Returns:
+            Keys and values. Shape of each: (batch, n_kv_heads, width + n_prompt + n_new, head_width).
+        """
+
+
+@dataclass(frozen=True)
+class FreshMemory(Memory):
+    """Memory that was just computed, one tensor per layer, passage states padded on the right."""
+
+    width: int
+    n_prompt: int
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    """Of each layer: (batch, n_kv_heads, width + n_prompt, head_width)."""
+    n_states: torch.Tensor
+    """Real passage states of each row. Shape: (batch,)."""
+
+    @property
+    def visible_states(self) -> torch.Tensor | None:
+        """See `Memory`."""
+        visible = torch.arange(self.width, device=self.n_states.device) < self.n_states[:, None]
+        return None if bool(visible.all()) else visible
+
+    def join(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Memory`."""
+        return _append(self.keys[layer], keys), _append(self.values[layer], values)
+
+    def select(self, rows: torch.Tensor) -> FreshMemory:
+        """Return the memory of some rows, in any order and number."""
+        return FreshMemory(
+            self.width,
+            self.n_prompt,
+            tuple(keys[rows] for keys in self.keys),
+            tuple(values[rows] for values in self.values),
+            self.n_states[rows],
+        )
+
+    def split(self, dtype: torch.dtype) -> list[PrefixStates]:
+        """Return what each row keeps of it, in a storage dtype."""
+        states = []
+        for row, n_states in enumerate(self.n_states.tolist()):
+            pairs = self.keys[0].new_empty(
+                (len(self.keys), 2, self.keys[0].shape[1], n_states + self.n_prompt, self.keys[0].shape[3]), dtype=dtype
+            )
+            for kept, keys, values in zip(pairs, self.keys, self.values, strict=True):
+                for target, source in zip(kept, (keys[row], values[row]), strict=True):
+                    target[:, :n_states] = source[:, :n_states]
+                    target[:, n_states:] = source[:, self.width :]
+            states.append(PrefixStates(pairs, n_states))
+        return states
+
+
+@dataclass(frozen=True)
+class PrefixStates:
+    """What one passage and a prompt prefix left behind in every layer; it outlives the query that made it."""
+
+    pairs: torch.Tensor
+    """Keys and values, passage states first. Shape: (n_layers, 2, n_kv_heads, n_states + n_prompt, head_width)."""
+    n_states: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return self.pairs.nbytes
+
+    @property
+    def n_prompt(self) -> int:
+        """Prompt tokens in it."""
+        return self.pairs.shape[3] - self.n_states
+
+
+class RecalledMemory(Memory):
+    """Prefix states of several passages as one batch, padded on the left, put together layer by layer.
+
+    A layer's batch is small enough to stay in the CPU's cache until attention has read it; all layers' together are not. On a
+    GPU, where every copy is a launch, they are put together at once.
+    """
+
+    def __init__(self, rows: Sequence[PrefixStates], n_prompt: int, dtype: torch.dtype, n_new: int) -> None:
+        """Recall the passage states and the first `n_prompt` prompt tokens of each row, with room for `n_new` tokens."""
+        self.width = max(row.n_states for row in rows)
+        self.n_prompt = n_prompt
+        self._rows = rows
+        self._dtype = dtype
+        self._room = n_new
+        at_once = rows[0].pairs.device.type != "cpu"
+        self._whole = self._gather(slice(None)) if at_once else None
+
+    @property
+    def visible_states(self) -> torch.Tensor | None:
+        """See `Memory`."""
+        n_states = torch.tensor([row.n_states for row in self._rows])
+        if bool((n_states == self.width).all()):
+            return None
+        return (torch.arange(self.width) >= self.width - n_states[:, None]).to(self._rows[0].pairs.device)
+
+    def join(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Memory`."""
+        joined = self._gather(slice(layer, layer + 1))[0] if self._whole is None else self._whole[layer]
+        start = self.width + self.n_prompt
+        joined[0, :, :, start:] = keys
+        joined[1, :, :, start:] = values
+        return joined[0], joined[1]
+
+    def _gather(self, layers: slice) -> torch.Tensor:
+        """Return some layers' pairs. Shape: (layers, 2, batch, n_kv_heads, width + n_prompt + n_new, head_width)."""
+        first = self._rows[0].pairs[layers]
+        n_layers, _, n_heads, _, head_width = first.shape
+        end = self.width + self.n_prompt
+        shape = (n_layers, 2, len(self._rows), n_heads, end + self._room, head_width)
+        gathered = torch.empty(shape, dtype=self._dtype, device=first.device)
+        for index, row in enumerate(self._rows):
+            n_used = row.n_states + self.n_prompt
+            # Attention gives padding the weight 0, and 0 times an uninitialised NaN is NaN.
+            gathered[:, :, index, :, : end - n_used] = 0
+            gathered[:, :, index, :, end - n_used : end] = row.pairs[layers, :, :, :n_used]
+        return gathered
+
+
+def _append(remembered: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Put new keys or values behind the remembered ones; a prompt shared by all rows is repeated here."""
+    return torch.cat((remembered, new.expand(remembered.shape[0], -1, -1, -1)), dim=2)
