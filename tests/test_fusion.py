@@ -157,6 +157,30 @@ def test_a_fused_ranking_is_ordered_by_the_fused_value(reranker, method):
     assert all(p.fused is None for p in plain.values())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_many_rankings_are_fused_as_one_is(reranker, method):
+    queries, lists = [QUERY, "nothing", QUERY], [PASSAGES, PASSAGES[:2], []]
+    scores = [[3.0, 1.0, 0.5, 9.0], [1.0, 2.0], []]
+    ask = {"fusion": method, "fusion_weight": 0.4}
+    together = reranker.rank_many(queries, lists, 3, first_stage_scores=scores, **ask)
+    assert [len(ranked) for ranked in together] == [3, 2, 0]
+    for query, passages, of_query, ranked in zip(queries, lists, scores, together, strict=True):
+        alone = reranker.rank(query, passages, 3, first_stage_scores=of_query, **ask)
+        assert [p.index for p in ranked] == [p.index for p in alone]
+        assert [p.fused for p in ranked] == pytest.approx([p.fused for p in alone], abs=1e-6)
+
+
+def test_many_rankings_need_scores_for_each_query(reranker):
+    for scores, message in (
+        (None, "'z_score' needs first_stage_scores"),
+        ([[1.0] * 4], "a list for each of 2 queries, but hold 1"),
+        ([[1.0] * 4, [1.0]], "one score for each of 2 passages, but hold 1"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            reranker.rank_many([QUERY, "nothing"], [PASSAGES, PASSAGES[:2]], fusion="z_score", first_stage_scores=scores)
+    assert reranker.stats.passages_scored == 0
+
+
 def test_a_tie_goes_to_the_reranker_then_to_the_input_order():
     """Ranks 1 and 2 against 2 and 1 tie; so do passages that are the same to both sides."""
     fake = FakeReranker()
