@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,11 @@ from benchmarks.__main__ import PARTS, main
 from benchmarks.bars import BARS
 from benchmarks.render import RESULTS, make_page
 from benchmarks.results import Results
+from benchmarks.rows import BUILDERS, Models
+from benchmarks.workload import Workload, make_workload_checkpoint
 from parity import TOLERANCE
+
+from kalm_integrations import KalmReranker
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +27,14 @@ def results_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     main(["measure", "--shape", "toy", "--results", str(path)])
     main(["render", "--results", str(path)])
     return path
+
+
+@pytest.fixture(scope="module")
+def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
+    workload = Workload(make_workload_checkpoint("toy", tmp_path_factory.mktemp("workload")))
+    reranker = KalmReranker.from_pretrained(workload.folder, storage_codec="fp32")
+    workload.encodings(reranker, 12, 3)
+    return workload
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +73,45 @@ def test_all_exact_rows_score_alike(run: dict[str, Any]):
     ]
     assert len(differences) == 8
     assert max(differences) <= TOLERANCE
+
+
+class Recording(Models):
+    """Remembers the rerankers that rows make."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.made: list[KalmReranker] = []
+
+    def reranker(self, **settings: Any) -> KalmReranker:
+        self.made.append(super().reranker(**settings))
+        return self.made[-1]
+
+    def count(self) -> Counter[str]:
+        """Return the statistics of all of them together."""
+        return sum((Counter(asdict(reranker.stats)) for reranker in self.made), Counter())
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        (plan.OURS_COLD, {"passages_encoded": 3, "prefix_hits": 0, "prefix_misses": 0}),
+        (plan.OURS_POOLED, {"passages_encoded": 0, "prefix_hits": 0, "prefix_misses": 0}),
+        (plan.OURS_FIRST, {"passages_encoded": 0, "prefix_hits": 0, "prefix_misses": 3}),
+        (plan.OURS_PREFIX, {"passages_encoded": 0, "prefix_hits": 3, "prefix_misses": 0}),
+    ],
+)
+def test_rows_do_what_their_names_say(workload: Workload, name: str, counts: dict[str, int]):
+    """Every round encodes, makes prefix states or finds them, for each candidate or for none."""
+    models = Recording(workload, "float32", "cpu", are_peers_tiny=True)
+    spec = plan.RowSpec(name, "float32", plan.SHORT, 12, 3, 3, 2)
+    work = BUILDERS[name](models, spec)
+    for query in range(2):
+        work.before(query)
+        before = models.count()
+        work.score(query)
+        after = models.count()
+        assert {field: after[field] - before[field] for field in counts} == counts
+        assert after["passages_scored"] - before["passages_scored"] == 3
 
 
 def test_page_has_every_section_and_plot(results_path: Path):

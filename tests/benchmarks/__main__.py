@@ -20,9 +20,10 @@ from benchmarks.memory import measure_memory
 from benchmarks.plan import Plan
 from benchmarks.render import RESULTS, render
 from benchmarks.rows import Models, Scores, measure_rows, progress
-from benchmarks.storage import measure_storage
+from benchmarks.storage import measure_prefix_states, measure_storage
 from benchmarks.workload import MAKERS, Workload, make_workload_checkpoint
 
+DTYPES = ("float32", "bfloat16")
 PARTS = ("rows", "curves", "storage", "memory")
 
 
@@ -89,9 +90,9 @@ def measure(chosen: Plan, shape: str, device: str, parts: Sequence[str]) -> dict
         if "curves" in parts and chosen.curves:
             measured["curves"] = measure_curves(chosen.curves, first)
         if "storage" in parts and chosen.storage_passages:
-            measured["storage"] = measure_storage(
-                workload, first.encoder, chosen.memory_passage_tokens, chosen.storage_passages
-            )
+            lengths = sorted({row.passage_tokens for row in chosen.rows})
+            measured["storage"] = measure_storage(workload, first.encoder, lengths[0], chosen.storage_passages)
+            measured["prefix_states"] = measure_prefix_states(first, lengths)
         if "memory" in parts and chosen.memory:
             measured["memory"] = measure_memory(chosen.memory, workload, first.encoder, chosen.memory_passage_tokens)
     return measured
@@ -108,6 +109,9 @@ def _plan(options: argparse.Namespace) -> Plan:
         if not options.only or any(text in row.name for text in options.only)
         if not options.passage_tokens or row.passage_tokens in options.passage_tokens
     ]
+    if not rows:
+        msg = "--only and --passage-tokens must leave a row, but none is left; see benchmarks/plan.py"
+        raise SystemExit(msg)
     return replace(whole, rows=tuple(rows))
 
 
@@ -125,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     measuring.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 …")
     measuring.add_argument("--shape", choices=MAKERS, default="nano", help="toy measures everything once, in seconds")
     measuring.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is not named keeps its results")
-    measuring.add_argument("--dtypes", nargs="+", help="default: float32 and bfloat16; bfloat16 on a GPU")
+    measuring.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: both; bfloat16 on a GPU")
     measuring.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
     measuring.add_argument("--passage-tokens", nargs="+", type=int, help="rows of these lengths")
     measuring.add_argument("--max-rounds", type=int, help="bound of the rounds of a row")

@@ -21,16 +21,12 @@ class Bar:
 
     def verdict(self, results: Results) -> tuple[str, str, str]:
         """Return the bound, the value and "met" or "not met", as they are printed."""
-        sign = "<" if self.is_upper else "≥"
+        bound = f"{'<' if self.is_upper else '≥'} {self.bound:g} {self.unit}".strip()
         value = self.value(results)
         if value is None:
-            return f"{sign} {self.bound:g} {self.unit}".strip(), "–", "not measured"
+            return bound, "–", "not measured"
         is_met = value < self.bound if self.is_upper else value >= self.bound
-        return (
-            f"{sign} {self.bound:g} {self.unit}".strip(),
-            f"{value:.2f} {self.unit}".strip(),
-            "met" if is_met else "**not met**",
-        )
+        return bound, f"{value:.2f} {self.unit}".strip(), "met" if is_met else "**not met**"
 
 
 def _ratio(slow: str, fast: str) -> Callable[[Results], float | None]:
@@ -38,12 +34,19 @@ def _ratio(slow: str, fast: str) -> Callable[[Results], float | None]:
 
 
 def _share(name: str) -> Callable[[Results], float | None]:
-    return lambda results: results.floor_share(name)
+    def value(results: Results) -> float | None:
+        row = results.find(name)
+        return None if row is None else results.floor_share(row)
+
+    return value
 
 
-def _bf16_prefix_seconds(results: Results) -> float | None:
-    row = results.find(plan.OURS_PREFIX, "bfloat16")
-    return None if row is None else row.seconds
+def _seconds(name: str, dtype: str) -> Callable[[Results], float | None]:
+    def value(results: Results) -> float | None:
+        row = results.find(name, dtype)
+        return None if row is None else row.seconds
+
+    return value
 
 
 BARS = (
@@ -54,5 +57,5 @@ BARS = (
     Bar("pooled, share of the floor", _share(plan.OURS_POOLED), 0.85, unit=""),
     Bar("prefix, share of the floor", _share(plan.OURS_PREFIX), 0.8, unit=""),
     Bar("prefix, against the MiniLM-L6 shape", _ratio(plan.MINILM, plan.OURS_PREFIX), 3),
-    Bar("prefix in bfloat16, 100 candidates", _bf16_prefix_seconds, 1, unit="s", is_upper=True),
+    Bar("prefix in bfloat16, 100 candidates", _seconds(plan.OURS_PREFIX, "bfloat16"), 1, unit="s", is_upper=True),
 )

@@ -17,11 +17,13 @@ The encoder does all layers for all n tokens of a passage, with n · (H · (Q + 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from kalm_integrations.core.layers import can_pack, linear, pack
+from kalm_integrations.core.packing import can_pack, multiply, pack
 
 ROWS = (192, 512, 1040, 2048, 4096)
 """Rows of the left matrix to try: 16 candidates of 12 tokens up to a batch of passages. The best rate counts."""
@@ -95,21 +97,30 @@ def measure_rates(widths: Widths, dtype: str, device: str, seconds: float) -> di
         for name, (n_in, n_out) in product_shapes(widths).items():
             weight = torch.randn(n_out, n_in, dtype=getattr(torch, dtype), device=device) * n_in**-0.5
             rates[name] = max(
-                rows * n_in * n_out / _seconds(torch.randn(rows, n_in, dtype=weight.dtype, device=device), layout, seconds)
+                rows * n_in * n_out / _seconds(torch.randn(rows, n_in, dtype=weight.dtype, device=device), *product, seconds)
                 for rows in ROWS
-                for layout in ([weight, pack(weight)] if can_pack(weight.dtype, weight.device) else [weight])
+                for product in _products(weight)
             )
     return rates
 
 
-def _seconds(x: torch.Tensor, weight: torch.Tensor, at_least: float) -> float:
+Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _products(weight: torch.Tensor) -> list[tuple[Multiply, torch.Tensor]]:
+    """Return the ways to multiply by a weight, each with the layout that it takes."""
+    packed = [(multiply, pack(weight))] if can_pack(weight.dtype, weight.device) else []
+    return [(F.linear, weight), *packed]
+
+
+def _seconds(x: torch.Tensor, times: Multiply, weight: torch.Tensor, at_least: float) -> float:
     """Return seconds of one product: the mean over `at_least` seconds of them, after some that are not counted."""
     # A GPU is given several at a time, so that it does not wait for Python.
     at_a_time = 1 if x.device.type == "cpu" else 20
 
     def run() -> None:
         for _ in range(at_a_time):
-            linear(x, weight)
+            times(x, weight)
         if x.device.type != "cpu":
             torch.cuda.synchronize(x.device)
 

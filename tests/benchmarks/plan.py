@@ -143,12 +143,7 @@ def cpu_plan(dtypes: Iterable[str] = ("float32", "bfloat16")) -> Plan:
         for name, (measured, rounds) in table.items()
         if dtype in dtypes
     ]
-    rows += [
-        RowSpec(name, dtype, LONG, 256, 100, 100, 3)
-        for dtype in dtypes
-        for name in (OURS_POOLED, OURS_PREFIX)
-        if (dtype, 256) in _CPU
-    ]
+    rows += [RowSpec(name, dtype, LONG, 256, 100, 100, 3) for dtype in dtypes for name in (OURS_POOLED, OURS_PREFIX)]
     curves = [
         CurveSpec(axis, points, RowSpec(name, dtypes[0], SHORT, 256, n, n, rounds))
         for axis, points, n, (pooled_rounds, prefix_rounds) in (

@@ -32,18 +32,21 @@ AXES = {"candidates": "candidates", "passage_tokens": "passage tokens", "n_new":
 
 
 def draw_rows(rows: Sequence[Row], path: Path) -> None:
-    """Draw the seconds of rows of one dtype and size as bars, slowest first."""
+    """Draw the seconds of rows of one dtype and size as points, slowest first."""
     rows = sorted(rows, key=lambda row: row.seconds)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8, 0.38 * len(rows) + 0.9), layout="constrained")
         axes = figure.subplots()
-        bars = axes.barh([row.name for row in rows], [row.seconds for row in rows], color=[_colour(row) for row in rows])
-        axes.bar_label(bars, [f" {row.seconds:.3g}" for row in rows])
+        for place, row in enumerate(rows):
+            axes.plot(row.seconds, place, "o", color=_colour(row), markersize=8)
+            axes.annotate(f"{row.seconds:.3g}", (row.seconds, place), (9, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(rows)), [row.name for row in rows])
+        axes.grid(axis="x", color=INK, alpha=0.25)
         axes.set_xscale("log")
         axes.set_xlabel(
             f"seconds for {rows[0].candidates} candidates of {rows[0].passage_tokens:,} tokens, {rows[0].dtype}, logarithmic"
         )
-        axes.margins(x=0.1)
+        axes.margins(x=0.12)
         _save(figure, path)
 
 

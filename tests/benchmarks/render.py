@@ -47,6 +47,7 @@ def make_page(runs: dict[str, Any], folder: str = RESULTS.parent.name) -> str:
         "curves": images.get("growth", "") + _curves(results),
         "memory": _memory(results),
         "storage": _storage(results),
+        "prefix_states": _prefix_states(results),
         "cuda": "\n\n".join(_cuda_section(name, run) for name, run in cuda.items()) or f"{NOT_MEASURED} No GPU was at hand.",
     }
     return Template(PAGE.read_text(encoding="utf-8")).substitute(sections)
@@ -150,7 +151,7 @@ def _long_prompt(results: Results) -> str:
     return _table(
         ("", "dtype", "wall s", "CPU s", "share of the floor"),
         [
-            (row.name, row.dtype, _significant(row.seconds), _significant(row.cpu_seconds), f"{_share(results, row):.2f}")
+            (row.name, row.dtype, _significant(row.seconds), _significant(row.cpu_seconds), f"{results.floor_share(row):.2f}")
             for row in rows
         ],
     )
@@ -186,7 +187,7 @@ def _floor(results: Results) -> str:
                 f"{2 * sum(results.multiply_adds(row).values()) / 1e9:,.0f}",
                 _significant(results.floor_seconds(row)),
                 _significant(row.seconds),
-                f"{_share(results, row):.2f}",
+                f"{results.floor_share(row):.2f}",
             )
             for row in rows
         ],
@@ -249,16 +250,27 @@ def _storage(results: Results) -> str:
     )
 
 
+def _prefix_states(results: Results) -> str:
+    rows = results.run.get("prefix_states", [])
+    if not rows:
+        return NOT_MEASURED
+    sizes = {(row["dtype"], row["n_tokens"]): row["bytes"] for row in rows}
+    lengths = sorted({n_tokens for _, n_tokens in sizes})
+    return _table(
+        ("kept in", *(f"passages of {n_tokens:,} tokens" for n_tokens in lengths)),
+        [
+            (dtype, *(f"{sizes[dtype, n_tokens] / 2**20:.2f} MiB" for n_tokens in lengths))
+            for dtype in dict.fromkeys(dtype for dtype, _ in sizes)
+        ],
+    )
+
+
 def _cuda_section(name: str, results: Results) -> str:
     shape = name.partition(" ")[2].capitalize()
     parts = [f"### {shape}, {results.run['machine']['gpu']}", _machine(results)]
     for group, rows in _groups(results).items():
         parts += [f"{_title(*group)}:", _rows_table(rows)]
     return "\n\n".join([*parts, _rates(results), _floor(results)])
-
-
-def _share(results: Results, row: Row) -> float:
-    return results.floor_seconds(row) / row.seconds
 
 
 def _prompt(row: Row) -> str:

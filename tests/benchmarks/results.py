@@ -71,25 +71,22 @@ class Results:
         rounds = self.run["rates"][dtype]
         return {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
 
-    def multiply_adds(self, row: Row) -> dict[str, int] | None:
+    def multiply_adds(self, row: Row) -> dict[str, int]:
         """Return the least work of one of our rows by product."""
         widths = self.widths
         n_states = math.ceil(row.passage_tokens / RATIO)
         prompt = row.prompt
         whole = floor.decoder_multiply_adds(widths, row.candidates, n_states, 0, prompt.n_tokens)
-        if row.name in (plan.OURS_POOLED, plan.OURS_FIRST):
-            return whole
         if row.name == plan.OURS_PREFIX:
             return floor.decoder_multiply_adds(widths, row.candidates, n_states, prompt.n_prefix, prompt.n_new)
         if row.name == plan.OURS_COLD:
             encoding = floor.encoder_multiply_adds(widths, row.candidates, row.passage_tokens)
             return {name: whole[name] + encoding.get(name, 0) for name in whole}
-        return None
+        return whole
 
-    def floor_seconds(self, row: Row) -> float | None:
-        work = self.multiply_adds(row)
-        return None if work is None else floor.floor_seconds(work, self.rates(row.dtype))
+    def floor_seconds(self, row: Row) -> float:
+        return floor.floor_seconds(self.multiply_adds(row), self.rates(row.dtype))
 
-    def floor_share(self, name: str, dtype: str = "float32", passage_tokens: int = 256) -> float | None:
-        row = self.find(name, dtype, passage_tokens)
-        return None if row is None else self.floor_seconds(row) / row.seconds
+    def floor_share(self, row: Row) -> float:
+        """Return the floor's part of the seconds of one of our rows."""
+        return self.floor_seconds(row) / row.seconds

@@ -55,6 +55,11 @@ class Models:
         """A reranker that only makes encodings, and keeps the weights loaded."""
         return self.reranker(prefix_cache_bytes=0, storage_codec="fp32")
 
+    @cached_property
+    def rememberer(self) -> KalmReranker:
+        """A reranker that keeps the prefix states of all rows."""
+        return self.reranker(prefix_cache_bytes=PREFIX_CACHE_BYTES)
+
     def reranker(self, **settings: Any) -> KalmReranker:
         """Return a reranker with empty caches."""
         return KalmReranker.from_pretrained(self.workload.folder, device=self.device, dtype=self.dtype, **settings)
@@ -93,7 +98,7 @@ def _ours_pooled(models: Models, spec: RowSpec) -> Work:
 
 
 def _ours_prefix(models: Models, spec: RowSpec) -> Work:
-    work = _ours_with_states(models, spec, models.reranker(prefix_cache_bytes=PREFIX_CACHE_BYTES))
+    work = _ours_with_states(models, spec, models.rememberer)
     work.score(WARM_UP_QUERY)
     return work
 
@@ -110,7 +115,8 @@ def _ours_first(models: Models, spec: RowSpec) -> Work:
     def empty_caches(_: int) -> None:
         fresh["work"] = _ours_with_states(models, spec, models.reranker(prefix_cache_bytes=PREFIX_CACHE_BYTES))
 
-    return Work(lambda i: fresh["work"].score(i), before=empty_caches)
+    # Popped, so that the states that a round makes do not outlive it.
+    return Work(lambda i: fresh.pop("work").score(i), before=empty_caches)
 
 
 def _peer(models: Models, spec: RowSpec) -> Work:

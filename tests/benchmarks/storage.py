@@ -1,18 +1,22 @@
-"""What encodings take: bytes by codec and ratio, and the time to read them back."""
+"""What encodings and prefix states take: bytes, and the time to read encodings back."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from benchmarks.plan import SHORT
+from benchmarks.rows import Models
 from benchmarks.workload import Workload
 from kalm_integrations import EncodedPassage, KalmReranker
 from kalm_integrations.core.codecs import CODECS, write_states
 
 RATIOS = (1, 2, 4, 8, 16, 32)
 READ_ROUNDS = 7
+PREFIX_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def measure_storage(workload: Workload, reranker: KalmReranker, n_tokens: int, n: int) -> list[dict[str, Any]]:
@@ -34,6 +38,19 @@ def measure_storage(workload: Workload, reranker: KalmReranker, n_tokens: int, n
             sizes.append({"ratio": ratio, "bytes": len(payload), "characters": length})
         values = [replace(encoding, codec=codec).to_metadata() for encoding in encodings]
         measured.append({"codec": codec, "n_tokens": n_tokens, "sizes": sizes, "read_n": n, "read_ms": _read_ms(values)})
+    return measured
+
+
+def measure_prefix_states(models: Models, passage_tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """Return `dtype`, `n_tokens` and `bytes` of one passage's prefix states, for each storage dtype and passage length."""
+    workload = models.workload
+    measured = []
+    for n_tokens in passage_tokens:
+        encoding = workload.encodings(models.encoder, n_tokens, 1)
+        for dtype in PREFIX_DTYPES:
+            reranker = models.reranker(prefix_dtype=dtype)
+            reranker.score(workload.query(SHORT, 0), encoding, workload.instruction(SHORT))
+            measured.append({"dtype": dtype, "n_tokens": n_tokens, "bytes": reranker._prefixes.nbytes})
     return measured
 
 
