@@ -45,7 +45,9 @@ def measure_memory(
             command = [sys.executable, "-m", "benchmarks.memory", str(path)]
             # The allocator's own thresholds, as users have them: the tuned ones trade memory for speed.
             environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+            output = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parents[1]
+            ).stdout
             peak = int(output.split()[-1])
         measured.append({"name": name, "dtype": DTYPE, "candidates": n, "passage_tokens": passage_tokens, "peak_bytes": peak})
     return measured
