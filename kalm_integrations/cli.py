@@ -5,7 +5,6 @@ Heavy imports stand inside the commands, so that help comes at once.
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import time
@@ -41,6 +40,7 @@ from kalm_integrations.terminal import (
     print_table,
     printable,
 )
+from kalm_integrations.training import commands as training
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -305,20 +305,8 @@ def demo(
     run(model, part)
 
 
-@app.command()
-def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file; paths in it count from its folder.")],
-) -> None:
-    """Train a reranker from a TOML file.
-
-    The folder of the checkpoint is printed at the end. A run that was interrupted goes on where its newest saved step was.
-    """
-    from kalm_integrations.training.config import TrainConfig
-    from kalm_integrations.training.trainer import train as run
-
-    settings = TrainConfig.read(config)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    typer.echo(run(settings))
+for command in (training.train, training.mine, training.average):
+    app.command()(command)
 
 
 @app.command()

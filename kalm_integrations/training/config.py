@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
+from kalm_integrations.core.checkpoint import ALIASES, BUILT_IN_ALIASES
 from kalm_integrations.core.settings import describe_problems
 from kalm_integrations.errors import SettingsError
 
@@ -14,6 +27,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Section(BaseModel):
@@ -32,32 +47,121 @@ class ArchitectureConfig(_Section):
     rope_theta: PositiveFloat = 1e6
     max_passage_tokens: PositiveInt = 1024
     max_query_tokens: PositiveInt = 512
+    token_embeddings: str | None = None
+    """A bi-encoder of sentence-transformers (folder or hub id) whose embeddings of the tokens' texts the token embeddings
+    start from."""
 
 
 class CollectionConfig(_Section):
-    """A BEIR folder to train on. `weight` is its share of the clusters, relative to the others'."""
+    """Data to train on: a BEIR folder, or a file of JSON lines."""
 
     path: Path
+    name: str = ""
+    """What phases call it; the file's or folder's own name if empty."""
     split: str = "train"
-    weight: PositiveFloat = 1.0
+    """Of a BEIR folder."""
+    weight: PositiveFloat | None = None
+    """Share of the clusters, relative to the others'. Unset for all: every example is seen equally often."""
+    instruction: str | None = None
+    """Of queries that do not bring their own; unset, the checkpoint's."""
+
+
+class LoraConfig(_Section):
+    """Low-rank updates of the layers' matrices instead of training all weights; the export has them merged."""
+
+    rank: PositiveInt = 96
+    alpha: PositiveInt = 48
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+    )
+
+
+class TeacherConfig(_Section):
+    """A teacher for queries without a teacher's scores: BM25 and a bi-encoder, weighed so that they find the gold passages."""
+
+    bi_encoder: str
+    """Folder or hub id of a sentence-transformers model."""
+    max_tokens: PositiveInt | None = None
+    """Of a text, for the bi-encoder; unset, its own limit."""
+
+
+class PseudoQueryConfig(_Section):
+    """Queries made of spans of the passages, drawn beside the real ones."""
+
+    per_passage: PositiveInt = 2
+    min_words: PositiveInt = 4
+    max_words: PositiveInt = 16
+    dropped: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Share of a span's words that is left out."""
+    rate: Share = 0.25
+    """How often one takes the place of a real query; passages with too few real ones are filled up with them anyway."""
+
+    @model_validator(mode="after")
+    def _check_words(self) -> PseudoQueryConfig:
+        if self.max_words < self.min_words:
+            msg = f"max_words must not be below min_words, but got {self.max_words} and {self.min_words}"
+            raise ValueError(msg)
+        return self
+
+
+class LossConfig(_Section):
+    """Weights of the losses that are summed."""
+
+    softmax: NonNegativeFloat = 0.0
+    """Cross-entropy of a query's passages: which one is it?"""
+    nll: NonNegativeFloat = 0.0
+    """Negative log-likelihood of yes and no, mean over the pairs."""
+    distillation: NonNegativeFloat = 0.0
+    """Binary cross-entropy to sigmoid(margin) of a teacher, mean over the pairs; the data must bring its margins."""
+
+    @model_validator(mode="after")
+    def _check_any(self) -> LossConfig:
+        if not (self.softmax or self.nll or self.distillation):
+            msg = "one of softmax, nll and distillation must be above 0, but all are 0"
+            raise ValueError(msg)
+        return self
 
 
 class PhaseConfig(_Section):
     """One phase of training; the learning rate warms up and decays over each phase on its own."""
 
-    steps: PositiveInt
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    """Instead of `steps`: how often to go through the examples."""
+    collections: tuple[str, ...] | None = None
+    """Names of the collections to train on; unset, all."""
     max_passage_tokens: PositiveInt = 208
     max_query_tokens: PositiveInt = 48
     clusters_per_step: PositiveInt = 2
+    """On each device."""
+    accumulated_steps: PositiveInt = 1
+    """Batches whose gradients make one step."""
     passages_per_cluster: PositiveInt = Field(default=10, ge=2)
     queries_per_passage: PositiveInt = 2
-    compression_ratios: tuple[PositiveInt, ...] = (1, 2, 4, 4, 8)
-    """One is drawn per step; repeat a ratio to draw it more often."""
+    grouped: bool = False
+    """Ask one query per cluster, with its passage and negatives. Otherwise the queries of all its passages are asked."""
+    losses: LossConfig = LossConfig(softmax=1.0, nll=0.25)
+    teacher_weight: Share = 0.5
+    """Share of the teacher in the labels of `softmax` and `nll`, where there is a teacher; the rest is gold."""
+    compression_ratios: tuple[PositiveInt, ...] = Field((1, 2, 4, 4, 8), min_length=1)
+    ratios_per_step: Literal["one", "all"] = "one"
+    """With `one`, a ratio is drawn: repeat it to draw it more often. With `all`, the loss is the sum over the ratios."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """muon: Muon for the layers' matrices, AdamW for the rest. Unset: muon for a model from nothing, else adamw."""
     matrix_learning_rate: PositiveFloat = 0.01
-    """Of Muon, which updates the matrices of the layers."""
-    learning_rate: PositiveFloat = 2e-3
-    """Of AdamW, which updates embeddings and norms."""
-    warmup_steps: int = Field(default=60, ge=0)
+    """Of Muon."""
+    learning_rate: PositiveFloat | None = None
+    """Of AdamW. Unset: 2e-3 for a model from nothing, 2e-4 with LoRA, 2e-5 for all weights of a trained model."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Of the layers' matrices."""
+    warmup_steps: NonNegativeInt = 60
+
+    @model_validator(mode="after")
+    def _check_length(self) -> PhaseConfig:
+        if (self.steps is None) == (self.epochs is None):
+            msg = "a phase must have either steps or epochs, but has both or neither"
+            raise ValueError(msg)
+        return self
 
 
 class TrainConfig(_Section):
@@ -66,10 +170,50 @@ class TrainConfig(_Section):
     output: Path
     seed: int = 0
     model: str | None = None
+    """Alias, hub id or folder of the checkpoint to start from."""
     architecture: ArchitectureConfig = ArchitectureConfig()
+    lora: LoraConfig | None = None
     collections: tuple[CollectionConfig, ...] = Field(min_length=1)
+    teacher: TeacherConfig | None = None
+    pseudo_queries: PseudoQueryConfig | None = None
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
+    bf16: bool = True
+    """Compute in bfloat16; the weights are kept in float32."""
+    checkpointed_passages: PositiveInt | None = None
+    """Gradient checkpointing: how many passages' activations are in memory at a time (those of the others are computed again
+    for the backward pass). Unset: all."""
     save_steps: PositiveInt = 500
+    logging_steps: PositiveInt = 50
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_collections(cls, values: Any) -> Any:
+        # Here, because the rules on names need them, whoever left them out.
+        if isinstance(values, dict) and isinstance(values.get("collections"), (list, tuple)):
+            named = [_named(c) for c in values["collections"]]
+            values = {**values, "collections": named}
+        return values
+
+    @model_validator(mode="after")
+    def _check_together(self) -> TrainConfig:
+        names = [c.name for c in self.collections]
+        if len(set(names)) < len(names):
+            msg = f"collections must have different names, but have {', '.join(names)}; give each a `name`"
+            raise ValueError(msg)
+        unknown = {name for phase in self.phases for name in phase.collections or ()} - set(names)
+        if unknown:
+            msg = f"a phase's collections must be among {', '.join(names)}, but got {', '.join(sorted(unknown))}"
+            raise ValueError(msg)
+        if len({c.weight is None for c in self.collections}) > 1:
+            msg = "either all collections have a weight or none has, but only some have"
+            raise ValueError(msg)
+        if self.model is not None and "architecture" in self.model_fields_set:
+            msg = f"a run starts from `model` or from `architecture`, but got both (model = {self.model!r}); leave one out"
+            raise ValueError(msg)
+        if self.lora is not None and self.model is None:
+            msg = "lora trains a small part of a trained model, but there is no `model` to start from"
+            raise ValueError(msg)
+        return self
 
     @classmethod
     def read(cls, path: Path) -> TrainConfig:
@@ -85,8 +229,45 @@ class TrainConfig(_Section):
             msg = f"a training configuration must be TOML, but {path} is not: {error}"
             raise SettingsError(msg) from error
         except ValidationError as error:
-            msg = f"{path} is not a valid training configuration: {describe_problems(error)}"
+            msg = f"{path} is not a valid training configuration: {describe_problems(error).removeprefix(': ')}"
             raise SettingsError(msg) from error
-        base = path.parent
-        collections = tuple(c.model_copy(update={"path": base / c.path}) for c in config.collections)
-        return config.model_copy(update={"collections": collections, "output": base / config.output})
+        return config.with_paths_from(path.parent)
+
+    def with_paths_from(self, base: Path) -> TrainConfig:
+        """Return the settings with relative paths, also those of models that are folders, counted from a folder."""
+        update: dict[str, Any] = {
+            "output": base / self.output,
+            "collections": tuple(c.model_copy(update={"path": base / c.path}) for c in self.collections),
+            "model": _model_from(base, self.model),
+            "architecture": _with_model_from(base, self.architecture, "token_embeddings"),
+        }
+        if self.teacher is not None:
+            update["teacher"] = _with_model_from(base, self.teacher, "bi_encoder")
+        return self.model_copy(update=update)
+
+    def collections_of(self, phase: PhaseConfig) -> Iterable[CollectionConfig]:
+        """Return the collections that a phase trains on."""
+        return [c for c in self.collections if phase.collections is None or c.name in phase.collections]
+
+
+def _named(collection: Any) -> Any:
+    if isinstance(collection, CollectionConfig):
+        return collection if collection.name else collection.model_copy(update={"name": _name_of(collection.path)})
+    if isinstance(collection, dict) and not collection.get("name") and "path" in collection:
+        return {**collection, "name": _name_of(collection["path"])}
+    return collection
+
+
+def _name_of(path: Path | str) -> str:
+    return Path(path).name.removesuffix(".jsonl")
+
+
+def _model_from(base: Path, model: str | None) -> str | None:
+    """Return the path of a model that is a folder below `base`, and any other name as it is."""
+    if model is None or model in (*BUILT_IN_ALIASES, *ALIASES) or not (base / model).is_dir():
+        return model
+    return str(base / model)
+
+
+def _with_model_from(base: Path, section: Any, field: str) -> Any:
+    return section.model_copy(update={field: _model_from(base, getattr(section, field))})

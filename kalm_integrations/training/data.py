@@ -1,10 +1,13 @@
-"""Clusters: neighbouring passages that share their questions' negatives, encoded once per step."""
+"""Clusters: passages that share their queries' negatives, and batches of them."""
 
 from __future__ import annotations
 
+import logging
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.utils.data import Dataset
@@ -12,119 +15,304 @@ from torch.utils.data import Dataset
 from kalm_integrations.core import prompts
 from kalm_integrations.core.runtime import pad_token_ids
 from kalm_integrations.core.tokenization import PromptTokenizer
-from kalm_integrations.evaluation.beir import Collection
+from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.first_stage import BM25
 from kalm_integrations.training.config import PhaseConfig
+from kalm_integrations.training.distillation import ClusterTeacher, fit_conditional_logit
+from kalm_integrations.training.sources import TrainingSet
+
+logger = logging.getLogger(__name__)
+
+N_NEIGHBOURS = 19
+"""Hard negatives kept per passage: with the passage itself, BM25's top 20, the list a reranker is given."""
+
+N_FITTED = 1500
+"""Queries that the weights of a teacher are fitted on."""
+
+FITTED_CANDIDATES = 10
+"""Passages of each, the gold one included."""
+
+Start = tuple[Literal["query", "passage"], int]
+"""What a cluster begins with: a query that brings its negatives, or a passage that has neighbours."""
 
 
 @dataclass(frozen=True)
-class TokenizedCollection:
-    """A collection as token ids, with the lexical neighbours that make hard negatives."""
+class Source:
+    """A training set with the neighbours that make its clusters."""
 
-    passages: list[list[int]]
-    queries: list[list[list[int]]]
-    """Queries (rest of the prompt after the prefix) of each passage that have it as a relevant one."""
-    neighbours: list[list[int]]
-    """Passages nearest to each passage's first query by BM25, itself excluded; empty if it has no query."""
+    texts: TrainingSet
+    questions: list[list[int]]
+    """Real queries without negatives of their own, by the passage that answers them."""
+    pseudo_questions: list[list[int]]
+    """Queries made of each passage."""
+    neighbours: dict[int, list[int]]
+    """Passages nearest to each passage's first question by BM25, itself excluded; passages with a question only."""
+    grouped: list[int]
+    """Queries that bring their negatives."""
+    teacher: ClusterTeacher | None = None
 
     @classmethod
-    def build(cls, collection: Collection, tokenizer: PromptTokenizer, n_neighbours: int, seed: int) -> TokenizedCollection:
-        """Tokenise a collection and find the neighbours of each passage that has a query."""
-        ids = list(collection.passages)
-        texts = list(collection.passages.values())
-        position = {passage_id: i for i, passage_id in enumerate(ids)}
-        questions: list[list[str]] = [[] for _ in ids]
-        for query_id, judged in collection.qrels.items():
-            for passage_id, grade in judged.items():
-                if grade > 0 and passage_id in position:
-                    questions[position[passage_id]].append(collection.queries[query_id])
+    def build(cls, texts: TrainingSet, seed: int) -> Source:
+        """Sort a set's queries and find the neighbours of each passage that has a question."""
+        questions: list[list[int]] = [[] for _ in texts.passages]
+        pseudo: list[list[int]] = [[] for _ in texts.passages]
+        for index, query in enumerate(texts.queries):
+            if not query.negatives:
+                for position in query.positives:
+                    (questions if index < texts.n_real else pseudo)[position].append(index)
         generator = random.Random(seed)
         for passage_questions in questions:
             generator.shuffle(passage_questions)
-        seeds = [i for i, passage_questions in enumerate(questions) if passage_questions]
-        found = BM25(texts).search([questions[i][0] for i in seeds], k=n_neighbours + 1)
-        neighbours: list[list[int]] = [[] for _ in ids]
-        for i, (indices, _) in zip(seeds, found, strict=True):
-            neighbours[i] = [j for j in indices if j != i][:n_neighbours]
-        prefix = len(prompt_prefix(tokenizer))
-        return cls(
-            passages=tokenizer.passages([prompts.passage_text(text) for text in texts]),
-            queries=[
-                [tokenizer.prompt(prompts.SYSTEM_INSTRUCTION, prompts.INSTRUCTION, q)[prefix:] for q in passage_questions]
-                for passage_questions in questions
-            ],
-            neighbours=neighbours,
-        )
+        asked = [position for position, passage_questions in enumerate(questions) if passage_questions]
+        neighbours = {}
+        if asked:
+            first = [texts.queries[questions[position][0]].text for position in asked]
+            found = BM25(texts.passages).search(first, k=N_NEIGHBOURS + 1)
+            for position, (near, _) in zip(asked, found, strict=True):
+                neighbours[position] = [other for other in near if other != position][:N_NEIGHBOURS]
+        grouped = [index for index, query in enumerate(texts.queries) if query.negatives]
+        return cls(texts, questions, pseudo, neighbours, grouped)
+
+    @property
+    def examples(self) -> list[Start]:
+        """What a cluster can begin with."""
+        by_query: list[Start] = [("query", index) for index in self.grouped]
+        return [*by_query, *(("passage", position) for position, near in self.neighbours.items() if near)]
 
 
-def prompt_prefix(tokenizer: PromptTokenizer) -> list[int]:
-    """Return the prompt's tokens up to the query, the same for every query under the default instruction."""
-    parts = (prompts.SYSTEM_INSTRUCTION, prompts.INSTRUCTION)
-    one, other = tokenizer.prompt(*parts, "which"), tokenizer.prompt(*parts, "42")
-    shared = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return one[:shared]
+def fit_teachers(sources: Sequence[Source], weights: Sequence[float | None], seed: int) -> None:
+    """Fit the weights of BM25 and cosine on all sources together, and have their teachers use them.
+
+    Args:
+        sources: with teachers.
+        weights: shares of the sources; None: by their numbers of examples.
+        seed: of the sample of queries.
+
+    Raises:
+        SettingsError: all queries bring negatives of their own.
+    """
+    generator = random.Random(seed)
+    usable = {i: [p for p, near in source.neighbours.items() if near] for i, source in enumerate(sources)}
+    usable = {i: passages for i, passages in usable.items() if passages}
+    if not usable:
+        msg = "a teacher is for queries without negatives of their own, but no collection has any; leave out [teacher]"
+        raise SettingsError(msg)
+    shares = [weights[i] or len(passages) for i, passages in usable.items()]
+    features = []
+    for i in generator.choices(list(usable), shares, k=N_FITTED):
+        source, start = sources[i], generator.choice(usable[i])
+        query = generator.choice(source.questions[start])
+        others = [p for p in source.neighbours[start] if p not in source.texts.queries[query].positives]
+        others = generator.sample(others, min(len(others), FITTED_CANDIDATES - 1))
+        if source.teacher is not None:
+            features.append(torch.tensor(source.teacher.features(query, [start, *others])))
+    fitted = fit_conditional_logit(features)
+    logger.info("teacher: %.4f x BM25 + %.3f x cosine, fitted on %d queries", *fitted, len(features))
+    for source in sources:
+        if source.teacher is not None:
+            source.teacher.use(fitted)
 
 
-class ClusterDataset(Dataset[dict[str, object]]):
-    """Steps of a phase, each drawn from its own seed, so that a resumed run sees what the first one would have seen."""
+@dataclass(frozen=True)
+class Cluster:
+    """Passages and the prompts that are scored against them."""
+
+    index: int
+    passages: list[list[int]]
+    prompts: list[list[int]]
+    candidates: list[list[int]]
+    """Positions of the passages that each prompt is scored against, the gold one first."""
+    margins: list[list[float] | None]
+    """A teacher's, of each prompt's candidates."""
+
+
+class ClusterDataset(Dataset[Cluster]):
+    """The clusters of a phase, each drawn from its own seed, so that a resumed run sees what the first one would have seen.
+
+    The examples of a collection are gone through in shuffled order, and again in another one after the last.
+    """
 
     def __init__(
         self,
-        collections: Sequence[TokenizedCollection],
-        weights: Sequence[float],
-        prefix: list[int],
+        sources: Sequence[Source],
+        weights: Sequence[float | None],
+        tokenizer: PromptTokenizer,
+        instructions: tuple[str, str],
         phase: PhaseConfig,
+        clusters_per_step: int,
         seed: int,
+        pseudo_rate: float = 0.0,
     ) -> None:
-        """Draw clusters from collections in proportion to `weights`."""
-        self._collections = collections
-        self._weights = weights
-        self._prefix = torch.tensor(prefix)
+        """Plan which example each cluster begins with.
+
+        Args:
+            sources: where clusters come from.
+            weights: shares of the sources; None: by their numbers of examples.
+            tokenizer: the checkpoint's.
+            instructions: system instruction, and the instruction of queries without one.
+            phase: sizes and limits.
+            clusters_per_step: of all devices together.
+            seed: the same seed gives the same clusters.
+            pseudo_rate: how often a query made of the passage takes the place of a real one.
+
+        Raises:
+            SettingsError: a source gives no cluster, or lacks a teacher's margins that the loss needs.
+        """
+        self._sources = sources
+        self._tokenizer = tokenizer
+        self._system_instruction, self._instruction = instructions
         self._phase = phase
         self._seed = seed
-        self._seeds = [[i for i, near in enumerate(c.neighbours) if near] for c in collections]
+        self._pseudo_rate = pseudo_rate
+        n_examples = sum(len(source.examples) for source in sources)
+        self.n_steps = phase.steps or math.ceil((phase.epochs or 1) * n_examples / clusters_per_step)
+        self._plan = _plan(sources, weights, self.n_steps * clusters_per_step, random.Random(seed))
+        if phase.losses.distillation:
+            for source in sources:
+                _check_margins(source)
 
     def __len__(self) -> int:
-        """Return the number of steps."""
-        return self._phase.steps
+        """Return the number of clusters."""
+        return len(self._plan)
 
-    def __getitem__(self, step: int) -> dict[str, object]:
-        """Return the arguments of `TrainableReranker.forward` for a step."""
-        generator = random.Random(f"{self._seed}:{step}")
+    def __getitem__(self, index: int) -> Cluster:
+        """Draw the passages and queries of a cluster."""
+        generator = random.Random(f"{self._seed}:{index}")
+        which, (kind, start) = self._plan[index]
+        source = self._sources[which]
+        members, asked = self._group(source, start, generator) if kind == "query" else self._cluster(source, start, generator)
+        candidates = []
+        margins: list[list[float] | None] = []
+        for query_index, gold in asked:
+            query = source.texts.queries[query_index]
+            others = [m for m in range(len(members)) if m != gold and members[m] not in query.positives]
+            candidates.append([gold, *others])
+            positions = [members[m] for m in candidates[-1]]
+            if all(position in query.margins for position in positions):
+                margins.append([query.margins[position] for position in positions])
+            else:
+                margins.append(source.teacher.margins(query_index, positions) if source.teacher else None)
+        return Cluster(
+            index,
+            passages=self._passages([source.texts.passages[m] for m in members]),
+            prompts=[self._prompt(source, query_index) for query_index, _ in asked],
+            candidates=candidates,
+            margins=margins,
+        )
+
+    def _group(self, source: Source, index: int, generator: random.Random) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return a query's members, one positive and negatives, and the query with the position of its gold passage."""
+        query = source.texts.queries[index]
+        n_negatives = min(len(query.negatives), self._phase.passages_per_cluster - 1)
+        members = [generator.choice(query.positives), *generator.sample(query.negatives, n_negatives)]
+        return members, [(index, 0)]
+
+    def _cluster(self, source: Source, start: int, generator: random.Random) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return a passage with neighbours, and the queries that are asked with the positions of their gold passages."""
         phase = self._phase
-        passages: list[list[int]] = []
-        queries: list[list[tuple[list[int], int]]] = []
-        for _ in range(phase.clusters_per_step):
-            cluster_passages, cluster_queries = self._cluster(generator)
-            passages += cluster_passages
-            queries.append(cluster_queries)
-        n_queries = max(len(cluster) for cluster in queries)
-        # A short cluster repeats its queries, so that every row of the batch is real.
-        queries = [[cluster[i % len(cluster)] for i in range(n_queries)] for cluster in queries]
+        near = source.neighbours[start]
+        members = [start, *generator.sample(near, min(len(near), phase.passages_per_cluster - 1))]
+        if phase.grouped:
+            return members, [(index, 0) for index in self._draw(source, start, 1, generator)]
+        return members, [
+            (index, gold)
+            for gold, member in enumerate(members)
+            for index in self._draw(source, member, phase.queries_per_passage, generator)
+        ]
+
+    def _draw(self, source: Source, position: int, n_queries: int, generator: random.Random) -> list[int]:
+        """Draw queries of a passage; those made of it take the place of some, and fill up what is missing."""
+        real, pseudo = source.questions[position], source.pseudo_questions[position]
+        drawn = generator.sample(real, min(len(real), n_queries))
+        spare = generator.sample(pseudo, len(pseudo))
+        drawn = [spare.pop() if spare and generator.random() < self._pseudo_rate else index for index in drawn]
+        return [*drawn, *spare[: n_queries - len(drawn)]]
+
+    def _passages(self, texts: list[str]) -> list[list[int]]:
+        ids = self._tokenizer.passages([prompts.passage_text(text) for text in texts])
+        return [passage[: self._phase.max_passage_tokens] for passage in ids]
+
+    def _prompt(self, source: Source, index: int) -> list[int]:
+        query = source.texts.queries[index]
+        text = self._tokenizer.truncate_query(query.text, self._phase.max_query_tokens)
+        return self._tokenizer.prompt(self._system_instruction, query.instruction or self._instruction, text)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes the arguments of `TrainableReranker.forward` of clusters."""
+
+    phase: PhaseConfig
+    seed: int
+
+    def __call__(self, clusters: Sequence[Cluster]) -> dict[str, object]:
+        """Put clusters together; the tokens that all prompts begin with are taken out of them."""
+        all_prompts = [prompt for cluster in clusters for prompt in cluster.prompts]
+        n_shared = _n_shared(all_prompts)
+        rests = [prompt[n_shared:] for prompt in all_prompts]
+        passages = [passage for cluster in clusters for passage in cluster.passages]
+        width = max(len(candidates) for cluster in clusters for candidates in cluster.candidates)
+        rows, margins = [], []
+        offset = 0
+        for cluster in clusters:
+            for candidates, taught in zip(cluster.candidates, cluster.margins, strict=True):
+                padding = width - len(candidates)
+                rows.append([*(offset + position for position in candidates), *[-1] * padding])
+                margins.append([*(taught or [float("nan")] * len(candidates)), *[float("nan")] * padding])
+            offset += len(cluster.passages)
+        ratios = self.phase.compression_ratios
+        if self.phase.ratios_per_step == "one":
+            # By the clusters' first index, which stays the same when a run goes on.
+            ratios = (random.Random(f"{self.seed}:ratio:{clusters[0].index}").choice(ratios),)
         return {
             "passages": pad_token_ids(passages),
-            "n_tokens": torch.tensor([len(p) for p in passages]),
-            "prefix": self._prefix,
-            "queries": pad_token_ids([ids for cluster in queries for ids, _ in cluster]).view(len(queries), n_queries, -1),
-            "last": torch.tensor([[len(ids) - 1 for ids, _ in cluster] for cluster in queries]),
-            "relevant": torch.tensor([[index for _, index in cluster] for cluster in queries]),
-            "compression_ratio": generator.choice(phase.compression_ratios),
+            "n_tokens": torch.tensor([len(passage) for passage in passages]),
+            "prefix": torch.tensor(all_prompts[0][:n_shared]),
+            "queries": pad_token_ids(rests),
+            "last": torch.tensor([len(rest) - 1 for rest in rests]),
+            "candidates": torch.tensor(rows),
+            "teacher": torch.tensor(margins),
+            "compression_ratios": ratios,
         }
 
-    def _cluster(self, generator: random.Random) -> tuple[list[list[int]], list[tuple[list[int], int]]]:
-        which = generator.choices(range(len(self._collections)), self._weights)[0]
-        collection, phase = self._collections[which], self._phase
-        seed = generator.choice(self._seeds[which])
-        near = collection.neighbours[seed]
-        members = [seed, *generator.sample(near, min(len(near), phase.passages_per_cluster - 1))]
-        queries = [
-            (query, position)
-            for position, member in enumerate(members)
-            for query in _draw(collection.queries[member], phase, generator)
-        ]
-        return [collection.passages[m][: phase.max_passage_tokens] for m in members], queries
+
+def _n_shared(rows: Sequence[list[int]]) -> int:
+    """Return how many tokens all rows begin with; one at least is left to each."""
+    first, last = min(rows), max(rows)
+    limit = min(map(len, rows)) - 1
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b or i >= limit), limit)
 
 
-def _draw(queries: list[list[int]], phase: PhaseConfig, generator: random.Random) -> list[list[int]]:
-    short = [query for query in queries if len(query) <= phase.max_query_tokens]
-    return generator.sample(short, min(len(short), phase.queries_per_passage))
+def _plan(
+    sources: Sequence[Source], weights: Sequence[float | None], n_clusters: int, generator: random.Random
+) -> list[tuple[int, Start]]:
+    """Return for each cluster its source and the example it begins with."""
+    examples = [source.examples for source in sources]
+    for source, own in zip(sources, examples, strict=True):
+        if not own:
+            msg = (
+                "a collection must hold a query with negatives, or passages that lexical neighbours can be found for, "
+                f"but {source.texts.name!r} gives no cluster; add passages or negatives"
+            )
+            raise SettingsError(msg)
+    shares = [weight or len(own) for own, weight in zip(examples, weights, strict=True)]
+    drawn = generator.choices(range(len(sources)), shares, k=n_clusters)
+    orders = [_shuffled_forever(own, generator) for own in examples]
+    return [(which, next(orders[which])) for which in drawn]
+
+
+def _shuffled_forever(examples: list[Start], generator: random.Random) -> Iterator[Start]:
+    while True:
+        yield from generator.sample(examples, len(examples))
+
+
+def _check_margins(source: Source) -> None:
+    queries = source.texts.queries
+    n_without = sum(not (query.margins and query.negatives) for query in queries)
+    if n_without:
+        msg = (
+            "the loss `distillation` needs negatives and a teacher's margins (positive_scores and negative_scores) for every "
+            f"query, but {n_without:,} of {len(queries):,} queries of {source.texts.name!r} have none; make them with "
+            "`kalm mine --teacher`"
+        )
+        raise SettingsError(msg)

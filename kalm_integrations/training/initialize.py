@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from kalm_integrations.evaluation.peers import embed, load_bi_encoder
+
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
     from kalm_integrations.training.config import ArchitectureConfig
 
 POST_NORM_WEIGHT = -0.7
@@ -21,7 +26,7 @@ QUERY_NORM_WEIGHT = 0.5
 
 
 def create_checkpoint(architecture: ArchitectureConfig, folder: Path, seed: int) -> None:
-    """Write config.json, kalm_reranker.json and freshly initialised weights into `folder`.
+    """Write config.json, kalm_reranker.json and freshly initialised weights into `folder`, which holds the tokenizer.
 
     Queries and passages meet in merged attention, where self keys and passage keys come from one projection: left alone, a
     query token matches itself best and never looks at the passage. The mirror breaks this within the same architecture: the
@@ -34,7 +39,41 @@ def create_checkpoint(architecture: ArchitectureConfig, folder: Path, seed: int)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     limits = {"max_passage_tokens": architecture.max_passage_tokens, "max_query_tokens": architecture.max_query_tokens}
     (folder / "kalm_reranker.json").write_text(json.dumps(limits, indent=2) + "\n", encoding="utf-8")
-    save_file(_weights(architecture), folder / "model.safetensors", metadata={"format": "pt"})
+    weights = _weights(architecture)
+    if architecture.token_embeddings is not None:
+        known = token_embeddings(load_bi_encoder(architecture.token_embeddings), folder, architecture.hidden_width)
+        for token_id, embedding in known.items():
+            weights["model.encoder.embed_tokens.weight"][token_id] = embedding
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def token_embeddings(bi_encoder: SentenceTransformer, tokenizer_folder: Path, width: int) -> dict[int, torch.Tensor]:
+    """Return the start of the tokens that have a text: what a bi-encoder makes of it, so that like words start alike.
+
+    The embeddings are centred and reduced to their principal components. These are scaled by the square root of their
+    singular values, between keeping the few directions that most words share and treating all alike. The rows are scaled to
+    length 1, that of the random start, and rotated at random, because attention heads see slices of them.
+
+    Args:
+        bi_encoder: embeds the texts.
+        tokenizer_folder: holds the tokenizer.
+        width: of the embeddings returned.
+
+    Returns:
+        Embeddings (width,) by token id; special tokens and parts of characters are left out.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    texts = {i: str(tokenizer.decode([i])).strip() for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids}
+    texts = {i: text for i, text in texts.items() if text and "\ufffd" not in text}
+    embeddings = embed(bi_encoder, list(texts.values()), "passage").double()
+    left, singular_values, _ = torch.linalg.svd(embeddings - embeddings.mean(0), full_matrices=False)
+    components = (left * singular_values.sqrt())[:, :width]
+    components = F.pad(components, (0, width - components.shape[1]))
+    rotation = torch.linalg.qr(torch.randn(width, width, dtype=torch.double))[0]
+    rows = (F.normalize(components, dim=1) @ rotation).float()
+    return dict(zip(texts, rows, strict=True))
 
 
 def _config(a: ArchitectureConfig) -> dict[str, object]:

@@ -1,144 +1,248 @@
-"""Runs a training configuration on transformers' Trainer, which brings checkpoints, resuming and logging."""
+"""Runs a training configuration on transformers' Trainer, which brings checkpoints, resuming, devices and logging."""
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import shutil
-import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import Trainer, TrainingArguments, get_cosine_schedule_with_warmup
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from kalm_integrations.core import prompts
 from kalm_integrations.core.checkpoint import Checkpoint, resolve
 from kalm_integrations.core.tokenization import PromptTokenizer
-from kalm_integrations.errors import MissingExtraError
-from kalm_integrations.evaluation.beir import Collection
+from kalm_integrations.errors import MissingExtraError, SettingsError
 from kalm_integrations.training.config import PhaseConfig, TrainConfig
-from kalm_integrations.training.data import ClusterDataset, TokenizedCollection, prompt_prefix
+from kalm_integrations.training.data import ClusterDataset, Collator, Source, fit_teachers
+from kalm_integrations.training.distillation import embed_training_set
+from kalm_integrations.training.exporting import export_checkpoint
 from kalm_integrations.training.initialize import create_checkpoint
 from kalm_integrations.training.model import TrainableReranker
+from kalm_integrations.training.optimizer import MatrixOptimizer, make_adamw
+from kalm_integrations.training.sources import TrainingSet, read_training_set
 from kalm_integrations.training.tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
 
-N_NEIGHBOURS = 19
-"""Hard negatives kept per passage: with the passage itself, BM25's top 20, the list a reranker is given."""
+NOT_COMPARED = {"output", "save_steps", "logging_steps"}
+"""Settings that a run may change when it goes on."""
 
 
 def train(config: TrainConfig) -> Path:
     """Run every phase of a configuration and return the folder of the trained checkpoint (bfloat16).
 
-    A run that was interrupted goes on where its newest saved step was. Finished phases are not repeated.
+    A run that was interrupted goes on where its newest saved step was. Finished phases are not repeated. Started by
+    `torchrun` or `accelerate launch`, the processes share the work.
 
     Raises:
-        MissingExtraError: the extra `train` is not installed.
-        SettingsError: a collection cannot be read.
+        MissingExtraError: a part of the extra `train`, or sentence-transformers for a teacher, is not installed.
+        SettingsError: a collection cannot be read, or does not fit what a phase needs; or the output folder holds a run of
+            another configuration.
         CheckpointError: the checkpoint to start from cannot be used.
     """
     if find_spec("accelerate") is None:
         msg = 'training needs accelerate; install it with: pip install "kalm-integrations[train]"'
         raise MissingExtraError(msg)
-    collections = [Collection.read(c.path, c.split) for c in config.collections]
+    sets = {c.name: read_training_set(c) for c in config.collections}
     start = config.output / "start"
-    if not (start / "model.safetensors").is_file():
-        _prepare(config, collections, start)
-    tokenizer = PromptTokenizer(Checkpoint.open(start).load_tokenizer())
-    logger.info("tokenising %d collections and searching their hard negatives", len(collections))
-    tokenized = [TokenizedCollection.build(c, tokenizer, N_NEIGHBOURS, config.seed) for c in collections]
-    weights = [c.weight for c in config.collections]
-    prefix = prompt_prefix(tokenizer)
-    model = TrainableReranker(start, tokenizer.answer_ids)
-    for index, phase in enumerate(config.phases):
-        dataset = ClusterDataset(tokenized, weights, prefix, phase, seed=config.seed + index)
-        _run_phase(model, dataset, phase, config, config.output / f"phase{index}")
-    return _export(model, start, config.output / "model")
+    arguments = _arguments(config, config.phases[0], config.output / "phase0")
+    with arguments.main_process_first(local=False, desc="the start of the run"):
+        _check_same_run(config)
+        if not start.is_dir():
+            _prepare(config, list(sets.values()), start)
+    if config.pseudo_queries is not None:
+        sets = {name: texts.with_pseudo_queries(config.pseudo_queries, config.seed) for name, texts in sets.items()}
+    logger.info("searching the hard negatives of %d collections", len(sets))
+    sources = {name: Source.build(texts, config.seed) for name, texts in sets.items()}
+    if config.teacher is not None:
+        with arguments.main_process_first(local=False, desc="the teacher's embeddings"):
+            sources = {
+                name: replace(
+                    source,
+                    teacher=embed_training_set(source.texts, config.teacher, config.output / "teacher", bf16=config.bf16),
+                )
+                for name, source in sources.items()
+            }
+        fit_teachers(list(sources.values()), [c.weight for c in config.collections], config.seed)
+    checkpoint = Checkpoint.open(start)
+    tokenizer = PromptTokenizer(checkpoint.load_tokenizer())
+    instructions = (
+        checkpoint.defaults.system_instruction or prompts.SYSTEM_INSTRUCTION,
+        checkpoint.defaults.instruction or prompts.INSTRUCTION,
+    )
+    datasets = [
+        _make_dataset(config, index, sources, tokenizer, instructions, arguments.world_size)
+        for index in range(len(config.phases))
+    ]
+    model = TrainableReranker(start, tokenizer.answer_ids, config.lora, config.checkpointed_passages)
+    for index, dataset in enumerate(datasets):
+        _run_phase(model, dataset, config, index)
+    target = config.output / "model"
+    with arguments.main_process_first(local=False, desc="the export"):
+        if arguments.process_index == 0:
+            export_checkpoint(start, model.weights(), target)
+    return target
 
 
-def _prepare(config: TrainConfig, collections: list[Collection], folder: Path) -> None:
+def _check_same_run(config: TrainConfig) -> None:
+    """Leave a record of the settings in the output folder, or compare with the one that is there."""
+    path = config.output / "config.json"
+    settings = config.model_dump(mode="json", exclude=NOT_COMPARED)
+    if not path.is_file():
+        config.output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    changed = sorted(key for key in settings.keys() | recorded.keys() if settings.get(key) != recorded.get(key))
+    if changed:
+        msg = (
+            f"a run goes on with the settings it began with, but {config.output} holds one with other {', '.join(changed)}; "
+            "choose another output, or delete the folder"
+        )
+        raise SettingsError(msg)
+
+
+def _prepare(config: TrainConfig, sets: Sequence[TrainingSet], folder: Path) -> None:
+    """Write the checkpoint that the run starts from; the folder appears when it is complete."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
     if config.model is not None:
-        shutil.copytree(resolve(config.model), folder)
-        return
-    texts = (text for c in collections for text in (*c.passages.values(), *c.queries.values()))
-    train_tokenizer(texts, config.architecture.vocabulary_size, folder)
-    create_checkpoint(config.architecture, folder, config.seed)
+        source = resolve(config.model)
+        Checkpoint.open(source).text_names()
+        shutil.copytree(source, part)
+    else:
+        # Queries that were made of passages would count these twice.
+        texts = (text for texts in sets for text in (*texts.passages, *(query.text for query in texts.queries)))
+        train_tokenizer(texts, config.architecture.vocabulary_size, part)
+        create_checkpoint(config.architecture, part, config.seed)
+    part.replace(folder)
 
 
-def _run_phase(
-    model: TrainableReranker, dataset: ClusterDataset, phase: PhaseConfig, config: TrainConfig, folder: Path
-) -> None:
-    finished = folder / "model.safetensors"
-    if finished.is_file():
-        model.load_state_dict(load_file(finished))
-        return
+def _make_dataset(
+    config: TrainConfig,
+    index: int,
+    sources: dict[str, Source],
+    tokenizer: PromptTokenizer,
+    instructions: tuple[str, str],
+    n_processes: int,
+) -> ClusterDataset:
+    phase = config.phases[index]
+    chosen = config.collections_of(phase)
+    return ClusterDataset(
+        [sources[c.name] for c in chosen],
+        [c.weight for c in chosen],
+        tokenizer,
+        instructions,
+        phase,
+        clusters_per_step=phase.clusters_per_step * phase.accumulated_steps * n_processes,
+        seed=config.seed + index,
+        pseudo_rate=config.pseudo_queries.rate if config.pseudo_queries else 0.0,
+    )
+
+
+def _arguments(config: TrainConfig, phase: PhaseConfig, folder: Path, n_steps: int = 1) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=phase.steps,
-        per_device_train_batch_size=1,
-        bf16=True,
+        max_steps=n_steps,
+        per_device_train_batch_size=phase.clusters_per_step,
+        gradient_accumulation_steps=phase.accumulated_steps,
+        bf16=config.bf16,
         use_cpu=not torch.cuda.is_available(),
         max_grad_norm=1.0,
-        logging_steps=50,
+        lr_scheduler_type="cosine",
+        warmup_steps=phase.warmup_steps,
+        logging_steps=config.logging_steps,
         save_steps=config.save_steps,
         save_total_limit=1,
         seed=config.seed,
         report_to=[],
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_num_workers=0,
+        ddp_find_unused_parameters=False,
     )
-    optimizer = MuonAndAdamW(model, phase.matrix_learning_rate, phase.learning_rate)
-    schedule = get_cosine_schedule_with_warmup(optimizer, phase.warmup_steps, phase.steps)
-    trainer = Trainer(
+    if arguments.n_gpu > 1:
+        # One process with several GPUs would cut every tensor of a batch along its first dimension.
+        logger.warning("one of %d GPUs is used; torchrun --nproc-per-node %d uses all", arguments.n_gpu, arguments.n_gpu)
+        arguments._n_gpu = 1  # noqa: SLF001
+    return arguments
+
+
+def _run_phase(model: TrainableReranker, dataset: ClusterDataset, config: TrainConfig, index: int) -> None:
+    phase = config.phases[index]
+    folder = config.output / f"phase{index}"
+    finished = folder / "model.safetensors"
+    if finished.is_file():
+        model.load_state_dict(load_file(finished))
+        return
+    model.losses, model.teacher_weight = phase.losses, phase.teacher_weight
+    trainer = _PhaseTrainer(
         model=model,
-        args=arguments,
+        args=_arguments(config, phase, folder, dataset.n_steps),
         train_dataset=dataset,
-        data_collator=lambda steps: steps[0],
-        optimizers=(optimizer, schedule),
+        data_collator=Collator(phase, config.seed + index),
+        callbacks=[_LogLines(f"phase {index + 1} of {len(config.phases)}")],
     )
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    save_file(model.state_dict(), finished)
+    trainer.remove_callback(PrinterCallback)
+    trainer.use(config, phase)
+    trainer.train(resume_from_checkpoint=_newest_complete(folder))
+    if trainer.is_world_process_zero():
+        trainer.save_state()
+        part = finished.with_suffix(".part")
+        save_file(model.state_dict(), part)
+        part.replace(finished)
+    trainer.accelerator.wait_for_everyone()
 
 
-def _export(model: TrainableReranker, start: Path, folder: Path) -> Path:
-    shutil.copytree(start, folder, dirs_exist_ok=True)
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+def _newest_complete(folder: Path) -> str | None:
+    """Return the newest saved step whose saving was not cut off; the Trainer writes its own state last."""
+    saved = sorted(folder.glob("checkpoint-*"), key=lambda path: int(re.sub(r"\D", "", path.name)), reverse=True)
+    for path in saved:
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("%s is incomplete and left out", path)
+            continue
+        return str(path)
+    return None
 
 
-class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for the matrices of the layers, AdamW for embeddings and norms, as one optimizer for the Trainer."""
+class _PhaseTrainer(Trainer):
+    """A Trainer with the optimizer of a phase."""
 
-    def __init__(self, model: nn.Module, matrix_learning_rate: float, learning_rate: float) -> None:
-        """Split a model's parameters between the two."""
-        named = list(model.named_parameters())
-        matrices = [p for name, p in named if p.ndim == 2 and ".layers." in name]
-        others = [p for name, p in named if p.ndim != 2 or ".layers." not in name]
-        self._parts: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(matrices, lr=matrix_learning_rate, weight_decay=0.01),
-            torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
-        )
-        super().__init__([p for _, p in named], {})
-        self.param_groups = [group for part in self._parts for group in part.param_groups]
+    def use(self, config: TrainConfig, phase: PhaseConfig) -> None:
+        """Choose what `create_optimizer` makes."""
+        is_new = config.model is None
+        default = 2e-3 if is_new else 2e-4 if config.lora else 2e-5
+        self._uses_muon = (phase.optimizer or ("muon" if is_new else "adamw")) == "muon"
+        self._rates = (phase.matrix_learning_rate, phase.learning_rate or default, phase.weight_decay)
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update all parameters."""
-        for part in self._parts:
-            part.step(closure)
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer once."""
+        if self.optimizer is None:
+            matrix_rate, rate, decay = self._rates
+            trained = self.model if model is None else model
+            assert trained is not None
+            self.optimizer = (
+                MatrixOptimizer(trained, matrix_rate, rate, decay) if self._uses_muon else make_adamw(trained, rate, decay)
+            )
+        return self.optimizer
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of both."""
-        return {"parts": [part.state_dict() for part in self._parts]}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of both."""
-        for part, state in zip(self._parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self.param_groups = [group for part in self._parts for group in part.param_groups]
+class _LogLines(TrainerCallback):
+    """Reports the loss through logging, so that standard output keeps its one line, the folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        del args, control, kwargs
+        if state.is_world_process_zero and logs and "loss" in logs:
+            logger.info("%s, step %d of %d: loss %.4f", self._name, state.global_step, state.max_steps, float(logs["loss"]))

@@ -1,4 +1,4 @@
-"""What training on pooled states is worth: two small models from nothing, one trained at ratio 1 alone, the other at all ratios.
+"""What training on pooled states is worth: two small models from nothing, one trained at ratio 1 alone, one at all ratios.
 
 `python tests/benchmarks/mep_ablation.py TRAIN TEST` takes two BEIR folders (squad-train and squad-dev for the table of
 docs/training.md) and prints the table: nDCG@10 of BM25's candidates in the reranker's order, by ratio, with the 95 % interval
@@ -28,9 +28,7 @@ TRAINED_RATIOS = {"without": (1,), "with": (1, 2, 4, 8, 16)}
 """Each step draws one of these."""
 TOP_K = 20
 
-ARCHITECTURE = ArchitectureConfig(
-    vocabulary_size=8192, hidden_width=192, mlp_width=384, n_layers=2, n_heads=2, head_width=96
-)
+ARCHITECTURE = ArchitectureConfig(vocabulary_size=8192, hidden_width=192, mlp_width=384, n_layers=2, n_heads=2, head_width=96)
 
 
 def main() -> None:

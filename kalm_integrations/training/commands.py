@@ -1,0 +1,113 @@
+"""The commands `kalm train`, `kalm mine` and `kalm average`.
+
+Heavy imports stand inside the commands, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from kalm_integrations.errors import SettingsError
+from kalm_integrations.jsonl import to_json
+from kalm_integrations.terminal import STREAM, note, open_output
+
+
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file; paths in it count from its folder.")],
+) -> None:
+    """Train a reranker from a TOML file.
+
+    The folder of the checkpoint is printed at the end. A run that was interrupted goes on where its newest saved step was. To
+    use several GPUs: torchrun --nproc-per-node N -m kalm_integrations.cli train CONFIG.
+    """
+    from kalm_integrations.training.config import TrainConfig
+    from kalm_integrations.training.trainer import train as run
+
+    settings = TrainConfig.read(config)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    typer.echo(run(settings))
+
+
+def mine(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A BEIR folder, or JSON lines of training data.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file to write, or - for standard output.")] = STREAM,
+    method: Annotated[
+        Literal["bm25", "bi-encoder", "same-title"],
+        typer.Option(
+            help="bm25 and bi-encoder: passages found for the query. same-title: other passages of the positive's document."
+        ),
+    ] = "bm25",
+    encoder: Annotated[
+        str | None, typer.Option(help="For bi-encoder: a sentence-transformers model, folder or hub id.", show_default="none")
+    ] = None,
+    negatives: Annotated[int, typer.Option(min=1, help="How many per query at most.")] = 15,
+    depth: Annotated[int, typer.Option(min=1, help="How many of the first candidates they are drawn from.")] = 100,
+    skip: Annotated[
+        int, typer.Option(min=0, help="How many of the very first to leave out, which may answer the query unmarked.")
+    ] = 0,
+    teacher: Annotated[
+        str | None, typer.Option(help="A model whose margins are written too: alias, folder or hub id.", show_default="none")
+    ] = None,
+    teacher_kind: Annotated[
+        Literal["kalm", "cross-encoder", "bi-encoder"], typer.Option(help="What the teacher is.")
+    ] = "kalm",
+    below_positive: Annotated[
+        float | None,
+        typer.Option(
+            help="With a teacher: leave out candidates whose margin is not this much below the best positive's.",
+            show_default="none",
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which judgements of a BEIR folder.")] = "train",
+    instruction: Annotated[
+        str | None, typer.Option(help="Instruction of queries that bring none.", show_default="the checkpoint's")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
+) -> None:
+    """Find hard negatives for training.
+
+    Writes one line per query, as `kalm train` reads them: query, positives, negatives, and with a teacher its margins.
+    Queries for which nothing is found are left out.
+    """
+    from tqdm.auto import tqdm
+
+    from kalm_integrations.training.config import CollectionConfig
+    from kalm_integrations.training.mining import MiningSettings
+    from kalm_integrations.training.mining import mine as run
+    from kalm_integrations.training.teachers import load_teacher
+
+    if teacher is None and below_positive is not None:
+        msg = "--below-positive compares a teacher's margins, but there is no --teacher; name one"
+        raise SettingsError(msg)
+    if (method == "bi-encoder") != (encoder is not None):
+        msg = f"--encoder and --method bi-encoder come together, but got --method {method} and --encoder {encoder}"
+        raise SettingsError(msg)
+    settings = MiningSettings(negatives, depth, skip, below_positive, seed)
+    collection = CollectionConfig(path=source, split=split, instruction=instruction)
+    judge = load_teacher(teacher, teacher_kind) if teacher is not None else None
+    n_lines = n_negatives = 0
+    with open_output(output) as file:
+        for line in tqdm(run(collection, method, settings, encoder, judge), "Mining", unit="query", disable=None):
+            file.write(to_json(line) + b"\n")
+            n_lines += 1
+            n_negatives += len(line["negatives"])
+    note(f"{n_lines:,} queries with {n_negatives:,} negatives written")
+
+
+def average(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Two or more checkpoints: folders, hub ids or aliases.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; replaced if it exists.")],
+) -> None:
+    """Average the weights of checkpoints.
+
+    They must come from the same start: runs with other data, seeds or settings. Often their mean is better than each.
+    """
+    from kalm_integrations.training.exporting import average_checkpoints
+
+    typer.echo(average_checkpoints(models, output))
