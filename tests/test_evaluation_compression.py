@@ -82,6 +82,8 @@ def test_costs_are_those_of_stored_encodings(
             assert expected == pytest.approx(max(changes), abs=1e-6)
         taus = [kendall_tau(margins[1, "fp32"][q], own[q]) for q in candidates]
         assert cost.rank_agreement == pytest.approx(fmean(taus), abs=1e-6)
+        taus = [kendall_tau(margins[cost.ratio, "fp32"][q], own[q]) for q in candidates]
+        assert cost.codec_rank_agreement == pytest.approx(fmean(taus), abs=1e-6)
         assert 0 <= cost.mean_score_change <= cost.max_score_change
         assert cost.decode_seconds > 0
     exact, *_ = costs.costs
@@ -119,7 +121,7 @@ def test_bad_arguments_are_refused_before_any_work(
 
 
 def cost(ratio: int, codec: str, size: float, ndcg: float, low: float, codec_change: float) -> Cost:
-    return Cost(ratio, codec, size, ndcg, Difference(ndcg - 0.8, low, 0.0), 0.5, 0.1, 0.9, codec_change, 1.0)
+    return Cost(ratio, codec, size, ndcg, Difference(ndcg - 0.8, low, 0.0), 0.5, 0.1, 0.9, codec_change, 0.95, 1.0)
 
 
 EXACT = cost(1, "fp32", 1000, 0.8, 0.0, 0.0)

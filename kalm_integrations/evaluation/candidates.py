@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +20,8 @@ from kalm_integrations.evaluation.first_stage import BM25
 from kalm_integrations.evaluation.runs import Run, read_run
 
 BM25_NAME = "bm25"
+QUERIES_PER_BLOCK = 128
+"""Queries that are scored together; what they share is read once."""
 
 
 @dataclass(frozen=True)
@@ -158,23 +160,27 @@ def score_settings(
             for codec in dict.fromkeys(codecs):
                 values = {i: replace(encoding, codec=codec).to_metadata() for i, encoding in pooled.items()}
                 read = {i: EncodedPassage.from_metadata(value) for i, value in values.items()}
-                margins = score_candidates(reranker, candidates, read.__getitem__, progress)
+                margins = score_candidates(reranker, candidates, read, progress)
                 yield Scored(ratio, codec, fmean(map(len, values.values())), margins)
 
 
 def score_candidates(
     reranker: KalmReranker,
     candidates: Mapping[str, Candidates],
-    encoding_of: Callable[[str], EncodedPassage],
+    encodings: Mapping[str, EncodedPassage],
     progress: tqdm[Any] | None = None,
 ) -> dict[str, list[float]]:
     """Return the margins of each query's candidates, in the first stage's order."""
     margins = {}
-    for query_id, found in candidates.items():
-        ranked = reranker.rank(found.query, [encoding_of(i) for i in found.ids])
-        margins[query_id] = [passage.margin for passage in sorted(ranked, key=lambda passage: passage.index)]
+    query_ids = list(candidates)
+    for start in range(0, len(query_ids), QUERIES_PER_BLOCK):
+        block = query_ids[start : start + QUERIES_PER_BLOCK]
+        queries = [candidates[q].query for q in block]
+        rankings = reranker.rank_many(queries, [[encodings[i] for i in candidates[q].ids] for q in block])
+        for query_id, ranked in zip(block, rankings, strict=True):
+            margins[query_id] = [passage.margin for passage in sorted(ranked, key=lambda passage: passage.index)]
         if progress is not None:
-            progress.update()
+            progress.update(len(block))
     return margins
 
 

@@ -128,6 +128,54 @@ def beir(
 
 
 @app.command()
+def mteb(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for results, predictions and encodings; a later run goes on there.")
+    ],
+    benchmark: Annotated[
+        str | None, typer.Option(help="A benchmark of mteb, such as BEIR or LMEB.", show_default="none")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task of mteb; may be repeated.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="A task of the benchmark to leave out; may be repeated.")] = None,
+    model: ModelOption = "pico",
+    first_stage: Annotated[
+        str, typer.Option(help="The model of mteb that finds candidates, where the task does not bring them.")
+    ] = "KaLM-Embedding/KaLM-embedding-multilingual-mini-instruct-v2.5",
+    top_k: TopKOption = 100,
+    ratio: Annotated[int, typer.Option(min=1, help="Compression ratio.")] = 4,
+    codec: Annotated[str, typer.Option(help="How encodings are kept: fp32, fp16, bf16, int8 or int4.")] = "fp16",
+    label: Annotated[str | None, typer.Option(help="Name of the summary.", show_default="the benchmark's or task's")] = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate on tasks of mteb.
+
+    A first stage finds candidates, the reranker reorders them, and mteb computes each task's main score. Every passage is
+    encoded once and its encoding kept in the output folder, so that later runs, also at other query settings, encode
+    nothing. OUTPUT/LABEL.json has the summary.
+    """
+    from kalm_integrations.evaluation.mteb import MtebReranker, choose_tasks, rerank_tasks, to_summary
+
+    tasks = choose_tasks(benchmark, task or (), without or ())
+    settings = {"compression_ratio": ratio, "storage_codec": codec, **({} if dtype is None else {"dtype": dtype})}
+    reranker = MtebReranker(model, revision, device, encodings=output / "encodings", **settings)
+    scores = rerank_tasks(reranker, tasks, output, first_stage=first_stage, top_k=top_k)
+    name = label or benchmark or "-".join(task or ())
+    summary = to_summary(reranker, name, scores, first_stage, top_k)
+    (output / f"{name.replace('/', '_')}.json").write_bytes(to_json(summary, indent=2) + b"\n")
+    if as_json:
+        print_json(summary)
+        return
+    rows = {score.task: score for score in scores}
+    for task_name, score in rows.items():
+        before = "" if score.first_stage is None else f"{100 * score.first_stage:6.2f} -> "
+        typer.echo(f"{task_name:<40} {before}{100 * score.reranked:6.2f}")
+    typer.echo(f"{'mean':<40} {100 * summary['mean']:6.2f}")
+
+
+@app.command()
 def compression(
     folders: FoldersArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for compression.json and compression.svg.")],
@@ -158,7 +206,9 @@ def compression(
     chosen = parse_numbers(ratios, "--ratios")
     collections = [Collection.read(folder, split) for folder in folders]
     settings = {"revision": revision, "device": device, "dtype": dtype, "compression_ratio": 1, "cache_bytes": 0}
-    reranker = open_reranker(model, **settings)
+    # In float32, so that codecs are all that is lossy.
+    reranker = open_reranker(model, **settings, prefix_dtype="float32")
+    timed_reranker = open_reranker(model, **settings, prefix_cache_bytes=0)
     costs = [
         measure_costs(
             reranker,
@@ -170,6 +220,7 @@ def compression(
             n_queries=queries,
             seed=seed,
             rounds=rounds,
+            timed_reranker=timed_reranker,
             show_progress=sys.stderr.isatty(),
         )
         for collection in collections
@@ -357,7 +408,7 @@ def screen(
         )
         for collection in collections
     ]
-    timed = reranker if timed_model is None else open_reranker(timed_model, **settings)
+    timed = open_reranker(timed_model or model, **settings, prefix_cache_bytes=0)
     times = measure_times(
         timed,
         lengths=parse_numbers(lengths, "--lengths"),

@@ -56,6 +56,8 @@ class Cost:
     """Kendall's tau of the two orders, mean over queries."""
     codec_score_change: float
     """Largest change of a score by the codec alone: against float32 at the same ratio."""
+    codec_rank_agreement: float
+    """Kendall's tau with the order by float32 at the same ratio, mean over queries."""
     decode_seconds: float
     """To read 100 candidates from their strings and score them for one query: median of interleaved rounds."""
 
@@ -149,6 +151,9 @@ def measure_costs(
                 mean_score_change=fmean(changes),
                 rank_agreement=fmean(kendall_tau(uncompressed.margins[q], setting.margins[q]) for q in candidates),
                 codec_score_change=max(_score_changes(exact[setting.ratio], setting)),
+                codec_rank_agreement=fmean(
+                    kendall_tau(exact[setting.ratio].margins[q], setting.margins[q]) for q in candidates
+                ),
                 decode_seconds=seconds[setting.ratio, setting.codec],
             )
         )

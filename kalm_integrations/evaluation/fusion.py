@@ -114,7 +114,7 @@ def compare_fusions(
     candidates = find_candidates(collection, first_stage, top_k, n_queries, seed)
     encoded = encode_candidates(reranker, collection, candidates, show_progress)
     with tqdm(total=len(candidates), desc="Scoring", unit="query", disable=not show_progress) as progress:
-        margins = score_candidates(reranker, candidates, encoded.__getitem__, progress)
+        margins = score_candidates(reranker, candidates, encoded, progress)
 
     def measure(method: FusionMethod | None = None, weight: float | None = None) -> list[float]:
         """Return each query's nDCG@10 in a fused order, or in the reranker's."""

@@ -1,20 +1,27 @@
-"""A reranker under mteb's cross-encoder protocol, so that `mteb.evaluate` measures it on mteb's reranking tasks."""
+"""A reranker under mteb's cross-encoder protocol, and mteb's two-stage evaluation with it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from kalm_integrations.core.reranker import as_reranker
-from kalm_integrations.core.types import Reranker
-from kalm_integrations.errors import MissingExtraError
+from kalm_integrations.core.settings import StorageSettings, make_settings
+from kalm_integrations.core.types import AnyPassage, Reranker
+from kalm_integrations.errors import MissingExtraError, SettingsError
+from kalm_integrations.evaluation.candidates import QUERIES_PER_BLOCK
+from kalm_integrations.evaluation.stored import StoredEncodings
 
 if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.models.model_meta import ModelMeta
 
 
@@ -33,6 +40,7 @@ class MtebReranker:
         model: Reranker | str | os.PathLike[str] = "pico",
         revision: str | None = None,
         device: str | None = None,
+        encodings: str | os.PathLike[str] | None = None,
         **settings: Any,
     ) -> None:
         """Open a checkpoint, or take a reranker that is open.
@@ -41,6 +49,8 @@ class MtebReranker:
             model: an alias, a hub id, a folder, or a reranker.
             revision: see `KalmReranker.from_pretrained`.
             device: see there.
+            encodings: a folder in which encodings are kept between runs; needs a `model` by name. Without it a passage is
+                encoded once as long as the reranker's `cache_bytes` hold it.
             **settings: see there. mteb files results under them.
 
         Raises:
@@ -51,9 +61,18 @@ class MtebReranker:
         try:
             from mteb.models.model_meta import ModelMeta
         except ImportError as error:
-            msg = "mteb's tasks need mteb; install it with: pip install mteb"
-            raise MissingExtraError(msg) from error
-        self.reranker = as_reranker(model, revision=revision, device=device, **settings)
+            raise _missing() from error
+        self._stored: StoredEncodings | None = None
+        if encodings is None:
+            self.reranker = as_reranker(model, revision=revision, device=device, **settings)
+        else:
+            if not isinstance(model, (str, os.PathLike)):
+                msg = f"encodings needs a model by name or folder, to store at its settings, but got {type(model).__name__}"
+                raise SettingsError(msg)
+            stored_as = {**settings, "payload_store": encodings, "storage_mode": "reference"}
+            self.reranker = as_reranker(model, revision=revision, device=device, **stored_as)
+            storage = make_settings(StorageSettings, settings)
+            self._stored = StoredEncodings(self.reranker, encodings, f"{storage.compression_ratio}:{storage.storage_codec}")
         name = Path(model).name if isinstance(model, (str, os.PathLike)) else type(model).__name__
         facts = {
             "name": f"kalm-integrations/{name}",
@@ -96,10 +115,161 @@ class MtebReranker:
         queries: list[tuple[str, str | None]] = []
         for batch in inputs1:
             queries.extend(zip(batch["text"], batch.get("instruction", [None] * len(batch["text"])), strict=True))
-        by_query: dict[tuple[str, str | None], list[int]] = {}
-        for index, (query, _) in enumerate(zip(queries, passages, strict=True)):
-            by_query.setdefault(query, []).append(index)
+        known: dict[str, AnyPassage] = {} if self._stored is None else self._stored.get_many(passages, show_progress_bar)
+        # Of the passages by query, and of the queries by instruction.
+        indices: dict[str | None, dict[str, list[int]]] = {}
+        for index, ((query, instruction), _) in enumerate(zip(queries, passages, strict=True)):
+            indices.setdefault(instruction, {}).setdefault(query, []).append(index)
         scores = np.empty(len(passages))
-        for (text, instruction), indices in tqdm(by_query.items(), "Scoring", unit="query", disable=not show_progress_bar):
-            scores[indices] = self.reranker.score(text, [passages[index] for index in indices], instruction)
+        with tqdm(total=len(passages), desc="Scoring", unit="pair", disable=not show_progress_bar) as progress:
+            for instruction, by_query in indices.items():
+                for block in _blocks(list(by_query.items())):
+                    lists = [[known.get(passages[i], passages[i]) for i in places] for _, places in block]
+                    rankings = self.reranker.rank_many([query for query, _ in block], lists, instruction=instruction)
+                    for (_, places), ranked in zip(block, rankings, strict=True):
+                        for passage in ranked:
+                            scores[places[passage.index]] = passage.score
+                        progress.update(len(places))
         return scores
+
+
+def _blocks(queries: list[tuple[str, list[int]]]) -> Iterator[list[tuple[str, list[int]]]]:
+    for start in range(0, len(queries), QUERIES_PER_BLOCK):
+        yield queries[start : start + QUERIES_PER_BLOCK]
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Main scores of one task, mean over its subsets and splits."""
+
+    task: str
+    first_stage: float | None
+    """None for a reranking task, which brings its candidates."""
+    reranked: float
+
+
+def choose_tasks(benchmark: str | None, tasks: Sequence[str], without: Sequence[str] = ()) -> list[AbsTask]:
+    """Return the tasks of a benchmark, or those that are named.
+
+    Args:
+        benchmark: a name that `mteb.get_benchmark` knows.
+        tasks: names that `mteb.get_task` knows, in addition.
+        without: names of tasks of the benchmark to leave out.
+
+    Raises:
+        MissingExtraError: mteb is not installed.
+        SettingsError: mteb does not know a name, or nothing is left.
+    """
+    try:
+        import mteb
+    except ImportError as error:
+        raise _missing() from error
+    try:
+        chosen = [] if benchmark is None else list(mteb.get_benchmark(benchmark).tasks)
+        chosen += [mteb.get_task(name) for name in tasks]
+    except (KeyError, ValueError) as error:
+        msg = f"benchmark and tasks must be names that mteb knows: {error.args[0]}"
+        raise SettingsError(msg) from error
+    unknown = set(without) - {task.metadata.name for task in chosen}
+    chosen = [task for task in chosen if task.metadata.name not in without]
+    if unknown or not chosen:
+        reason = f"{', '.join(sorted(unknown))} is none of them" if unknown else "none is left"
+        msg = f"there must be tasks to run, and those left out must be among them, but {reason}"
+        raise SettingsError(msg)
+    return chosen
+
+
+def rerank_tasks(
+    model: MtebReranker, tasks: Iterable[AbsTask], output: Path, *, first_stage: Any, top_k: int = 100
+) -> list[TaskScores]:
+    """Evaluate a reranker on a first stage's best passages: mteb's two-stage protocol.
+
+    What is done stays in `output` and is not done again: the first stage's predictions and both stages' results, as mteb
+    writes them.
+
+    Args:
+        model: reranks.
+        tasks: retrieval tasks, whose candidates the first stage finds, and reranking tasks, which bring theirs.
+        output: folder.
+        first_stage: a model of mteb, or the name of one that `mteb.get_model` knows.
+        top_k: candidates per query.
+
+    Raises:
+        SettingsError: mteb does not know the first stage, or a task is of another kind.
+    """
+    import mteb
+
+    name = first_stage if isinstance(first_stage, str) else first_stage.mteb_model_meta.name
+    label = name.replace("/", "__")
+    found_in = output / label
+    scores = []
+    for task in tasks:
+        found_score: float | None = None
+        leaves = list(_leaves(task))
+        if any(leaf.metadata.type != "Reranking" for leaf in leaves):
+            if isinstance(first_stage, str):
+                try:
+                    first_stage = mteb.get_model(first_stage)
+                except (KeyError, ValueError, OSError) as error:
+                    msg = f"the first stage must be a model that mteb knows and can load, but {first_stage!r} is not: {error}"
+                    raise SettingsError(msg) from error
+            found_score = _find(first_stage, task, leaves, found_in)
+            for leaf in leaves:
+                leaf.convert_to_reranking(found_in, top_k)
+        result = mteb.evaluate(model, task, cache=mteb.ResultCache(output / f"{label}-top{top_k}"), co2_tracker=False)
+        for leaf in leaves:
+            leaf.unload_data()
+        scores.append(TaskScores(task.metadata.name, found_score, float(result.task_results[0].get_score())))
+    return scores
+
+
+def _leaves(task: AbsTask) -> Iterator[AbsTaskRetrieval]:
+    """Yield the tasks that an aggregate is made of, or the task itself."""
+    if hasattr(task.metadata, "tasks"):
+        for part in task.metadata.tasks:
+            yield from _leaves(part)
+    elif hasattr(task, "convert_to_reranking"):
+        yield cast("AbsTaskRetrieval", task)
+    else:
+        msg = f"a task must be one of retrieval or reranking, but {task.metadata.name} is of type {task.metadata.type}"
+        raise SettingsError(msg)
+
+
+def _find(first_stage: Any, task: AbsTask, leaves: Sequence[AbsTaskRetrieval], folder: Path) -> float:
+    """Let the first stage search, unless its predictions are there, and return its score."""
+    import mteb
+
+    is_done = all((folder / leaf.prediction_file_name).is_file() for leaf in leaves)
+    # Predictions count when all of a task's subsets are written.
+    unfinished = folder / "unfinished"
+    result = mteb.evaluate(
+        first_stage,
+        task,
+        cache=mteb.ResultCache(folder),
+        prediction_folder=unfinished,
+        overwrite_strategy="only-missing" if is_done else "always",
+        co2_tracker=False,
+    )
+    for leaf in leaves:
+        if not is_done:
+            (unfinished / leaf.prediction_file_name).replace(folder / leaf.prediction_file_name)
+    return float(result.task_results[0].get_score())
+
+
+def to_summary(model: MtebReranker, label: str, scores: Sequence[TaskScores], first_stage: str, top_k: int) -> dict[str, Any]:
+    """Return scores and what they were measured with as plain values, for JSON."""
+    meta = model.mteb_model_meta
+    return {
+        "label": label,
+        "model": str(meta.name).rpartition("/")[2],
+        "revision": meta.revision,
+        "settings": meta.experiment_kwargs or {},
+        "first_stage": first_stage,
+        "top_k": top_k,
+        "mean": fmean(score.reranked for score in scores),
+        "tasks": {score.task: {"first_stage": score.first_stage, "reranked": score.reranked} for score in scores},
+    }
+
+
+def _missing() -> MissingExtraError:
+    return MissingExtraError("mteb's tasks need mteb; install it with: pip install mteb")

@@ -119,7 +119,7 @@ def measure_quality(
     by_ratio = {}
     for ratio in (fine_ratio, coarse_ratio):
         pooled = {i: encoding.pool(ratio) for i, encoding in encoded.items()}
-        by_ratio[ratio] = score_candidates(reranker, candidates, pooled.__getitem__)
+        by_ratio[ratio] = score_candidates(reranker, candidates, pooled)
     fine = {q: order(found.ids, by_ratio[fine_ratio][q]) for q, found in candidates.items()}
     coarse = {q: order(found.ids, by_ratio[coarse_ratio][q]) for q, found in candidates.items()}
     screened = {}
