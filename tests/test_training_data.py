@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ from kalm_integrations.core.tokenization import PromptTokenizer
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.first_stage import BM25
 from kalm_integrations.training.config import (
+    ArchitectureConfig,
     CollectionConfig,
+    LoraConfig,
+    LossConfig,
     PhaseConfig,
     PseudoQueryConfig,
     TeacherConfig,
@@ -31,7 +35,7 @@ from kalm_integrations.training.config import (
 from kalm_integrations.training.data import Cluster, ClusterDataset, Collator, Source
 from kalm_integrations.training.distillation import fit_conditional_logit
 from kalm_integrations.training.initialize import token_embeddings
-from kalm_integrations.training.sources import TrainingSet, read_training_set
+from kalm_integrations.training.sources import Example, TrainingSet, read_training_set
 from kalm_integrations.training.teachers import SIMILARITY_SCALE
 from kalm_integrations.training.trainer import train
 
@@ -423,3 +427,20 @@ def test_pico_s_own_configuration_is_valid():
 
     config = TrainConfig.read(BUILT_IN / "pico" / "training.toml")
     assert all(phase.steps for phase in config.phases)
+
+
+# --- the page
+
+PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+def test_every_setting_is_documented():
+    sections = (ArchitectureConfig, CollectionConfig, LoraConfig, LossConfig, PhaseConfig, PseudoQueryConfig, TeacherConfig)
+    names = {name for section in (*sections, TrainConfig, Example) for name in section.model_fields}
+    assert {name for name in names if f"`{name}`" not in PAGE and f"[{name}]" not in PAGE} == set()
+
+
+def test_the_published_recipe_of_the_page_is_valid(tmp_path):
+    [text] = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    config = toml(tmp_path / "t.toml", text)
+    assert [phase.losses.distillation for phase in config.phases] == [0, 0, 1]

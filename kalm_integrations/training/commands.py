@@ -100,7 +100,7 @@ def mine(
 
 def average(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Two or more checkpoints: folders, hub ids or aliases.")
+        list[str], typer.Argument(metavar="MODEL", help="Two or more checkpoints: folders, hub ids or aliases.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; replaced if it exists.")],
 ) -> None:
