@@ -78,7 +78,7 @@ class Parity:
         )
         return [float(score) for score in scores]
 
-    def make_reranker(self, ratio: int = 4, batch_size: int | None = None) -> KalmReranker:
+    def make_reranker(self, ratio: int = 4, batch_size: int | None = None, **more: object) -> KalmReranker:
         """Return a reranker of the checkpoint with empty caches."""
         return KalmReranker.from_pretrained(
             self.folder,
@@ -86,6 +86,7 @@ class Parity:
             encode_batch_size=batch_size,
             score_batch_size=batch_size,
             **self.settings,
+            **more,
         )
 
     def differences(
@@ -97,7 +98,11 @@ class Parity:
         instruction: str | None = None,
         batch_size: int = 32,
     ) -> dict[str, float]:
-        """Return max |difference| to the reference: cold, warm, and from metadata in a reranker that encodes nothing."""
+        """Return max |difference| to the reference.
+
+        Cold, warm, from metadata in a reranker that encodes nothing, with prefix states that another query left, and with the
+        prompt computed whole.
+        """
         expected = self.reference_scores(query, passages, ratio=ratio, instruction=instruction, batch_size=batch_size)
         first = self.make_reranker(ratio, batch_size)
         scores = {"cold": first.score(query, passages, instruction)}
@@ -108,6 +113,14 @@ class Parity:
         second = self.make_reranker(ratio, batch_size)
         scores["stored"] = second.score(query, list(map(Passage, passages, stored)), instruction)
         assert second.stats.passages_encoded == 0, "a reranker encoded what had been stored"
+        third = self.make_reranker(ratio, batch_size)
+        encodings = first.encode_passages(passages)
+        third.score(f"another query than {query!r}", encodings, instruction)
+        scores["prefix"] = third.score(query, encodings, instruction)
+        assert third.stats.prefix_hits == third.stats.prefix_misses == len(set(passages)), "prefix states were not used"
+        whole = self.make_reranker(ratio, batch_size, prefix_cache_bytes=0)
+        scores["whole"] = whole.score(query, encodings, instruction)
+        assert whole.stats.prefix_hits == whole.stats.prefix_misses == 0, "prefix states were switched off"
         return {
             how: max(abs(ours - theirs) for ours, theirs in zip(ours, expected, strict=True)) for how, ours in scores.items()
         }

@@ -1,0 +1,156 @@
+"""Prefix states: what a query adds is all that it costs, and no score shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from checkpoints import TEXTS, make_checkpoint
+from parity import TOLERANCE, Parity
+
+from kalm_integrations import KalmReranker, RankedPassage
+from kalm_integrations.errors import SettingsError
+
+MakeReranker = Callable[..., KalmReranker]
+
+PASSAGES = [*TEXTS[:3], "", "one", "two words"]
+FIRST, SECOND = "Which team won?", "  東京 «who»?"
+
+
+def n_bytes_each(make_reranker: MakeReranker, texts: Sequence[str]) -> list[int]:
+    """Return the bytes of each passage's prefix states."""
+    sizes = []
+    for text in texts:
+        reranker = make_reranker()
+        reranker.score(FIRST, [text])
+        sizes.append(reranker._prefixes.nbytes)
+    return sizes
+
+
+@pytest.mark.parametrize("window", [4, 30, 80])
+def test_windows_shorter_than_the_prompt(tmp_path: Path, window: int) -> None:
+    """A window that ends inside the prefix hides the same tokens whether they were remembered or not."""
+    parity = Parity(make_checkpoint(tmp_path, sliding_window=window))
+    for query in (FIRST, "a long query " * 30):
+        assert max(parity.differences(query, TEXTS[:3], instruction="Find it. " * 5).values()) <= TOLERANCE
+
+
+def test_a_small_cache_forgets_and_computes_again(make_reranker: MakeReranker) -> None:
+    """Evicted states are made anew: same scores, and the cache stays within its bound."""
+    expected = make_reranker(prefix_cache_bytes=0).score(SECOND, PASSAGES)
+    bound = max(n_bytes_each(make_reranker, PASSAGES))
+    small = make_reranker(prefix_cache_bytes=bound, score_batch_size=2)
+    for _ in range(3):
+        small.score(FIRST, PASSAGES)
+        assert small.score(SECOND, PASSAGES) == pytest.approx(expected, abs=1e-6)
+        assert small._prefixes.nbytes <= bound
+    assert small.stats.prefix_misses > len(PASSAGES)
+
+
+def test_a_cache_too_small_for_any_passage_keeps_nothing(make_reranker: MakeReranker) -> None:
+    reranker = make_reranker(prefix_cache_bytes=1)
+    expected = make_reranker(prefix_cache_bytes=0).score(FIRST, PASSAGES)
+    assert reranker.score(FIRST, PASSAGES) == pytest.approx(expected, abs=1e-6)
+    assert reranker.score(FIRST, PASSAGES) == pytest.approx(expected, abs=1e-6)
+    assert reranker.stats.prefix_hits == 0
+    assert reranker.stats.prefix_misses == 2 * len(PASSAGES)
+
+
+def test_states_belong_to_an_instruction(make_reranker: MakeReranker) -> None:
+    """Another instruction computes its own states and leaves those of the first."""
+    reranker, plain = make_reranker(), make_reranker(prefix_cache_bytes=0)
+    n = len(PASSAGES)
+    for instruction, hits, misses in (
+        (None, 0, n),
+        ("Find the team.", 0, 2 * n),
+        (None, n, 2 * n),
+        ("Find the team.", 2 * n, 2 * n),
+    ):
+        scores = reranker.score(FIRST, PASSAGES, instruction)
+        assert scores == pytest.approx(plain.score(FIRST, PASSAGES, instruction), abs=1e-6)
+        assert (reranker.stats.prefix_hits, reranker.stats.prefix_misses) == (hits, misses)
+
+
+def test_states_belong_to_the_encoding_they_were_made_of(make_reranker: MakeReranker) -> None:
+    """One text at several ratios, and with rounded states, is scored from each one's own states."""
+    reranker = make_reranker(compression_ratio=8, storage_codec="int4")
+    (fine,) = make_reranker(compression_ratio=1).encode_passages(TEXTS[:1])
+    (coarse,) = reranker.encode_passages(TEXTS[:1])
+    rounded = type(coarse).from_metadata(coarse.to_metadata())
+    variants = [coarse, rounded, fine.pool(16)]
+    expected = [make_reranker(compression_ratio=8, prefix_cache_bytes=0).score(FIRST, [variant])[0] for variant in variants]
+    assert len({round(score, 6) for score in expected}) == 3, "the variants must differ for this test to say anything"
+    for _ in range(2):
+        assert [reranker.score(FIRST, [variant])[0] for variant in variants] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("bfloat16", 2e-2)])
+def test_states_in_half_precision(make_reranker: MakeReranker, dtype: str, tolerance: float) -> None:
+    """Half the bytes; scores are close, and do not depend on whether the states were there."""
+    exact = make_reranker()
+    half = make_reranker(prefix_dtype=dtype)
+    assert half.score(FIRST, PASSAGES) == pytest.approx(exact.score(FIRST, PASSAGES), abs=tolerance)
+    assert half._prefixes.nbytes * 2 == exact._prefixes.nbytes
+    first = make_reranker(prefix_dtype=dtype).score(SECOND, PASSAGES)
+    assert half.score(SECOND, PASSAGES) == pytest.approx(first, abs=1e-6)
+
+
+def test_an_unknown_dtype_or_a_negative_bound_is_refused(make_reranker: MakeReranker) -> None:
+    with pytest.raises(SettingsError, match=r"prefix_dtype.*'int8'"):
+        make_reranker(prefix_dtype="int8")
+    with pytest.raises(SettingsError, match=r"prefix_cache_bytes.*-1"):
+        make_reranker(prefix_cache_bytes=-1)
+
+
+QUERIES = ["who?", FIRST, SECOND, "", "what is the theory of wings in a stream " * 4]
+
+
+def check_like_rank(reranker: KalmReranker, plain: KalmReranker, lists: Sequence[Sequence[str]], **cut: object) -> None:
+    rankings = reranker.rank_many(QUERIES, lists, **cut)
+    for query, passages, ranking in zip(QUERIES, lists, rankings, strict=True):
+        expected = plain.rank(query, passages, **cut)
+        assert [r.index for r in ranking] == [r.index for r in expected]
+        assert [r.score for r in ranking] == pytest.approx([r.score for r in expected], abs=1e-6)
+        assert all(type(r) is RankedPassage for r in ranking)
+
+
+@pytest.mark.parametrize("cache_bytes", [None, 0, 1, 60_000])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 2}, {"score_threshold": 0.5}, {"instruction": "Find the team."}])
+def test_many_queries_rank_like_one_after_the_other(
+    make_reranker: MakeReranker, cache_bytes: int | None, cut: dict[str, object]
+) -> None:
+    """Whatever the cache of prefix states holds; with shared, repeated and missing passages."""
+    lists = [PASSAGES, PASSAGES[::-1], [], [*PASSAGES[:2], *PASSAGES[:2]], PASSAGES[3:]]
+    reranker = make_reranker(prefix_cache_bytes=cache_bytes, score_batch_size=4)
+    check_like_rank(reranker, make_reranker(prefix_cache_bytes=0), lists, **cut)
+    assert reranker.stats.passages_encoded == len(PASSAGES)
+
+
+def test_many_queries_compute_each_prefix_once_even_in_a_small_cache(make_reranker: MakeReranker) -> None:
+    sizes = n_bytes_each(make_reranker, PASSAGES)
+    reranker = make_reranker(prefix_cache_bytes=2 * max(sizes), score_batch_size=2)
+    reranker.rank_many(QUERIES, [PASSAGES] * len(QUERIES))
+    assert reranker.stats.prefix_misses == len(PASSAGES)
+
+
+def test_many_queries_in_slices(make_reranker: MakeReranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More passages than are worked on at a time change nothing, nor does one list that is longer by itself."""
+    monkeypatch.setattr("kalm_integrations.core.reranker.MAX_PASSAGES_AT_ONCE", 5)
+    lists = [PASSAGES[:2], PASSAGES[2:4], PASSAGES, [], PASSAGES[:1]]
+    check_like_rank(make_reranker(), make_reranker(prefix_cache_bytes=0), lists)
+
+
+def test_what_rank_many_refuses(make_reranker: MakeReranker) -> None:
+    reranker = make_reranker()
+    assert reranker.rank_many([], []) == []
+    assert reranker.rank_many(["a", "b"], [[], []]) == [[], []]
+    assert reranker.stats.passages_scored == 0
+    with pytest.raises(SettingsError, match="2 queries and 1 lists"):
+        reranker.rank_many(["a", "b"], [["x"]])
+    with pytest.raises(SettingsError, match="queries must be a list"):
+        reranker.rank_many("a", [["x"]])
+    with pytest.raises(SettingsError, match="passages of a query must be a list"):
+        reranker.rank_many(["a"], ["x"])
+    with pytest.raises(SettingsError, match="query must be a string"):
+        reranker.rank_many([1], [["x"]])
