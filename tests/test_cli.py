@@ -370,6 +370,23 @@ def test_eval_beir_prints_its_report(run: Run, model: Any, beir_folder: Path) ->
         assert f" {system['means']['RR']:.3f}" in row
 
 
+def test_eval_compression_and_screen_write_their_figures(run: Run, model: Any, beir_folder: Path) -> None:
+    """As JSON, and the same as tables; compression also as a plot."""
+    options = ("--ratios", "1,8", "--codecs", "int8", "--top-k", 3, "--rounds", 1, *model)
+    printed = run("eval", "compression", beir_folder, "-o", "report", *options).stdout
+    report = json.loads(Path("report/compression.json").read_text())
+    [collection] = report["collections"]
+    settings = [(cost["ratio"], cost["codec"]) for cost in collection["costs"]]
+    assert settings == [(1, "fp32"), (1, "int8"), (8, "fp32"), (8, "int8")]
+    assert all(f"| {ratio} | `{codec}` |" in printed for ratio, codec in settings)
+    assert Path("report/compression.svg").read_text().startswith("<?xml")
+    options = ("--top-k", 3, "--keep", 1, "--lengths", "16,64", "--rounds", 1, *model)
+    printed = run("eval", "screen", beir_folder, "-o", "screen.json", *options).stdout
+    times = json.loads(Path("screen.json").read_text())["times"]
+    assert [time["n_tokens"] for time in times] == [16, 64]
+    assert "recall@1" in printed
+
+
 def test_train_runs_a_configuration(run: Run, beir_folder: Path) -> None:
     """The checkpoint that it names can rerank, and paths count from the configuration's folder."""
     (beir_folder.parent / "train.toml").write_text(
@@ -423,6 +440,8 @@ def test_train_runs_a_configuration(run: Run, beir_folder: Path) -> None:
         (["eval", "beir", "."], "a BEIR folder must hold corpus.jsonl"),
         (["eval", "beir", ".", "--ratios", "1,x"], "must be positive whole numbers such as 1,2,4, but got 'x'"),
         (["eval", "beir", ".", "--ratios", ","], "Invalid value for --ratios"),
+        (["eval", "mteb", "-o", "x", "--benchmark", "BIER"], "benchmark and tasks must be names that mteb knows"),
+        (["eval", "mteb", "-o", "x"], "there must be tasks to run"),
         (["train", "missing.toml"], "missing.toml: No such file or directory"),
         (["train", "bad.toml"], "a training configuration must be TOML, but bad.toml is not"),
         (["demo", "--model", "./nothing"], "nothing"),
