@@ -7,7 +7,7 @@ import gc
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,34 +30,35 @@ PARTS = ("rows", "curves", "storage", "memory")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and measure or render."""
     options = _parser().parse_args(arguments)
-    logging.disable(logging.WARNING)
     if options.command == "render":
         render(options.results, options.results.parent.with_suffix(".md"))
         return
     if arguments is None:
         machine.start_again(options.malloc)
+        logging.disable(logging.WARNING)
     if options.threads:
         torch.set_num_threads(options.threads)
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     name = f"{options.device} {options.shape}"
     facts = machine.describe(options.device)
-    measured = measure(_plan(options), options.shape, options.device, options.parts)
     before = results.get(name, {})
     # Parts measured elsewhere, or with other versions, do not stand beside these.
     kept = before if _comparable(before.get("machine", {})) == _comparable(facts) else {}
-    results[name] = {**kept, "machine": facts, **measured}
+    run = results[name] = {**kept, "machine": facts}
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(results, indent=1) + "\n")
+    # Written after every part: what has taken minutes is not lost with what comes after it.
+    for part in measure(_plan(options), options.shape, options.device, options.parts):
+        run.update(part)
+        options.results.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def measure(chosen: Plan, shape: str, device: str, parts: Sequence[str]) -> dict[str, Any]:
+def measure(chosen: Plan, shape: str, device: str, parts: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Measure the parts of a plan on a random checkpoint of a shape.
 
-    Returns:
-        The shape's configuration (`config`) and what each part gave; with the rows, the `rates` of matrix products by dtype
+    Yields:
+        The widths of the shape (`config`), then what each part gave; with the rows, the `rates` of matrix products by dtype
         and round, in multiply-adds per second.
     """
-    measured: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         progress(f"making a checkpoint of shape {shape}")
         workload = Workload(make_workload_checkpoint(shape, Path(folder)))
@@ -70,32 +71,33 @@ def measure(chosen: Plan, shape: str, device: str, parts: Sequence[str]) -> dict
         first = models_of(dtypes[0])
         config = first.encoder.runtime.checkpoint.decoder_config
         widths = floor.Widths(**{field.name: getattr(config, field.name) for field in fields(floor.Widths)})
-        measured["config"] = asdict(widths)
+        yield {"config": asdict(widths)}
         if "rows" in parts:
-            measured["rows"], measured["rates"] = [], {}
+            rows: list[dict[str, Any]] = []
+            rates: dict[str, list[dict[str, float]]] = {dtype: [] for dtype in dtypes}
             expected: Scores = {}
             for dtype in dtypes:
-                rates: list[dict[str, float]] = []
-                measured["rows"] += measure_rows(
+                rows += measure_rows(
                     [row for row in chosen.rows if row.dtype == dtype],
                     models_of(dtype),
                     expected,
-                    each_round=lambda dtype=dtype, rates=rates: rates.append(
+                    each_round=lambda dtype=dtype: rates[dtype].append(
                         floor.measure_rates(widths, dtype, device, chosen.rate_seconds)
                     ),
                 )
-                measured["rates"][dtype] = rates
                 # Models have cycles; the next dtype needs their memory.
                 gc.collect()
+                yield {"rows": rows, "rates": {name: rounds for name, rounds in rates.items() if rounds}}
         if "curves" in parts and chosen.curves:
-            measured["curves"] = measure_curves(chosen.curves, first)
+            yield {"curves": measure_curves(chosen.curves, first)}
         if "storage" in parts and chosen.storage_passages:
             lengths = sorted({row.passage_tokens for row in chosen.rows})
-            measured["storage"] = measure_storage(workload, first.encoder, lengths[0], chosen.storage_passages)
-            measured["prefix_states"] = measure_prefix_states(first, lengths)
+            yield {
+                "storage": measure_storage(workload, first.encoder, lengths[0], chosen.storage_passages),
+                "prefix_states": measure_prefix_states(first, lengths),
+            }
         if "memory" in parts and chosen.memory:
-            measured["memory"] = measure_memory(chosen.memory, workload, first.encoder, chosen.memory_passage_tokens)
-    return measured
+            yield {"memory": measure_memory(chosen.memory, workload, first.encoder, chosen.memory_passage_tokens)}
 
 
 def _plan(options: argparse.Namespace) -> Plan:
