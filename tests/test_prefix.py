@@ -154,3 +154,72 @@ def test_what_rank_many_refuses(make_reranker: MakeReranker) -> None:
         reranker.rank_many(["a"], ["x"])
     with pytest.raises(SettingsError, match="query must be a string"):
         reranker.rank_many([1], [["x"]])
+
+
+def test_states_on_disk_serve_another_process_s_first_query(make_reranker: MakeReranker, tmp_path: Path) -> None:
+    """What `prepare` keeps at ingest, a new reranker reads instead of computing; the scores are the same."""
+    first = make_reranker(prefix_store=tmp_path / "prefixes")
+    first.prepare(PASSAGES)
+    assert first.stats.prefix_misses == len(PASSAGES)
+    assert first.stats.passages_scored == 0
+    second = make_reranker(prefix_store=tmp_path / "prefixes")
+    expected = make_reranker(prefix_cache_bytes=0).score(SECOND, PASSAGES)
+    assert second.score(SECOND, PASSAGES) == pytest.approx(expected, abs=1e-6)
+    assert (second.stats.prefix_store_hits, second.stats.prefix_misses) == (len(PASSAGES), 0)
+    assert second.score(FIRST, PASSAGES) == pytest.approx(make_reranker().score(FIRST, PASSAGES), abs=1e-6)
+    assert second.stats.prefix_hits == len(PASSAGES), "once read, they are in memory"
+
+
+def test_a_store_works_without_memory_and_prepares_once(make_reranker: MakeReranker) -> None:
+    store: dict[str, bytes] = {}
+    reranker = make_reranker(prefix_store=store, prefix_cache_bytes=0, prefix_dtype="float16")
+    reranker.prepare(PASSAGES, instruction="Find the team.")
+    kept = dict(store)
+    reranker.prepare(PASSAGES, instruction="Find the team.")
+    assert store == kept
+    assert reranker.stats.prefix_misses == len(PASSAGES)
+    scores = reranker.score(FIRST, PASSAGES, "Find the team.")
+    assert scores == pytest.approx(make_reranker().score(FIRST, PASSAGES, "Find the team."), abs=2e-3)
+    assert reranker.stats.prefix_store_hits == 2 * len(PASSAGES)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda value: b"",
+        lambda value: value[:-1],
+        lambda value: value[:-1] + bytes([value[-1] ^ 1]),
+        lambda value: value.replace(b"float32", b"float64", 1),
+        lambda value: b"other\n" + value,
+        lambda value: value[:8] + b"{" + value[8:],
+    ],
+)
+def test_damaged_states_on_disk_are_computed_again(
+    make_reranker: MakeReranker, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A damaged value is no error and no wrong score; it is replaced."""
+    store: dict[str, bytes] = {}
+    make_reranker(prefix_store=store).prepare(PASSAGES)
+    sound = dict(store)
+    store.update({key: damage(value) for key, value in store.items()})
+    reranker = make_reranker(prefix_store=store)
+    expected = make_reranker(prefix_cache_bytes=0).score(FIRST, PASSAGES)
+    assert reranker.score(FIRST, PASSAGES) == pytest.approx(expected, abs=1e-6)
+    assert reranker.stats.prefix_misses == len(PASSAGES)
+    assert store.keys() == sound.keys()
+    assert make_reranker(prefix_store=store).score(FIRST, PASSAGES) == pytest.approx(expected, abs=1e-6)
+    assert "damaged" in caplog.text
+
+
+def test_what_prepare_and_its_store_refuse(make_reranker: MakeReranker, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"prefix_store must be a mapping.*list"):
+        make_reranker(prefix_store=[])
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match=r"prefix_store.*is a file"):
+        make_reranker(prefix_store=tmp_path / "file")
+    with pytest.raises(SettingsError, match="prefix_cache_bytes is 0"):
+        make_reranker(prefix_cache_bytes=0).prepare(PASSAGES)
+    with pytest.raises(SettingsError, match="passages must be a list"):
+        make_reranker().prepare("text")
+    with pytest.raises(SettingsError, match="instruction"):
+        make_reranker().prepare(PASSAGES, instruction=3)

@@ -6,8 +6,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 from weakref import WeakValueDictionary
@@ -16,13 +15,13 @@ import torch
 from tqdm.auto import tqdm
 
 from kalm_integrations.core import checkpoint as checkpoints
-from kalm_integrations.core.caches import BoundedCache
 from kalm_integrations.core.checkpoint import Checkpoint
 from kalm_integrations.core.decoder import answer_logits, extend, remember_passages
 from kalm_integrations.core.encoder import encode
 from kalm_integrations.core.layers import EmbeddingWeights, StackConfig, StackWeights
 from kalm_integrations.core.memory import FreshMemory, Memory, PrefixStates, RecalledMemory
 from kalm_integrations.core.pooling import n_pooled_states, pool_states
+from kalm_integrations.core.prefixes import PREFIX_DTYPES, Candidate, Prefix
 from kalm_integrations.core.tokenization import PromptTokenizer, n_shared
 from kalm_integrations.errors import NonFiniteScoreError, SettingsError
 
@@ -35,47 +34,16 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 
-PREFIX_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 BATCH_SIZES = {"encode": {"cpu": 16, "cuda": 128}, "score": {"cpu": 32, "cuda": 256}}
 """Passages per batch by device type: on a CPU more do not fit the caches, on a GPU fewer do not fill it."""
 
 _NOT_FINITE_REMEDY = "use dtype='float32', and check the checkpoint if that fails too"
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
 Pair = tuple[int, int]
 """Index of a prompt and index of a passage."""
 
-PrefixKey = tuple[Hashable, ...]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A passage to score."""
-
-    states: torch.Tensor
-    """Pooled states. Shape: (n_states, hidden)."""
-    key: PrefixKey
-    """Names the states: what has the same key has the same states."""
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What prompts begin with, and where its states are kept per passage."""
-
-    token_ids: tuple[int, ...]
-    cache: BoundedCache[PrefixKey, PrefixStates]
-    dtype: torch.dtype
-    """Of the kept states."""
-    count: Callable[[int, int], None]
-    """Told how many states were found, and how many had to be computed."""
-
-    def key(self, candidate: Candidate) -> PrefixKey:
-        """Return what a passage's states are kept under."""
-        return (*candidate.key, self.token_ids)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Runtime:
@@ -163,7 +131,7 @@ class Runtime:
 
         order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
         size = batch_size or self._batch_size("encode")
-        with self.lock, torch.inference_mode(), _progress(len(order), show_progress) as progress:
+        with self.lock, torch.inference_mode(), _progress("Encoding", len(order), show_progress) as progress:
             in_order = _in_batches([token_ids[i] for i in order], encode_batch, size, progress.update)
         states = dict(zip(order, in_order, strict=True))
         return [states[i] for i in range(len(token_ids))]
@@ -233,6 +201,21 @@ class Runtime:
             raise NonFiniteScoreError(msg)
         return margins
 
+    def prepare(
+        self, candidates: Sequence[Candidate], prefix: Prefix, batch_size: int | None, *, show_progress: bool = False
+    ) -> None:
+        """Compute and keep the prefix states of passages, those that are kept already excepted."""
+        _check_vocabulary([list(prefix.token_ids)], self.checkpoint.decoder_config)
+        ordered = sorted(candidates, key=lambda candidate: -len(candidate.states))
+
+        def prepare_batch(batch: list[Candidate]) -> list[None]:
+            self._recall(batch, prefix)
+            return [None] * len(batch)
+
+        size = batch_size or self._batch_size("score")
+        with self.lock, torch.inference_mode(), _progress("Reading the prompt", len(ordered), show_progress) as progress:
+            _in_batches(ordered, prepare_batch, size, progress.update)
+
     def _remember(self, rows: Sequence[Candidate]) -> FreshMemory:
         """Project the states of passages; one that several prompts ask about is projected once."""
         unique = list({id(row): row for row in rows}.values())
@@ -246,17 +229,17 @@ class Runtime:
 
     def _recall(self, rows: Sequence[Candidate], prefix: Prefix) -> list[PrefixStates]:
         """Return the prefix states of passages, computing and keeping those that are not there."""
-        wanted = {prefix.key(row): row for row in rows}
-        states = prefix.cache.get_many(wanted)
-        missing = {key: row for key, row in wanted.items() if key not in states}
+        config = self.checkpoint.decoder_config
+        layout = (len(config.layer_types), config.n_kv_heads, config.head_width)
+        states = prefix.find(rows, layout, self.device)
+        missing = {prefix.key(row): row for row in rows if prefix.key(row) not in states}
         if missing:
             token_ids = torch.tensor([prefix.token_ids], device=self.device)
             memory = self._remember(list(missing.values()))
-            memory = extend(memory, token_ids, self.embedding(), self.stack("decoder"), self.checkpoint.decoder_config)
+            memory = extend(memory, token_ids, self.embedding(), self.stack("decoder"), config)
             made = dict(zip(missing, memory.split(prefix.dtype), strict=True))
-            prefix.cache.put_many(made)
+            prefix.keep(made)
             states |= made
-        prefix.count(len(wanted) - len(missing), len(missing))
         return [states[prefix.key(row)] for row in rows]
 
     def _prefix_bytes(self, candidate: Candidate, prefix: Prefix) -> int:
@@ -375,8 +358,8 @@ def _scoring_order(
     return sorted(range(len(pairs)), key=key)
 
 
-def _progress(n_items: int, is_shown: bool) -> tqdm[NoReturn]:
-    return tqdm(total=n_items, desc="Encoding", unit="passage", disable=not is_shown)
+def _progress(what: str, n_items: int, is_shown: bool) -> tqdm[NoReturn]:
+    return tqdm(total=n_items, desc=what, unit="passage", disable=not is_shown)
 
 
 def _in_batches(

@@ -82,6 +82,8 @@ class RuntimeStats:
     passages_scored: int = 0
     prefix_hits: int = 0
     """Scored from prefix states in memory: the decoder read only the query's own tokens."""
+    prefix_store_hits: int = 0
+    """Scored from prefix states in the `prefix_store`."""
     prefix_misses: int = 0
     """Prefix states had to be computed."""
     encode_seconds: float = 0.0
