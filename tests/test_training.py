@@ -18,8 +18,10 @@ from checkpoints import make_checkpoint
 from parity import Parity
 from safetensors.torch import load_file, save_file
 from training_data import ARCHITECTURE, PASSAGES, QUERIES, examples, make_batch, write_collection, write_lines
+from typer.testing import CliRunner
 
 from kalm_integrations import KalmReranker
+from kalm_integrations.cli import app
 from kalm_integrations.core.checkpoint import Checkpoint
 from kalm_integrations.core.tokenization import PromptTokenizer
 from kalm_integrations.errors import SettingsError
@@ -236,6 +238,19 @@ def test_a_killed_run_goes_on_along_the_same_curve(tmp_path):
         torch.testing.assert_close(weights_of(killed / "model")[name], tensor, msg=name)
 
 
+def test_processes_share_a_run(tmp_path):
+    """As on several GPUs: started twice by torchrun, it is one run, with one export and one line of output."""
+    write_collection(tmp_path / "beir")
+    (tmp_path / "t.toml").write_text(TOML.format(output="run").replace("steps = 400", "epochs = 8"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "kalm_integrations.cli"]
+    done = subprocess.run([*launcher, "train", str(tmp_path / "t.toml")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "run" / "model")]
+    # Two examples, two clusters a step on each of two devices: an epoch is half a step.
+    assert [len(losses(tmp_path / "run", phase)) for phase in (0, 1)] == [4, 4]
+    assert len(scores(tmp_path / "run" / "model")) == len(PASSAGES)
+
+
 def test_a_run_does_not_go_on_with_other_settings(tmp_path, lines):
     config = configuration(tmp_path / "run", lines, phase={"steps": 1})
     first = train(config)
@@ -347,7 +362,9 @@ def test_a_teacher_s_margins_are_learnt(tmp_path):
 
 def test_the_mean_of_checkpoints_has_the_mean_weights(tiny_checkpoint, other_checkpoint, tmp_path):
     models = [str(tiny_checkpoint), str(other_checkpoint), str(other_checkpoint)]
-    folder = average_checkpoints(models, tmp_path / "mean")
+    result = CliRunner().invoke(app, ["average", *models, "--output", str(tmp_path / "mean")])
+    assert result.stdout.split() == [str(tmp_path / "mean")]
+    folder = tmp_path / "mean"
     first, second, mean = (dict(Checkpoint.open(f).tensors()) for f in (tiny_checkpoint, other_checkpoint, folder))
     for name in Checkpoint.open(tiny_checkpoint).text_names():
         torch.testing.assert_close(mean[name], ((first[name] + 2 * second[name]) / 3).bfloat16())

@@ -391,7 +391,7 @@ def toml(path: Path, text: str) -> TrainConfig:
 MINIMAL = 'output = "run"\n[[collections]]\npath = "data/beir"\n[[phases]]\nsteps = 1\n'
 
 
-def test_paths_count_from_the_file_s_folder(tmp_path):
+def test_paths_count_from_the_file_s_folder(tmp_path, monkeypatch):
     (tmp_path / "models" / "mine").mkdir(parents=True)
     text = 'model = "models/mine"\n' + MINIMAL + '[teacher]\nbi_encoder = "models/mine"\n'
     config = toml(tmp_path / "t.toml", text)
@@ -399,6 +399,8 @@ def test_paths_count_from_the_file_s_folder(tmp_path):
     assert config.collections[0].path == tmp_path / "data" / "beir"
     assert config.collections[0].name == "beir"
     assert config.model == config.teacher.bi_encoder == str(tmp_path / "models" / "mine")
+    monkeypatch.chdir(tmp_path / "models")
+    assert TrainConfig.read(Path("../t.toml")).output.is_absolute()
     assert toml(tmp_path / "t.toml", 'model = "nano"\n' + MINIMAL).model == "nano"
 
 

@@ -6,6 +6,7 @@ Heavy imports stand inside the commands, so that help comes at once.
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,8 +29,14 @@ def train(
     from kalm_integrations.training.trainer import train as run
 
     settings = TrainConfig.read(config)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    typer.echo(run(settings))
+    is_first = os.environ.get("RANK", "0") == "0"
+    handler = logging.StreamHandler()
+    # Of the handler, because libraries turn their own loggers up.
+    handler.setLevel(logging.INFO if is_first else logging.WARNING)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[handler])
+    folder = run(settings)
+    if is_first:
+        typer.echo(folder)
 
 
 def mine(

@@ -231,7 +231,8 @@ class TrainConfig(_Section):
         except ValidationError as error:
             msg = f"{path} is not a valid training configuration: {describe_problems(error).removeprefix(': ')}"
             raise SettingsError(msg) from error
-        return config.with_paths_from(path.parent)
+        # Absolute, so that a run that goes on is known from wherever it is started.
+        return config.with_paths_from(path.parent.absolute())
 
     def with_paths_from(self, base: Path) -> TrainConfig:
         """Return the settings with relative paths, also those of models that are folders, counted from a folder."""

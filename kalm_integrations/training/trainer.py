@@ -198,6 +198,9 @@ def _run_phase(model: TrainableReranker, dataset: ClusterDataset, config: TrainC
         part = finished.with_suffix(".part")
         save_file(model.state_dict(), part)
         part.replace(finished)
+        # Thrice the size of the model, and of no more use.
+        for saved in folder.glob("checkpoint-*"):
+            shutil.rmtree(saved)
     trainer.accelerator.wait_for_everyone()
 
 

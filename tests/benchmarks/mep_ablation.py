@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("train", type=Path, help="BEIR folder to train on")
     parser.add_argument("test", type=Path, help="BEIR folder to measure on")
     parser.add_argument("--split", default="test", help="of the folder to measure on")
-    parser.add_argument("--steps", type=int, default=500, help="of each run")
+    parser.add_argument("--steps", type=int, default=300, help="of each run")
     parser.add_argument("--queries", type=int, default=500, help="how many to measure on")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
