@@ -80,6 +80,7 @@ class Plan:
 REFERENCE_COLD, REFERENCE_POOLED = "reference, cold", "reference, pooled states given"
 OURS_COLD, OURS_POOLED = "ours, cold", "ours, pooled"
 OURS_FIRST, OURS_PREFIX = "ours, pooled, prefix states made", "ours, prefix"
+OURS_HALF, OURS_DISK = "ours, prefix in float16", "ours, prefix from disk"
 BGE, QWEN, MINILM = "bge-reranker-v2-m3 shape", "Qwen3-Reranker-0.6B shape", "MiniLM-L6 shape"
 
 BARE_QUERY = (BGE, MINILM)
@@ -94,6 +95,8 @@ _CPU: dict[tuple[str, int], dict[str, tuple[int, int]]] = {
         OURS_FIRST: (100, 3),
         OURS_POOLED: (100, 5),
         OURS_PREFIX: (100, 5),
+        OURS_HALF: (100, 5),
+        OURS_DISK: (100, 5),
         BGE: (32, 2),
         QWEN: (10, 2),
         MINILM: (100, 5),

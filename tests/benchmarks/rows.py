@@ -98,7 +98,21 @@ def _ours_pooled(models: Models, spec: RowSpec) -> Work:
 
 
 def _ours_prefix(models: Models, spec: RowSpec) -> Work:
-    work = _ours_with_states(models, spec, models.rememberer)
+    return _after_another_query(models, spec, models.rememberer)
+
+
+def _ours_half(models: Models, spec: RowSpec) -> Work:
+    reranker = models.reranker(prefix_cache_bytes=PREFIX_CACHE_BYTES, prefix_dtype="float16")
+    return _after_another_query(models, spec, reranker)
+
+
+def _ours_disk(models: Models, spec: RowSpec) -> Work:
+    reranker = models.reranker(prefix_cache_bytes=0, prefix_store=models.workload.folder / "prefixes")
+    return _after_another_query(models, spec, reranker)
+
+
+def _after_another_query(models: Models, spec: RowSpec, reranker: KalmReranker) -> Work:
+    work = _ours_with_states(models, spec, reranker)
     work.score(WARM_UP_QUERY)
     return work
 
@@ -132,6 +146,8 @@ BUILDERS: dict[str, Callable[[Models, RowSpec], Work]] = {
     plan.OURS_POOLED: _ours_pooled,
     plan.OURS_FIRST: _ours_first,
     plan.OURS_PREFIX: _ours_prefix,
+    plan.OURS_HALF: _ours_half,
+    plan.OURS_DISK: _ours_disk,
     **dict.fromkeys(PEERS, _peer),
 }
 
@@ -142,6 +158,8 @@ SAME_SCORES = {
     plan.OURS_POOLED: "pooled",
     plan.OURS_FIRST: "pooled",
     plan.OURS_PREFIX: "pooled",
+    plan.OURS_HALF: "pooled",
+    plan.OURS_DISK: "pooled",
 }
 """Rows that score the same passages from the same start."""
 
