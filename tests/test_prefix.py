@@ -40,21 +40,30 @@ def test_a_small_cache_forgets_and_computes_again(make_reranker: MakeReranker) -
     """Evicted states are made anew: same scores, and the cache stays within its bound."""
     expected = make_reranker(prefix_cache_bytes=0).score(SECOND, PASSAGES)
     bound = max(n_bytes_each(make_reranker, PASSAGES))
-    small = make_reranker(prefix_cache_bytes=bound, score_batch_size=2)
-    for _ in range(3):
-        small.score(FIRST, PASSAGES)
-        assert small.score(SECOND, PASSAGES) == pytest.approx(expected, abs=1e-6)
-        assert small._prefixes.nbytes <= bound
-    assert small.stats.prefix_misses > len(PASSAGES)
+    small = make_reranker(prefix_cache_bytes=bound)
+    for _ in range(2):
+        for passage, score in zip(PASSAGES, expected, strict=True):
+            assert small.score(SECOND, [passage]) == pytest.approx([score], abs=1e-6)
+            assert small._prefixes.nbytes <= bound
+    assert small.stats.prefix_misses == 2 * len(PASSAGES)
+
+
+def test_what_does_not_fit_leaves_the_rest_in_memory(make_reranker: MakeReranker) -> None:
+    """More candidates than the cache holds: those in it stay, and serve the next query; the others are scored whole."""
+    expected = make_reranker(prefix_cache_bytes=0).score(SECOND, PASSAGES)
+    sizes = n_bytes_each(make_reranker, PASSAGES)
+    reranker = make_reranker(prefix_cache_bytes=max(sizes) * 2)
+    n_kept = reranker.score(FIRST, PASSAGES) and len(reranker._prefixes)
+    assert 2 <= n_kept < len(PASSAGES)
+    assert reranker.score(SECOND, PASSAGES[::-1]) == pytest.approx(expected[::-1], abs=1e-6)
+    assert reranker.stats.prefix_hits == reranker.stats.prefix_misses == n_kept
 
 
 def test_a_cache_too_small_for_any_passage_keeps_nothing(make_reranker: MakeReranker) -> None:
     reranker = make_reranker(prefix_cache_bytes=1)
     expected = make_reranker(prefix_cache_bytes=0).score(FIRST, PASSAGES)
     assert reranker.score(FIRST, PASSAGES) == pytest.approx(expected, abs=1e-6)
-    assert reranker.score(FIRST, PASSAGES) == pytest.approx(expected, abs=1e-6)
-    assert reranker.stats.prefix_hits == 0
-    assert reranker.stats.prefix_misses == 2 * len(PASSAGES)
+    assert reranker.stats.prefix_hits == reranker.stats.prefix_misses == 0
 
 
 def test_states_belong_to_an_instruction(make_reranker: MakeReranker) -> None:

@@ -37,6 +37,9 @@ DTYPES = {
 BATCH_SIZES = {"encode": {"cpu": 16, "cuda": 128}, "score": {"cpu": 32, "cuda": 256}}
 """Passages per batch by device type: on a CPU more do not fit the caches, on a GPU fewer do not fill it."""
 
+WHOLE = 2**60
+"""The window of passages for which the prompt is computed whole."""
+
 _NOT_FINITE_REMEDY = "use dtype='float32', and check the checkpoint if that fails too"
 
 Pair = tuple[int, int]
@@ -171,26 +174,40 @@ class Runtime:
             asked = [prompts[query] for query, _ in batch]
             if all(prompt is asked[0] for prompt in asked):
                 asked = asked[:1]
-            n_read = 0 if prefix is None else min(min(n_shared(prefix.token_ids, ids), len(ids) - 1) for ids in asked)
+            n_read = 0
+            if prefix is not None and window[batch[0][1]] != WHOLE:
+                n_read = min(min(n_shared(prefix.token_ids, ids), len(ids) - 1) for ids in asked)
             rest = [ids[n_read:] for ids in asked]
             token_ids = pad_token_ids(rest).to(self.device)
             last = torch.tensor([len(ids) - 1 for ids in rest], device=self.device)
             rows = [candidates[index] for _, index in batch]
             memory: Memory
-            if prefix is None or n_read == 0:
-                memory = self._remember(rows)
-            else:
+            if prefix is not None and n_read > 0:
                 recalled = self._recall(rows, prefix)
                 memory = RecalledMemory(recalled, n_read, self.dtype, token_ids.shape[1])
+            else:
+                memory = self._remember(rows)
             logits = answer_logits(memory, token_ids, last, embedding, decoder, head, config)
             margins: list[float] = (logits[:, 0] - logits[:, 1]).tolist()
             return margins
 
-        entry_bytes = None if prefix is None else [self._prefix_bytes(candidate, prefix) for candidate in candidates]
-        order = _scoring_order(prompts, candidates, pairs, entry_bytes, 0 if prefix is None else prefix.cache.max_bytes)
+        window = [0] * len(candidates) if prefix is None else self._windows(candidates, len(prompts), prefix)
+
+        def key(i: int) -> tuple[int, int, int, int]:
+            """Neighbours share a prompt, or have prompts and passages of like length."""
+            query, candidate = pairs[i]
+            return window[candidate], len(prompts[query]), query, -len(candidates[candidate].states)
+
+        order = sorted(range(len(pairs)), key=key)
         size = batch_size or self._batch_size("score")
         with self.lock, torch.inference_mode():
-            in_order = _in_batches([pairs[i] for i in order], score_batch, size)
+            in_order = [
+                margin
+                for is_whole in (False, True)
+                for margin in _in_batches(
+                    [pairs[i] for i in order if (window[pairs[i][1]] == WHOLE) == is_whole], score_batch, size
+                )
+            ]
         margins = [margin for _, margin in sorted(zip(order, in_order, strict=True))]
         n_bad = sum(not math.isfinite(margin) for margin in margins)
         if n_bad:
@@ -242,10 +259,28 @@ class Runtime:
             states |= made
         return [states[prefix.key(row)] for row in rows]
 
-    def _prefix_bytes(self, candidate: Candidate, prefix: Prefix) -> int:
+    def _windows(self, candidates: Sequence[Candidate], n_prompts: int, prefix: Prefix) -> list[int]:
+        """Return which passages to score together, first those of window 0, so that the cache of prefix states serves well.
+
+        Many prompts go through as many passages as the cache holds at a time, so that each prefix is computed once. With one
+        prompt each passage is needed once: what the cache cannot hold beside the rest is scored without it (`WHOLE`),
+        instead of pushing out what the next query will ask for.
+        """
         config = self.checkpoint.decoder_config
         per_token = 2 * len(config.layer_types) * config.kv_width * prefix.dtype.itemsize
-        return per_token * (len(candidate.states) + len(prefix.token_ids))
+        order = list(range(len(candidates)))
+        if n_prompts == 1:
+            there = prefix.cache.get_many(map(prefix.key, candidates))
+            order.sort(key=lambda index: prefix.key(candidates[index]) not in there)
+        windows, filled = [0] * len(candidates), 0
+        for index in order:
+            filled += per_token * (len(candidates[index].states) + len(prefix.token_ids))
+            overflow = -(-filled // max(prefix.cache.max_bytes, 1)) - 1
+            if n_prompts > 1:
+                windows[index] = overflow
+            elif overflow and prefix.store is None:
+                windows[index] = WHOLE
+        return windows
 
     def storage_dtype(self, name: str | None) -> torch.dtype:
         """Return what prefix states are kept in; None takes the dtype of the run."""
@@ -329,33 +364,6 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
         msg = f"dtype must be one of {', '.join(DTYPES)}, but got {dtype!r}{why}"
         raise SettingsError(msg)
     return DTYPES[name]
-
-
-def _scoring_order(
-    prompts: Sequence[list[int]],
-    candidates: Sequence[Candidate],
-    pairs: Sequence[Pair],
-    entry_bytes: Sequence[int] | None,
-    cache_bytes: int,
-) -> list[int]:
-    """Return the order to score pairs in, as indices of `pairs`.
-
-    Neighbours share a prompt, or have prompts and passages of like length. Where many prompts meet more passages than the
-    cache of prefix states holds, all pairs of as many passages as it does hold come first, so that each passage's prefix is
-    computed once.
-    """
-    window = [0] * len(candidates)
-    if entry_bytes is not None and len(prompts) > 1:
-        filled = 0
-        for index, n_bytes in enumerate(entry_bytes):
-            filled += n_bytes
-            window[index] = filled // max(cache_bytes, 1)
-
-    def key(i: int) -> tuple[int, int, int, int]:
-        query, candidate = pairs[i]
-        return window[candidate], len(prompts[query]), query, -len(candidates[candidate].states)
-
-    return sorted(range(len(pairs)), key=key)
 
 
 def _progress(what: str, n_items: int, is_shown: bool) -> tqdm[NoReturn]:
