@@ -14,8 +14,6 @@ from safetensors.torch import save_file
 from kalm_integrations.evaluation.peers import embed, load_bi_encoder
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
     from kalm_integrations.training.config import ArchitectureConfig
 
 POST_NORM_WEIGHT = -0.7
@@ -41,13 +39,13 @@ def create_checkpoint(architecture: ArchitectureConfig, folder: Path, seed: int)
     (folder / "kalm_reranker.json").write_text(json.dumps(limits, indent=2) + "\n", encoding="utf-8")
     weights = _weights(architecture)
     if architecture.token_embeddings is not None:
-        known = token_embeddings(load_bi_encoder(architecture.token_embeddings), folder, architecture.hidden_width)
+        known = token_embeddings(architecture.token_embeddings, folder, architecture.hidden_width)
         for token_id, embedding in known.items():
             weights["model.encoder.embed_tokens.weight"][token_id] = embedding
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def token_embeddings(bi_encoder: SentenceTransformer, tokenizer_folder: Path, width: int) -> dict[int, torch.Tensor]:
+def token_embeddings(bi_encoder: str, tokenizer_folder: Path, width: int) -> dict[int, torch.Tensor]:
     """Return the start of the tokens that have a text: what a bi-encoder makes of it, so that like words start alike.
 
     The embeddings are centred and reduced to their principal components. These are scaled by the square root of their
@@ -55,7 +53,7 @@ def token_embeddings(bi_encoder: SentenceTransformer, tokenizer_folder: Path, wi
     length 1, that of the random start, and rotated at random, because attention heads see slices of them.
 
     Args:
-        bi_encoder: embeds the texts.
+        bi_encoder: of sentence-transformers, folder or hub id; embeds the texts.
         tokenizer_folder: holds the tokenizer.
         width: of the embeddings returned.
 
@@ -67,7 +65,7 @@ def token_embeddings(bi_encoder: SentenceTransformer, tokenizer_folder: Path, wi
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     texts = {i: str(tokenizer.decode([i])).strip() for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids}
     texts = {i: text for i, text in texts.items() if text and "\ufffd" not in text}
-    embeddings = embed(bi_encoder, list(texts.values()), "passage").double()
+    embeddings = embed(load_bi_encoder(bi_encoder), list(texts.values()), "passage").double()
     left, singular_values, _ = torch.linalg.svd(embeddings - embeddings.mean(0), full_matrices=False)
     components = (left * singular_values.sqrt())[:, :width]
     components = F.pad(components, (0, width - components.shape[1]))
