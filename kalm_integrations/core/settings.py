@@ -80,9 +80,12 @@ def make_settings(kind: type[AnySettings], given: Mapping[str, Any], defaults: M
 def describe_problems(error: ValidationError) -> str:
     """Return pydantic's findings as one line: where, which rule, and what was given."""
     return "; ".join(
+        "".join(f"{place}: " for place in [".".join(map(str, problem["loc"]))] if place)
         # Our own validators say all of that themselves.
-        f"{'.'.join(map(str, e['loc']))}: {e['ctx']['error']}"
-        if e["type"] == "value_error"
-        else f"{'.'.join(map(str, e['loc']))}: {e['msg']}, but got {e['input']!r}"
-        for e in error.errors()
+        + (
+            f"{problem['ctx']['error']}"
+            if problem["type"] == "value_error"
+            else f"{problem['msg']}, but got {problem['input']!r}"
+        )
+        for problem in error.errors()
     )

@@ -229,7 +229,7 @@ class TrainConfig(_Section):
             msg = f"a training configuration must be TOML, but {path} is not: {error}"
             raise SettingsError(msg) from error
         except ValidationError as error:
-            msg = f"{path} is not a valid training configuration: {describe_problems(error).removeprefix(': ')}"
+            msg = f"{path} is not a valid training configuration: {describe_problems(error)}"
             raise SettingsError(msg) from error
         # Absolute, so that a run that goes on is known from wherever it is started.
         return config.with_paths_from(path.parent.absolute())

@@ -121,7 +121,7 @@ def parse_example(line: str) -> Example:
     try:
         return Example.model_validate(row)
     except ValidationError as error:
-        msg = describe_problems(error).removeprefix(": ")
+        msg = describe_problems(error)
         # A problem with a whole passage quotes it.
         msg = f"not an example: {msg if len(msg) <= 400 else msg[:400] + ' …'}"
         raise SettingsError(msg) from error
