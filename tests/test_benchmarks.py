@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from benchmarks import floor, plan
+import torch
+from benchmarks import early_exit, floor, int8, plan, steps, trials
 from benchmarks.__main__ import PARTS, main
 from benchmarks.bars import BARS
 from benchmarks.render import RESULTS, make_page
 from benchmarks.results import Results
 from benchmarks.rows import BUILDERS, Models
+from benchmarks.ways import DTYPES, WAYS
 from benchmarks.workload import Workload, make_workload_checkpoint
 from parity import TOLERANCE
 
@@ -22,11 +27,30 @@ from kalm_integrations import KalmReranker
 
 
 @pytest.fixture(scope="module")
-def results_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results_path(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
     path = tmp_path_factory.mktemp("docs") / "benchmarks" / "results.json"
     main(["measure", "--shape", "toy", "--results", str(path)])
+    folder = write_beir(tmp_path_factory.mktemp("words"))
+    small = ["--model", str(tiny_checkpoint), "--candidates", "5"]
+    steps.main(["--shape", "toy", "--candidates", "3", "--rounds", "1", "--output", str(path.with_name("steps.json"))])
+    toy_products = ["--shape", "toy", "--rounds", "1", "--rate-seconds", "0.001"]
+    int8.main([str(folder), *small, *toy_products, "--output", str(path.with_name("int8.json"))])
+    early_exit.main([str(folder), *small, "--gaps", "2", "--output", str(path.with_name("early_exit.json"))])
     main(["render", "--results", str(path)])
     return path
+
+
+def write_beir(folder: Path) -> Path:
+    """Save twelve passages and six queries of random words, with one judgement for each query."""
+    draw = random.Random(0)
+    words = ["wing", "drag", "lift", "bowl", "team", "league", "jazz", "river"]
+    for name, n, length in (("corpus", 12, 8), ("queries", 6, 2)):
+        lines = (json.dumps({"_id": str(i), "text": " ".join(draw.choices(words, k=length))}) for i in range(n))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    (folder / "qrels").mkdir()
+    judgements = "".join(f"{i}\t{draw.randrange(12)}\t1\n" for i in range(6))
+    (folder / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judgements}")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +203,6 @@ def test_floor_of_nano():
 
 def test_windows_cut_the_floor():
     """An encoder layer with a window counts the pairs that its mask lets through."""
-    import torch
-
     from kalm_integrations.core.encoder import _mask
 
     widths = floor.Widths(("sliding_attention",), 9, 4, 4, 4, 4)
@@ -188,7 +210,66 @@ def test_windows_cut_the_floor():
     assert floor.encoder_multiply_adds(widths, 1, 30)["attention"] == 2 * 4 * int(mask.sum())
 
 
+def test_every_step_is_switched_off_and_margins_stay(results_path: Path):
+    """In both modes and dtypes as far as a step belongs to them; the steps are exact."""
+    rows = json.loads(results_path.with_name("steps.json").read_text())["rows"]
+    cases = {(dtype, mode, name) for name, way in WAYS.items() for mode in way.modes for dtype in way.dtypes}
+    assert {(row["dtype"], row["mode"], row["way"]) for row in rows} == cases
+    for dtype, tolerance in zip(DTYPES, (1e-4, 0.5), strict=True):
+        assert max(row["max_difference"] for row in rows if row["dtype"] == dtype) <= tolerance
+
+
+def test_switched_off_steps_compute_something_else():
+    """Every function that stands in for one of the decoder's is called, and the decoder's own is back afterwards."""
+    made = steps.Decoder("toy", torch.bfloat16, 2)
+    for way in WAYS.values():
+        if way.replaced is not None:
+            module, name, function = way.replaced
+            own, calls = getattr(module, name), []
+
+            def count(*arguments: Any, function: Any = function, calls: list[int] = calls) -> torch.Tensor:
+                calls.append(1)
+                return function(*arguments)
+
+            with torch.inference_mode():
+                made.margins("prefix", replace(way, replaced=(module, name, count)), 2)
+            assert calls
+            assert getattr(module, name) is own
+
+
+def test_int8_is_near_float32_but_not_float32(results_path: Path):
+    """The quantized decoder is what scores: close to the exact margins, never equal."""
+    measured = json.loads(results_path.with_name("int8.json").read_text())
+    rows = {row["name"]: row for row in measured["rows"]}
+    assert rows["float32"]["max_difference"] == 0
+    assert 0 < rows["int8"]["max_difference"] < 0.2
+    assert all(min(rate["rates"].values()) > 0 for rate in measured["rates"])
+
+
+def test_early_exit_drops_what_is_a_gap_below_the_kth():
+    """What is dropped saves its later layers, keeps out of the order, and the rest is ordered by the last layer."""
+    margins = np.array([[4.0, 3.0, 2.0, 0.0], [1.0, 2.0, 4.0, 9.0], [1.0, 2.0, 3.0, 9.0]])
+    asked = early_exit.Asked(list("abcd"), margins, np.array([[5, 4, 1]] * 4))
+    assert asked.rank([math.inf, math.inf], 2) == (["d", "c"], 0)
+    assert asked.rank([1.0, math.inf], 2) == (["c", "b"], 5 / 40)
+    assert asked.rank([1.0, 0.5], 2) == (["c", "b"], 6 / 40)
+
+
+def test_early_exit_reads_the_scores_of_the_last_layer(tiny_checkpoint: Path):
+    """The last of a query's margins are the reranker's own, and the costs of a query add up to the floor's arithmetic."""
+    reranker = KalmReranker.from_pretrained(tiny_checkpoint)
+    encodings = reranker.encode_passages(["wing drag lift", "river", "bowl team league jazz"])
+    asked = early_exit.ask(reranker, "wing lift", list("abc"), encodings)
+    own = sorted(reranker.rank("wing lift", encodings), key=lambda passage: passage.index)
+    assert asked.margins[-1] == pytest.approx([passage.margin for passage in own], abs=1e-5)
+    kinds = ("sliding_attention", "full_attention", "sliding_attention")
+    widths = floor.Widths(kinds, 9, hidden_width=4, query_width=8, kv_width=2, mlp_width=6)
+    costs = early_exit.layer_costs(widths, 7, 53, 12)
+    expected = floor.decoder_multiply_adds(widths, 5, 7, 53, 12)
+    assert 5 * sum(costs) + 12 * 4 * (8 + 2 * 2) == sum(expected.values())
+
+
 def test_committed_page_is_rendered_from_committed_results():
     """`python -m benchmarks render` changes nothing."""
     runs = json.loads(RESULTS.read_text())
-    assert RESULTS.parent.with_suffix(".md").read_text(encoding="utf-8") == make_page(runs)
+    assert RESULTS.parent.with_suffix(".md").read_text(encoding="utf-8") == make_page(runs, trials.read(RESULTS.parent))

@@ -8,6 +8,9 @@
 | reference.py, peers.py | the reference with pooled states, and models of other shapes |
 | floor.py | the arithmetic that cannot be avoided, and the rate of this machine's matrix products |
 | curves.py, storage.py, memory.py | growth, bytes and read time of encodings, peak memory |
+| steps.py, ways.py | gain of each step of the decoder: `python -m benchmarks.steps` |
+| int8.py, early_exit.py | what was tried and left out: `python -m benchmarks.int8 FOLDER`, `… early_exit FOLDER …` |
+| trials.py | options and tables that these three share |
 | machine.py | what the figures depend on |
-| render.py, bars.py, plots.py, page.md | results to docs/benchmarks.md |
+| render.py, bars.py, plots.py, tables.py, page.md | results to docs/benchmarks.md |
 """

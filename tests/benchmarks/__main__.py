@@ -8,7 +8,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,7 @@ def measure(chosen: Plan, shape: str, device: str, parts: Sequence[str]) -> Iter
             return Models(workload, dtype, device, are_peers_tiny=is_toy)
 
         first = models_of(dtypes[0])
-        config = first.encoder.runtime.checkpoint.decoder_config
-        widths = floor.Widths(**{field.name: getattr(config, field.name) for field in fields(floor.Widths)})
+        widths = floor.Widths.of(first.encoder.runtime.checkpoint.decoder_config)
         yield {"config": asdict(widths)}
         if "rows" in parts:
             rows: list[dict[str, Any]] = []

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 
+from kalm_integrations.core.layers import StackConfig
 from kalm_integrations.core.packing import can_pack, multiply, pack
 
 ROWS = (192, 512, 1040, 2048, 4096)
@@ -41,6 +42,10 @@ class Widths:
     query_width: int
     kv_width: int
     mlp_width: int
+
+    @classmethod
+    def of(cls, config: StackConfig) -> Widths:
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
 def product_shapes(widths: Widths) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its plots, from results.json alone."""
+"""docs/benchmarks.md and its plots, from results.json and the results of the trials alone."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from benchmarks import floor, plan, plots
+from benchmarks import floor, plan, plots, trials
 from benchmarks.bars import BARS
 from benchmarks.plan import LONG, SHORT
 from benchmarks.results import Results, Row
+from benchmarks.tables import significant, table
+from benchmarks.trials import NOT_MEASURED
 
-DOCS = Path(__file__).parents[2] / "docs"
-RESULTS = DOCS / "benchmarks" / "results.json"
+RESULTS = trials.FOLDER / "results.json"
 PAGE = Path(__file__).with_name("page.md")
-
-NOT_MEASURED = "Not measured."
 
 CODEC_RATIOS = (2, 4, 16)
 """Ratios whose bytes the page shows; results.json has more."""
@@ -26,13 +25,14 @@ CODEC_RATIOS = (2, 4, 16)
 def render(results_path: Path, page_path: Path) -> None:
     """Write the page, and its plots beside the results."""
     runs = json.loads(results_path.read_text()) if results_path.exists() else {}
-    page_path.write_text(make_page(runs, results_path.parent.name), encoding="utf-8")
+    tried = trials.read(results_path.parent)
+    page_path.write_text(make_page(runs, tried, results_path.parent.name), encoding="utf-8")
     for name, draw in _plots(_cpu(runs)).items():
         draw(results_path.parent / f"{name}.svg")
 
 
-def make_page(runs: dict[str, Any], folder: str = RESULTS.parent.name) -> str:
-    """Return the page for runs by "device shape"; `folder` holds the plots, beside the page."""
+def make_page(runs: dict[str, Any], tried: dict[str, Any], folder: str = RESULTS.parent.name) -> str:
+    """Return the page for runs by "device shape" and trials by name; `folder` holds the plots, beside the page."""
     results = _cpu(runs)
     images = {name: f"![{name}]({folder}/{name}.svg)\n\n" for name in _plots(results)}
     cuda = {name: Results(run) for name, run in runs.items() if name.startswith("cuda")}
@@ -49,6 +49,7 @@ def make_page(runs: dict[str, Any], folder: str = RESULTS.parent.name) -> str:
         "storage": _storage(results),
         "prefix_states": _prefix_states(results),
         "cuda": "\n\n".join(_cuda_section(name, run) for name, run in cuda.items()) or f"{NOT_MEASURED} No GPU was at hand.",
+        **trials.sections(tried),
     }
     return Template(PAGE.read_text(encoding="utf-8")).substitute(sections)
 
@@ -101,12 +102,12 @@ def _machine(results: Results) -> str:
         "environment": environment,
         "load before the run": f"{facts['load_before']:.2f}",
     }
-    return _table(("", ""), [(name, value) for name, value in lines.items() if value is not None])
+    return table(("", ""), [(name, value) for name, value in lines.items() if value is not None])
 
 
 def _bars(results: Results) -> str:
     rows = [(bar.text, *bar.verdict(results)) for bar in BARS]
-    return _table(("100 candidates × 256 tokens", "bar", "measured", ""), rows)
+    return table(("100 candidates × 256 tokens", "bar", "measured", ""), rows)
 
 
 def _rows_sections(results: Results, images: dict[str, str]) -> Iterable[str]:
@@ -126,14 +127,14 @@ def _rows_table(rows: Sequence[Row]) -> str:
         "rounds × candidates",
         "max \\|Δp\\|",
     )
-    return _table(
+    return table(
         head,
         [
             (
                 row.name,
-                _significant(row.seconds),
-                _significant(row.cpu_seconds),
-                "–" if cold is None else _significant(cold.seconds / row.seconds),
+                significant(row.seconds),
+                significant(row.cpu_seconds),
+                "–" if cold is None else significant(cold.seconds / row.seconds),
                 row.prompt.n_query if row.name in plan.BARE_QUERY else row.prompt.n_tokens,
                 row.threads,
                 f"{row.rounds} × {row.measured}" + (", scaled" if row.measured != row.candidates else ""),
@@ -148,10 +149,10 @@ def _long_prompt(results: Results) -> str:
     rows = [row for row in results.rows if row.prompt == LONG]
     if not rows:
         return NOT_MEASURED
-    return _table(
+    return table(
         ("", "dtype", "wall s", "CPU s", "share of the floor"),
         [
-            (row.name, row.dtype, _significant(row.seconds), _significant(row.cpu_seconds), f"{results.floor_share(row):.2f}")
+            (row.name, row.dtype, significant(row.seconds), significant(row.cpu_seconds), f"{results.floor_share(row):.2f}")
             for row in rows
         ],
     )
@@ -163,7 +164,7 @@ def _rates(results: Results) -> str:
         return NOT_MEASURED
     shapes = floor.product_shapes(results.widths)
     rates = {dtype: results.rates(dtype) for dtype in dtypes}
-    return _table(
+    return table(
         ("product", "in → out", *(f"{dtype}, GFLOP/s" for dtype in dtypes)),
         [
             (name, f"{n_in:,} → {n_out:,}", *(f"{2 * rates[dtype][name] / 1e9:,.0f}" for dtype in dtypes))
@@ -176,7 +177,7 @@ def _floor(results: Results) -> str:
     rows = [row for row in results.rows if row.name in (plan.OURS_COLD, plan.OURS_POOLED, plan.OURS_PREFIX)]
     if not rows:
         return NOT_MEASURED
-    return _table(
+    return table(
         ("", "dtype", "passage tokens", "prompt tokens", "GFLOP", "floor s", "measured s", "share"),
         [
             (
@@ -185,8 +186,8 @@ def _floor(results: Results) -> str:
                 f"{row.passage_tokens:,}",
                 _prompt(row),
                 f"{2 * sum(results.multiply_adds(row).values()) / 1e9:,.0f}",
-                _significant(results.floor_seconds(row)),
-                _significant(row.seconds),
+                significant(results.floor_seconds(row)),
+                significant(row.seconds),
                 f"{results.floor_share(row):.2f}",
             )
             for row in rows
@@ -209,9 +210,9 @@ def _curves(results: Results) -> str:
             "n_new": "" if axis == "n_new" else f"a prompt of {base.prompt.n_prefix} + {base.prompt.n_new} tokens",
         }
         head = (plots.AXES[axis], *(f"{curve['name']}, s" for curve in group))
-        body = [(f"{rows[0].at:,}", *(_significant(row.seconds) for row in rows)) for rows in zip(*columns, strict=True)]
+        body = [(f"{rows[0].at:,}", *(significant(row.seconds) for row in rows)) for rows in zip(*columns, strict=True)]
         with_what = ", ".join(text for text in held.values() if text)
-        tables.append(f"{base.dtype}, {with_what}:\n\n{_table(head, body)}")
+        tables.append(f"{base.dtype}, {with_what}:\n\n{table(head, body)}")
     return "\n\n".join(tables)
 
 
@@ -219,7 +220,7 @@ def _memory(results: Results) -> str:
     rows = results.run.get("memory", [])
     if not rows:
         return NOT_MEASURED
-    return _table(
+    return table(
         ("", "dtype", "candidates", "peak memory"),
         [(row["name"], row["dtype"], row["candidates"], f"{row['peak_bytes'] / 2**20:,.0f} MiB") for row in rows],
     )
@@ -231,7 +232,7 @@ def _storage(results: Results) -> str:
         return NOT_MEASURED
     sizes = {codec["codec"]: {size["ratio"]: size for size in codec["sizes"]} for codec in codecs}
     count = codecs[0]["read_n"]
-    return _table(
+    return table(
         (
             f"codec, passages of {codecs[0]['n_tokens']} tokens",
             *(f"bytes, ratio {ratio}" for ratio in CODEC_RATIOS),
@@ -256,7 +257,7 @@ def _prefix_states(results: Results) -> str:
         return NOT_MEASURED
     sizes = {(row["dtype"], row["n_tokens"]): row["bytes"] for row in rows}
     lengths = sorted({n_tokens for _, n_tokens in sizes})
-    return _table(
+    return table(
         ("kept in", *(f"passages of {n_tokens:,} tokens" for n_tokens in lengths)),
         [
             (dtype, *(f"{sizes[dtype, n_tokens] / 2**20:.2f} MiB" for n_tokens in lengths))
@@ -275,14 +276,3 @@ def _cuda_section(name: str, results: Results) -> str:
 
 def _prompt(row: Row) -> str:
     return f"{row.prompt.n_prefix} + {row.prompt.n_new}"
-
-
-def _significant(value: float) -> str:
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
-
-
-def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

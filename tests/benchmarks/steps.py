@@ -1,0 +1,147 @@
+"""`python -m benchmarks.steps`: what each step of the decoder is worth. All steps on, against each one switched off alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from checkpoints import TINY_TEXT
+from real_shape import SHAPES
+from transformers import T5Gemma2DecoderConfig
+
+from benchmarks import machine, trials
+from benchmarks.plan import SHORT
+from benchmarks.rows import progress, timed
+from benchmarks.ways import ALL_ON, DTYPES, POOLED, PREFIX, WAYS, Way
+from kalm_integrations.core import checkpoint, decoder
+from kalm_integrations.core.layers import EmbeddingWeights, LayerWeights, StackConfig, StackWeights
+from kalm_integrations.core.memory import Memory, PrefixStates, RecalledMemory
+from kalm_integrations.core.packing import can_pack, pack
+
+SHAPE_TEXTS = {"nano": SHAPES["nano"], "toy": TINY_TEXT}
+VOCABULARY = 2048
+"""Rows of the embeddings: looking one up costs nothing, however many there are."""
+WHOLE_VOCABULARY = 262_144
+"""Rows of the published checkpoints' output projection."""
+N_STATES = 64
+"""Of a passage of 256 tokens at ratio 4."""
+
+
+def make_config(shape: str) -> StackConfig:
+    """Return the decoder's configuration."""
+    text = T5Gemma2DecoderConfig(**{**SHAPE_TEXTS[shape], "vocab_size": VOCABULARY})
+    return checkpoint._stack_config(text, VOCABULARY, Path())
+
+
+class Decoder:
+    """A random decoder, passages to score by a prompt, and the states of the prompt's prefix for each of them."""
+
+    def __init__(self, shape: str, dtype: torch.dtype, n: int) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.dtype, self.config = dtype, make_config(shape)
+        shapes = checkpoint._weight_shapes(self.config)
+        width = self.config.hidden_width
+
+        def draw_weight(name: str) -> torch.Tensor:
+            size = shapes.get(name.partition(".")[2].partition(".")[2], (width,))
+            return torch.randn(size, generator=draw) * (size[-1] ** -0.5 if len(size) == 2 else 0.1)
+
+        self.plain = checkpoint.stack_weights(draw_weight, self.config, lambda weight: weight.to(dtype))
+        self.packed = _pack(self.plain)
+        self.embedding = EmbeddingWeights(torch.randn(VOCABULARY, width, generator=draw) * width**-0.5, torch.zeros(width))
+        self.head = (torch.randn(2, width, generator=draw) * width**-0.5).to(dtype)
+        self.token_ids = torch.randint(VOCABULARY, (1, SHORT.n_tokens), generator=draw)
+        self.states = torch.randn(n, N_STATES, width, generator=draw)
+        self.prefixes: list[PrefixStates] = []
+        for states in self.states.split(Way.batch_size):
+            memory = self._remember(states, self.packed)
+            prefix = self.token_ids[:, : SHORT.n_prefix]
+            self.prefixes += decoder.extend(memory, prefix, self.embedding, self.packed, self.config).split(dtype)
+
+    @cached_property
+    def whole_head(self) -> torch.Tensor:
+        return self.head.repeat(WHOLE_VOCABULARY // 2, 1)
+
+    def margins(self, mode: str, way: Way, n: int) -> list[float]:
+        """Score the first `n` candidates."""
+        weights = self.packed if way.is_packed else self.plain
+        head = self.head if way.has_short_head else self.whole_head
+        margins: list[float] = []
+        with ExitStack() as stack:
+            if way.replaced is not None:
+                stack.enter_context(patch.object(*way.replaced))
+            for start in range(0, n, way.batch_size):
+                rows = slice(start, min(start + way.batch_size, n))
+                memory: Memory
+                if mode == POOLED or not way.are_passages_kept:
+                    memory = self._remember(self.states[rows], weights)
+                if mode == PREFIX:
+                    memory = RecalledMemory(self.prefixes[rows], SHORT.n_prefix, self.dtype, SHORT.n_new)
+                    memory._whole = None if way.is_gathered_by_layer else memory._gather(slice(None))
+                token_ids = self.token_ids[:, memory.n_prompt :]
+                if not way.is_prompt_shared:
+                    token_ids = token_ids.expand(rows.stop - rows.start, -1)
+                last = torch.tensor([token_ids.shape[1] - 1])
+                logits = decoder.answer_logits(memory, token_ids, last, self.embedding, weights, head, self.config)
+                margins += (logits[:, 0] - logits[:, 1]).tolist()
+        return margins
+
+    def _remember(self, states: torch.Tensor, weights: StackWeights) -> Memory:
+        return decoder.remember_passages(states, torch.full((len(states),), N_STATES), weights, self.config)
+
+
+def _pack(weights: StackWeights) -> StackWeights:
+    if not can_pack(weights.dtype, weights.final_norm.device):
+        return weights
+    layers = [{name: pack(w) if w.ndim == 2 else w for name, w in vars(layer).items()} for layer in weights.layers]
+    return StackWeights(tuple(LayerWeights(**layer) for layer in layers), weights.final_norm)
+
+
+@torch.inference_mode()
+def measure(shape: str, dtype: str, n: int, rounds: int) -> list[dict[str, Any]]:
+    """Return wall and CPU seconds of each round for every way, mode by mode, and the largest difference of a margin."""
+    made = Decoder(shape, getattr(torch, dtype), n)
+    cases = [(mode, name, way) for name, way in WAYS.items() for mode in way.modes if dtype in way.dtypes]
+    seconds: dict[tuple[str, str], list[tuple[float, float]]] = {(mode, name): [] for mode, name, _ in cases}
+    margins: dict[tuple[str, str], Sequence[float]] = {}
+    for mode, _, way in cases:
+        made.margins(mode, way, 2)
+    for _ in range(rounds):
+        for mode, name, way in cases:
+            wall, cpu, margins[mode, name] = timed(lambda mode=mode, way=way: made.margins(mode, way, n), "cpu")
+            seconds[mode, name].append((wall, cpu))
+            progress(f"{dtype} {mode}, {name}: {wall:.2f} s")
+    return [
+        {
+            "dtype": dtype,
+            "mode": mode,
+            "way": name,
+            "wall": [wall for wall, _ in seconds[mode, name]],
+            "cpu": [cpu for _, cpu in seconds[mode, name]],
+            "max_difference": max(abs(a - b) for a, b in zip(margins[mode, name], margins[mode, ALL_ON], strict=True)),
+        }
+        for mode, name, _ in cases
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write the results."""
+    parser = trials.parser("steps", __doc__)
+    parser.add_argument("--shape", choices=SHAPE_TEXTS, default="nano")
+    parser.add_argument("--candidates", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    options = trials.parse(parser, arguments)
+    facts = machine.describe("cpu")
+    rows = [row for dtype in options.dtypes for row in measure(options.shape, dtype, options.candidates, options.rounds)]
+    measured = {"machine": facts, "shape": options.shape, "candidates": options.candidates, "states": N_STATES, "rows": rows}
+    trials.write(options.output, measured)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What the programs for steps.json, int8.json and early_exit.json share: their options, and the tables of the page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.tables import significant, table
+from benchmarks.ways import ALL_ON, POOLED, PREFIX
+
+FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
+NAMES = ("steps", "int8", "early_exit")
+NOT_MEASURED = "Not measured."
+
+
+def parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the option that all programs have."""
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    made.add_argument("--output", type=Path, default=FOLDER / f"{name}.json", help=f"default: docs/benchmarks/{name}.json")
+    return made
+
+
+def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; a program that was started by its command line gets the environment of a run."""
+    options = made.parse_args(arguments)
+    if arguments is None:
+        machine.start_again("tuned")
+        logging.disable(logging.WARNING)
+    return options
+
+
+def write(path: Path, measured: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(measured, indent=1) + "\n")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return what each program has measured, by its name."""
+    paths = {name: folder / f"{name}.json" for name in NAMES}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def sections(measured: dict[str, Any]) -> dict[str, str]:
+    """Return the text of each program's place on the page."""
+    makers = {"steps": _steps, "int8": _int8, "early_exit": _early_exit}
+    return {name: make(measured[name]) if name in measured else NOT_MEASURED for name, make in makers.items()}
+
+
+def _steps(measured: dict[str, Any]) -> str:
+    rows = {(row["dtype"], row["mode"], row["way"]): row for row in measured["rows"]}
+    head = ("one step off", *(f"{mode}, {what}" for mode in (POOLED, PREFIX) for what in ("wall s", "CPU s", "÷ all on")))
+    parts = []
+    for dtype in dict.fromkeys(row["dtype"] for row in measured["rows"]):
+        ways = dict.fromkeys(row["way"] for row in measured["rows"] if row["dtype"] == dtype)
+        body = [
+            (
+                way,
+                *(
+                    cell
+                    for mode in (POOLED, PREFIX)
+                    for cell in _gain(rows.get((dtype, mode, way)), rows[dtype, mode, ALL_ON])
+                ),
+            )
+            for way in ways
+        ]
+        largest = max(row["max_difference"] for row in measured["rows"] if row["dtype"] == dtype)
+        n_rounds = len(rows[dtype, POOLED, ALL_ON]["wall"])
+        title = (
+            f"{dtype}, {measured['machine']['threads']} threads, {n_rounds} rounds; margins differ by {largest:.0e} at most:"
+        )
+        parts.append(f"{title}\n\n{table(head, body)}")
+    return "\n\n".join(parts)
+
+
+def _gain(row: dict[str, Any] | None, base: dict[str, Any]) -> Iterable[str]:
+    """Return wall and CPU seconds, and how many times the CPU seconds of the round with all steps on it took."""
+    if row is None:
+        return ("–", "–", "–")
+    ratio = median(off / on for off, on in zip(row["cpu"], base["cpu"], strict=True))
+    return significant(median(row["wall"])), significant(median(row["cpu"])), f"{ratio:.2f}"
+
+
+def _int8(measured: dict[str, Any]) -> str:
+    agreement = table(
+        ("decoder's matrices", "Kendall tau", "max \\|Δp\\|", "CPU s"),
+        [
+            (row["name"], f"{row['tau']:.4f}", f"{row['max_difference']:.4f}", significant(median(row["cpu"])))
+            for row in measured["rows"]
+        ],
+    )
+    rates = table(
+        ("product", "in → out", "rows", *(f"{name}, GFLOP/s" for name in measured["rates"][0]["rates"])),
+        [
+            (
+                rate["product"],
+                f"{rate['n_in']:,} → {rate['n_out']:,}",
+                rate["rows"],
+                *(f"{2 * r / 1e9:,.0f}" for r in rate["rates"].values()),
+            )
+            for rate in measured["rates"]
+        ],
+    )
+    tau, bar = next(row["tau"] for row in measured["rows"] if row["name"] == "int8"), measured["wanted_tau"]
+    verdict = "reaches" if tau >= bar else "misses"
+    about = f"{measured['model']}, {measured['n_queries']} queries of {measured['collection']}"
+    return (
+        f"{about}, the {measured['candidates']} best of BM25, whole prompts, {measured['machine']['threads']} threads. int8 "
+        f"{verdict} the tau of {bar} that was asked for:\n\n{agreement}\n\nProducts at the shapes of Nano:\n\n{rates}"
+    )
+
+
+def _early_exit(measured: dict[str, Any]) -> str:
+    bound, wanted = measured["tolerance"], measured["wanted_saving"]
+    rows = measured["rows"]
+    n_met = sum(row["change"] >= -bound and row["saved"] >= wanted for row in rows)
+    body = [
+        (
+            row["collection"],
+            row["n_queries"],
+            row["candidates"],
+            row["top_k"],
+            ", ".join("–" if gap is None else f"{gap:.2f}" for gap in row["gaps"]),
+            f"{row['calibration_change']:+.4f}",
+            f"{100 * row['calibration_saved']:.0f} %",
+            f"{row['change']:+.4f} ({row['interval'][0]:+.4f} to {row['interval'][1]:+.4f})",
+            f"{100 * row['saved']:.0f} %",
+        )
+        for row in rows
+    ]
+    head = ("collection", "queries", "candidates", "top_k", "gap after each layer")
+    halves = ("first half: nDCG@10", "saved", "second half: nDCG@10", "saved")
+    return (
+        f"{measured['model']}. On the second half of the queries, {n_met} of {len(rows)} settings save "
+        f"{100 * wanted:.0f} % of the multiply-adds and lose {bound:g} of nDCG@10 at most:\n\n{table((*head, *halves), body)}"
+    )
