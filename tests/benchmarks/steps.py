@@ -48,7 +48,7 @@ class Decoder:
         width = self.config.hidden_width
 
         def draw_weight(name: str) -> torch.Tensor:
-            size = shapes.get(name.partition(".")[2].partition(".")[2], (width,))
+            size = shapes.get(name.split(".", 2)[-1], (width,))
             return torch.randn(size, generator=draw) * (size[-1] ** -0.5 if len(size) == 2 else 0.1)
 
         self.plain = checkpoint.stack_weights(draw_weight, self.config, lambda weight: weight.to(dtype))
