@@ -16,10 +16,11 @@ import torch
 from benchmarks import early_exit, floor, int8, plan, steps, trials
 from benchmarks.__main__ import PARTS, main
 from benchmarks.bars import BARS
+from benchmarks.parts import FUNCTIONS, REST
 from benchmarks.render import RESULTS, make_page
 from benchmarks.results import Results
 from benchmarks.rows import BUILDERS, Models
-from benchmarks.ways import DTYPES, WAYS
+from benchmarks.ways import DTYPES, POOLED, PREFIX, WAYS
 from benchmarks.workload import Workload, make_workload_checkpoint
 from parity import TOLERANCE
 
@@ -217,6 +218,16 @@ def test_every_step_is_switched_off_and_margins_stay(results_path: Path):
     assert {(row["dtype"], row["mode"], row["way"]) for row in rows} == cases
     for dtype, tolerance in zip(DTYPES, (1e-4, 0.5), strict=True):
         assert max(row["max_difference"] for row in rows if row["dtype"] == dtype) <= tolerance
+
+
+def test_every_part_of_a_pass_takes_time(results_path: Path):
+    """A function that the decoder no longer calls by that name would show up as a part of no seconds."""
+    parts = json.loads(results_path.with_name("steps.json").read_text())["parts"]
+    assert [(part["dtype"], part["mode"]) for part in parts] == [(d, m) for d in DTYPES for m in (POOLED, PREFIX)]
+    for part in parts:
+        for seconds in part["rounds"]:
+            assert set(seconds) == {*FUNCTIONS, REST}
+            assert all(value > 0 for value in seconds.values())
 
 
 def test_switched_off_steps_compute_something_else():

@@ -303,10 +303,14 @@ class Checkpoint:
         config = self.encoder_config if side == "encoder" else self.decoder_config
         read = self._reader.side(side)
         is_packed = packing.can_pack(dtype, device)
+        largest = max(config.mlp_width, config.query_width, 2 * config.kv_width) * config.hidden_width
+        # Always in the same place: tensors that come and go between the packed ones would leave holes in memory.
+        staging = torch.empty(largest if is_packed else 0, dtype=dtype)
 
         def convert(tensor: torch.Tensor) -> torch.Tensor:
-            copy = tensor.to(device, dtype, copy=True)
-            return packing.pack(copy) if is_packed and copy.ndim == 2 else copy
+            if is_packed and tensor.ndim == 2:
+                return packing.pack(staging[: tensor.numel()].view_as(tensor).copy_(tensor))
+            return tensor.to(device, dtype, copy=True)
 
         # One tensor at a time: the file's pages are mapped only while a tensor is copied.
         return stack_weights(read, config, convert)

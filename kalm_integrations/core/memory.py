@@ -105,8 +105,8 @@ class PrefixStates:
 class RecalledMemory(Memory):
     """Prefix states of several passages as one batch, padded on the left, put together layer by layer.
 
-    A layer's batch is small enough to stay in the CPU's cache until attention has read it; all layers' together are not. On a
-    GPU, where every copy is a launch, they are put together at once.
+    On a CPU all layers are put together in the same memory, which stays in its cache until attention has read it. On a GPU,
+    where every copy is a launch, they are put together at once.
     """
 
     def __init__(self, rows: Sequence[PrefixStates], n_prompt: int, dtype: torch.dtype, n_new: int) -> None:
@@ -114,10 +114,16 @@ class RecalledMemory(Memory):
         self.width = max(row.n_states for row in rows)
         self.n_prompt = n_prompt
         self._rows = rows
-        self._dtype = dtype
-        self._room = n_new
-        at_once = rows[0].pairs.device.type != "cpu"
-        self._whole = self._gather(slice(None)) if at_once else None
+        n_layers, _, n_heads, _, head_width = rows[0].pairs.shape
+        device = rows[0].pairs.device
+        self._at_once = _joins_at_once(device)
+        shape = (n_layers if self._at_once else 1, 2, len(rows), n_heads, self.width + n_prompt + n_new, head_width)
+        self._joined = torch.empty(shape, dtype=dtype, device=device)
+        for index, row in enumerate(rows):
+            # Attention gives padding the weight 0, and 0 times an uninitialised NaN is NaN.
+            self._joined[:, :, index, :, : self.width - row.n_states] = 0
+        if self._at_once:
+            self._recall(slice(None))
 
     @property
     def visible_states(self) -> torch.Tensor | None:
@@ -125,29 +131,28 @@ class RecalledMemory(Memory):
         n_states = torch.tensor([row.n_states for row in self._rows])
         if bool((n_states == self.width).all()):
             return None
-        return (torch.arange(self.width) >= self.width - n_states[:, None]).to(self._rows[0].pairs.device)
+        return (torch.arange(self.width) >= self.width - n_states[:, None]).to(self._joined.device)
 
     def join(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Memory`."""
-        joined = self._gather(slice(layer, layer + 1))[0] if self._whole is None else self._whole[layer]
+        """See `Memory`. On a CPU what an earlier layer got is overwritten."""
+        if not self._at_once:
+            self._recall(slice(layer, layer + 1))
+        joined = self._joined[layer if self._at_once else 0]
         start = self.width + self.n_prompt
         joined[0, :, :, start:] = keys
         joined[1, :, :, start:] = values
         return joined[0], joined[1]
 
-    def _gather(self, layers: slice) -> torch.Tensor:
-        """Return some layers' pairs. Shape: (layers, 2, batch, n_kv_heads, width + n_prompt + n_new, head_width)."""
-        first = self._rows[0].pairs[layers]
-        n_layers, _, n_heads, _, head_width = first.shape
+    def _recall(self, layers: slice) -> None:
+        """Copy some layers' pairs of all rows into place."""
         end = self.width + self.n_prompt
-        shape = (n_layers, 2, len(self._rows), n_heads, end + self._room, head_width)
-        gathered = torch.empty(shape, dtype=self._dtype, device=first.device)
         for index, row in enumerate(self._rows):
             n_used = row.n_states + self.n_prompt
-            # Attention gives padding the weight 0, and 0 times an uninitialised NaN is NaN.
-            gathered[:, :, index, :, : end - n_used] = 0
-            gathered[:, :, index, :, end - n_used : end] = row.pairs[layers, :, :, :n_used]
-        return gathered
+            self._joined[:, :, index, :, end - n_used : end] = row.pairs[layers, :, :, :n_used]
+
+
+def _joins_at_once(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def _append(remembered: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

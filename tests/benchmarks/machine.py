@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads that wait do not burn CPU seconds."""
 MALLOC = {
     "tuned": {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26)},
     "glibc": {},
@@ -24,8 +22,8 @@ PACKAGES = ("kalm-integrations", "torch", "transformers", "mteb")
 
 
 def start_again(malloc: str) -> None:
-    """Replace this process by one with the environment of a run, unless it has it: both must be set before the start."""
-    wanted = {**PASSIVE, **MALLOC[malloc]}
+    """Replace this process by one with the environment of a run, unless it has it: malloc reads it at the start."""
+    wanted = MALLOC[malloc]
     if all(os.environ.get(name) == value for name, value in wanted.items()):
         return
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **wanted})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,10 +15,12 @@ from real_shape import SHAPES
 from transformers import T5Gemma2DecoderConfig
 
 from benchmarks import machine, trials
+from benchmarks.parts import timed_parts
 from benchmarks.plan import SHORT
 from benchmarks.rows import progress, timed
 from benchmarks.ways import ALL_ON, DTYPES, POOLED, PREFIX, WAYS, Way
 from kalm_integrations.core import checkpoint, decoder
+from kalm_integrations.core import memory as memories
 from kalm_integrations.core.layers import EmbeddingWeights, LayerWeights, StackConfig, StackWeights
 from kalm_integrations.core.memory import Memory, PrefixStates, RecalledMemory
 from kalm_integrations.core.packing import can_pack, pack
@@ -81,8 +83,8 @@ class Decoder:
                 if mode == POOLED or not way.are_passages_kept:
                     memory = self._remember(self.states[rows], weights)
                 if mode == PREFIX:
-                    memory = RecalledMemory(self.prefixes[rows], SHORT.n_prefix, self.dtype, SHORT.n_new)
-                    memory._whole = None if way.is_gathered_by_layer else memory._gather(slice(None))
+                    with patch.object(memories, "_joins_at_once", lambda _: not way.is_joined_by_layer):
+                        memory = RecalledMemory(self.prefixes[rows], SHORT.n_prefix, self.dtype, SHORT.n_new)
                 token_ids = self.token_ids[:, memory.n_prompt :]
                 if not way.is_prompt_shared:
                     token_ids = token_ids.expand(rows.stop - rows.start, -1)
@@ -103,29 +105,42 @@ def _pack(weights: StackWeights) -> StackWeights:
 
 
 @torch.inference_mode()
-def measure(shape: str, dtype: str, n: int, rounds: int) -> list[dict[str, Any]]:
-    """Return wall and CPU seconds of each round for every way, mode by mode, and the largest difference of a margin."""
-    made = Decoder(shape, getattr(torch, dtype), n)
+def measure(made: Decoder, dtype: str, n: int, rounds: int) -> list[dict[str, Any]]:
+    """Return wall and CPU seconds of each round for every way, mode by mode, and the largest difference of a margin.
+
+    Directly before each the same is scored with all steps on (`base_cpu`): a shared machine changes its speed within a round.
+    """
     cases = [(mode, name, way) for name, way in WAYS.items() for mode in way.modes if dtype in way.dtypes]
-    seconds: dict[tuple[str, str], list[tuple[float, float]]] = {(mode, name): [] for mode, name, _ in cases}
+    seconds: dict[tuple[str, str], list[tuple[float, float, float]]] = {(mode, name): [] for mode, name, _ in cases}
     margins: dict[tuple[str, str], Sequence[float]] = {}
     for mode, _, way in cases:
         made.margins(mode, way, 2)
     for _ in range(rounds):
         for mode, name, way in cases:
-            wall, cpu, margins[mode, name] = timed(lambda mode=mode, way=way: made.margins(mode, way, n), "cpu")
-            seconds[mode, name].append((wall, cpu))
+            _, base, _ = timed(partial(made.margins, mode, Way(), n), "cpu")
+            wall, cpu, margins[mode, name] = timed(partial(made.margins, mode, way, n), "cpu")
+            seconds[mode, name].append((wall, cpu, base))
             progress(f"{dtype} {mode}, {name}: {wall:.2f} s")
     return [
         {
             "dtype": dtype,
             "mode": mode,
             "way": name,
-            "wall": [wall for wall, _ in seconds[mode, name]],
-            "cpu": [cpu for _, cpu in seconds[mode, name]],
+            "wall": [wall for wall, _, _ in seconds[mode, name]],
+            "cpu": [cpu for _, cpu, _ in seconds[mode, name]],
+            "base_cpu": [base for _, _, base in seconds[mode, name]],
             "max_difference": max(abs(a - b) for a, b in zip(margins[mode, name], margins[mode, ALL_ON], strict=True)),
         }
         for mode, name, _ in cases
+    ]
+
+
+@torch.inference_mode()
+def measure_parts(made: Decoder, dtype: str, n: int, rounds: int) -> list[dict[str, Any]]:
+    """Return the wall seconds of each part of a pass, with all steps on, in each round."""
+    passes = {mode: partial(made.margins, mode, Way(), n) for mode in (POOLED, PREFIX)}
+    return [
+        {"dtype": dtype, "mode": mode, "rounds": [timed_parts(run) for _ in range(rounds)]} for mode, run in passes.items()
     ]
 
 
@@ -133,14 +148,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write the results."""
     parser = trials.parser("steps", __doc__)
     parser.add_argument("--shape", choices=SHAPE_TEXTS, default="nano")
-    parser.add_argument("--candidates", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--candidates", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     options = trials.parse(parser, arguments)
     facts = machine.describe("cpu")
-    rows = [row for dtype in options.dtypes for row in measure(options.shape, dtype, options.candidates, options.rounds)]
-    measured = {"machine": facts, "shape": options.shape, "candidates": options.candidates, "states": N_STATES, "rows": rows}
-    trials.write(options.output, measured)
+    rows, parts = [], []
+    for dtype in options.dtypes:
+        made = Decoder(options.shape, getattr(torch, dtype), options.candidates)
+        rows += measure(made, dtype, options.candidates, options.rounds)
+        parts += measure_parts(made, dtype, options.candidates, options.rounds)
+    about = {"machine": facts, "shape": options.shape, "candidates": options.candidates, "states": N_STATES}
+    trials.write(options.output, {**about, "rows": rows, "parts": parts})
 
 
 if __name__ == "__main__":

@@ -49,7 +49,30 @@ def read(folder: Path) -> dict[str, Any]:
 def sections(measured: dict[str, Any]) -> dict[str, str]:
     """Return the text of each program's place on the page."""
     makers = {"steps": _steps, "int8": _int8, "early_exit": _early_exit}
-    return {name: make(measured[name]) if name in measured else NOT_MEASURED for name, make in makers.items()}
+    parts = _parts(measured["steps"]) if "steps" in measured else NOT_MEASURED
+    made = {name: make(measured[name]) if name in measured else NOT_MEASURED for name, make in makers.items()}
+    return {**made, "parts": parts}
+
+
+def _parts(measured: dict[str, Any]) -> str:
+    head, columns = ["wall s"], []
+    for column in measured["parts"]:
+        head.append(f"{column['mode']}, {column['dtype']}")
+        columns.append({part: median(seconds[part] for seconds in column["rounds"]) for part in column["rounds"][0]})
+    wholes = [sum(seconds.values()) for seconds in columns]
+    return table(
+        head,
+        [
+            (
+                part,
+                *(
+                    f"{significant(seconds[part])} ({100 * seconds[part] / whole:.0f} %)"
+                    for seconds, whole in zip(columns, wholes, strict=True)
+                ),
+            )
+            for part in columns[0]
+        ],
+    )
 
 
 def _steps(measured: dict[str, Any]) -> str:
@@ -58,31 +81,20 @@ def _steps(measured: dict[str, Any]) -> str:
     parts = []
     for dtype in dict.fromkeys(row["dtype"] for row in measured["rows"]):
         ways = dict.fromkeys(row["way"] for row in measured["rows"] if row["dtype"] == dtype)
-        body = [
-            (
-                way,
-                *(
-                    cell
-                    for mode in (POOLED, PREFIX)
-                    for cell in _gain(rows.get((dtype, mode, way)), rows[dtype, mode, ALL_ON])
-                ),
-            )
-            for way in ways
-        ]
+        body = [(way, *(cell for mode in (POOLED, PREFIX) for cell in _gain(rows.get((dtype, mode, way))))) for way in ways]
         largest = max(row["max_difference"] for row in measured["rows"] if row["dtype"] == dtype)
         n_rounds = len(rows[dtype, POOLED, ALL_ON]["wall"])
-        title = (
-            f"{dtype}, {measured['machine']['threads']} threads, {n_rounds} rounds; margins differ by {largest:.0e} at most:"
-        )
+        n, threads = measured["candidates"], measured["machine"]["threads"]
+        title = f"{dtype}, {n} candidates, {threads} threads, {n_rounds} rounds; margins differ by {largest:.0e} at most:"
         parts.append(f"{title}\n\n{table(head, body)}")
     return "\n\n".join(parts)
 
 
-def _gain(row: dict[str, Any] | None, base: dict[str, Any]) -> Iterable[str]:
-    """Return wall and CPU seconds, and how many times the CPU seconds of the round with all steps on it took."""
+def _gain(row: dict[str, Any] | None) -> Iterable[str]:
+    """Return wall and CPU seconds, and how many times the CPU seconds with all steps on it took."""
     if row is None:
         return ("–", "–", "–")
-    ratio = median(off / on for off, on in zip(row["cpu"], base["cpu"], strict=True))
+    ratio = median(off / on for off, on in zip(row["cpu"], row["base_cpu"], strict=True))
     return significant(median(row["wall"])), significant(median(row["cpu"])), f"{ratio:.2f}"
 
 

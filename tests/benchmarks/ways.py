@@ -52,7 +52,7 @@ class Way:
     is_packed: bool = True
     is_prompt_shared: bool = True
     are_passages_kept: bool = True
-    is_gathered_by_layer: bool = True
+    is_joined_by_layer: bool = True
     has_short_head: bool = True
     replaced: tuple[object, str, Callable[..., torch.Tensor]] | None = None
     """A function of a module, and what stands in for it."""
@@ -71,7 +71,7 @@ WAYS = {
     "attention by PyTorch's fused operator": Way(replaced=(decoder, "attend", _attend_fused), dtypes=("bfloat16",)),
     "the whole vocabulary at the last position": Way(has_short_head=False),
     "passages' keys and values made anew": Way(are_passages_kept=False, modes=(PREFIX,)),
-    "prefix states of all layers put together at once": Way(is_gathered_by_layer=False, modes=(PREFIX,)),
+    "prefix states of all layers put together at once": Way(is_joined_by_layer=False, modes=(PREFIX,)),
     "batches of 16": Way(batch_size=16),
     "batches of 64": Way(batch_size=64),
 }
