@@ -328,6 +328,7 @@ def info(
     reranker.warm_up()
     runtime = reranker.runtime
     checkpoint = runtime.checkpoint
+    calibration = checkpoint.defaults.calibration
     facts = {
         "model": model,
         "folder": str(checkpoint.folder),
@@ -339,13 +340,15 @@ def info(
         "device": str(runtime.device),
         "dtype": str(runtime.dtype).removeprefix("torch."),
         "weight_bytes": runtime.nbytes,
+        "calibration": None if calibration is None else calibration.model_dump(),
         "versions": f"kalm-integrations {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}",
     }
     if as_json:
         print_json(facts)
         return
-    print_facts({**facts, "weight_bytes": f"{runtime.nbytes:,} ({runtime.nbytes / 2**20:,.1f} MiB) in memory"})
+    memory = f"{runtime.nbytes:,} ({runtime.nbytes / 2**20:,.1f} MiB) in memory"
+    print_facts({**facts, "weight_bytes": memory, "calibration": calibration or "none"})
 
 
 def _existing(payload_store: Path | None) -> Path | None:

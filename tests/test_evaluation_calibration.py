@@ -271,6 +271,8 @@ def test_the_command_fits_saves_and_draws(checkpoint, pairs, tmp_path):
     values = json.loads((tmp_path / "calibration.json").read_text())
     opened = KalmReranker.from_pretrained(checkpoint, calibration=True)
     assert opened.calibration == KalmReranker.from_pretrained(checkpoint, calibration=values).calibration
+    facts = CliRunner().invoke(app, ["info", "--model", str(checkpoint), "--json"]).stdout
+    assert json.loads(facts)["calibration"] == values
     assert (tmp_path / "diagram.svg").is_file()
     printed = json.loads(CliRunner().invoke(app, [*ask, "--json"]).stdout)
     assert printed["calibration"] == values

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from kalm_integrations.core import prompts
 from kalm_integrations.core.runtime import pad_token_ids
-from kalm_integrations.core.tokenization import PromptTokenizer
+from kalm_integrations.core.tokenization import PromptTokenizer, n_shared
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.first_stage import BM25
 from kalm_integrations.training.config import PhaseConfig
@@ -248,8 +248,9 @@ class Collator:
     def __call__(self, clusters: Sequence[Cluster]) -> dict[str, object]:
         """Put clusters together; the tokens that all prompts begin with are taken out of them."""
         all_prompts = [prompt for cluster in clusters for prompt in cluster.prompts]
-        n_shared = _n_shared(all_prompts)
-        rests = [prompt[n_shared:] for prompt in all_prompts]
+        # One token at least is left to each prompt.
+        n_prefix = min(n_shared(min(all_prompts), max(all_prompts)), min(map(len, all_prompts)) - 1)
+        rests = [prompt[n_prefix:] for prompt in all_prompts]
         passages = [passage for cluster in clusters for passage in cluster.passages]
         width = max(len(candidates) for cluster in clusters for candidates in cluster.candidates)
         rows, margins = [], []
@@ -267,20 +268,13 @@ class Collator:
         return {
             "passages": pad_token_ids(passages),
             "n_tokens": torch.tensor([len(passage) for passage in passages]),
-            "prefix": torch.tensor(all_prompts[0][:n_shared]),
+            "prefix": torch.tensor(all_prompts[0][:n_prefix]),
             "queries": pad_token_ids(rests),
             "last": torch.tensor([len(rest) - 1 for rest in rests]),
             "candidates": torch.tensor(rows),
             "teacher": torch.tensor(margins),
             "compression_ratios": ratios,
         }
-
-
-def _n_shared(rows: Sequence[list[int]]) -> int:
-    """Return how many tokens all rows begin with; one at least is left to each."""
-    first, last = min(rows), max(rows)
-    limit = min(map(len, rows)) - 1
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b or i >= limit), limit)
 
 
 def _plan(
