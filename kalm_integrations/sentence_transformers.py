@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from kalm_integrations.core.pairs import score_pairs
 from kalm_integrations.core.reranker import as_reranker
 from kalm_integrations.core.types import Passage, RankedPassage, Reranker
 from kalm_integrations.errors import SettingsError
@@ -89,7 +90,8 @@ class KalmCrossEncoder:
         _refuse(unsupported)
         is_single = isinstance(sentences, (list, tuple)) and bool(sentences) and isinstance(sentences[0], str)
         pairs = _checked_pairs([sentences] if is_single else sentences)
-        scores = _scores(self._score_pairs(pairs, prompt, show_progress=bool(show_progress_bar)), activation_fn)
+        with tqdm(total=len(pairs), desc="Scoring", unit="pair", disable=not show_progress_bar) as progress:
+            scores = _scores(score_pairs(self.reranker, pairs, prompt, progress.update), activation_fn)
         if convert_to_tensor or not convert_to_numpy:
             import torch
 
@@ -149,20 +151,6 @@ class KalmCrossEncoder:
                 document = documents[result["corpus_id"]]
                 result["text"] = document.text if isinstance(document, Passage) else document
         return results
-
-    def _score_pairs(self, pairs: list[Pair], instruction: str | None, *, show_progress: bool) -> list[RankedPassage]:
-        """Return score and margin of each pair, in order."""
-        by_query: dict[str, list[int]] = {}
-        for index, (query, _) in enumerate(pairs):
-            by_query.setdefault(query, []).append(index)
-        scored: dict[int, RankedPassage] = {}
-        with tqdm(total=len(pairs), desc="Scoring", unit="pair", disable=not show_progress) as progress:
-            for query, indices in by_query.items():
-                passages = [pairs[index][1] for index in indices]
-                ranked = self.reranker.rank(query, passages, instruction=instruction)
-                scored.update((indices[passage.index], passage) for passage in ranked)
-                progress.update(len(indices))
-        return [scored[index] for index in range(len(pairs))]
 
 
 class _ModelCardData:

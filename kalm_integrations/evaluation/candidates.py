@@ -12,6 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from kalm_integrations.core.encoding import EncodedPassage, check_codec
+from kalm_integrations.core.pairs import score_pairs
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation import peers
@@ -20,8 +21,6 @@ from kalm_integrations.evaluation.first_stage import BM25
 from kalm_integrations.evaluation.runs import Run, read_run
 
 BM25_NAME = "bm25"
-QUERIES_PER_BLOCK = 128
-"""Queries that are scored together; what they share is read once."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +152,9 @@ def score_settings(
         codecs: storage codecs; repeated ones count once.
         show_progress: draw a progress bar.
     """
-    total = len(dict.fromkeys(ratios)) * len(dict.fromkeys(codecs)) * len(candidates)
-    with tqdm(total=total, desc="Scoring", unit="query", disable=not show_progress) as progress:
+    n_pairs = sum(len(found.ids) for found in candidates.values())
+    total = len(dict.fromkeys(ratios)) * len(dict.fromkeys(codecs)) * n_pairs
+    with tqdm(total=total, desc="Scoring", unit="pair", disable=not show_progress) as progress:
         for ratio in dict.fromkeys(ratios):
             pooled = {passage_id: encoding.pool(ratio) for passage_id, encoding in encoded.items()}
             for codec in dict.fromkeys(codecs):
@@ -171,17 +171,9 @@ def score_candidates(
     progress: tqdm[Any] | None = None,
 ) -> dict[str, list[float]]:
     """Return the margins of each query's candidates, in the first stage's order."""
-    margins = {}
-    query_ids = list(candidates)
-    for start in range(0, len(query_ids), QUERIES_PER_BLOCK):
-        block = query_ids[start : start + QUERIES_PER_BLOCK]
-        queries = [candidates[q].query for q in block]
-        rankings = reranker.rank_many(queries, [[encodings[i] for i in candidates[q].ids] for q in block])
-        for query_id, ranked in zip(block, rankings, strict=True):
-            margins[query_id] = [passage.margin for passage in sorted(ranked, key=lambda passage: passage.index)]
-        if progress is not None:
-            progress.update(len(block))
-    return margins
+    pairs = [(found.query, encodings[i]) for found in candidates.values() for i in found.ids]
+    scored = iter(score_pairs(reranker, pairs, progress=None if progress is None else progress.update))
+    return {query_id: [next(scored).margin for _ in found.ids] for query_id, found in candidates.items()}
 
 
 def order(ids: Sequence[str], scores: Sequence[float]) -> list[str]:

@@ -113,7 +113,8 @@ def compare_fusions(
         check_fusion(METHODS[0], weight)
     candidates = find_candidates(collection, first_stage, top_k, n_queries, seed)
     encoded = encode_candidates(reranker, collection, candidates, show_progress)
-    with tqdm(total=len(candidates), desc="Scoring", unit="query", disable=not show_progress) as progress:
+    n_pairs = sum(len(found.ids) for found in candidates.values())
+    with tqdm(total=n_pairs, desc="Scoring", unit="pair", disable=not show_progress) as progress:
         margins = score_candidates(reranker, candidates, encoded, progress)
 
     def measure(method: FusionMethod | None = None, weight: float | None = None) -> list[float]:

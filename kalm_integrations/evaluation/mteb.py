@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from tqdm.auto import tqdm
 
+from kalm_integrations.core.pairs import score_pairs
 from kalm_integrations.core.reranker import as_reranker
 from kalm_integrations.core.settings import StorageSettings, make_settings
 from kalm_integrations.core.types import AnyPassage, Reranker
 from kalm_integrations.errors import MissingExtraError, SettingsError
-from kalm_integrations.evaluation.candidates import QUERIES_PER_BLOCK
 from kalm_integrations.evaluation.stored import StoredEncodings
 
 if TYPE_CHECKING:
@@ -116,26 +116,16 @@ class MtebReranker:
         for batch in inputs1:
             queries.extend(zip(batch["text"], batch.get("instruction", [None] * len(batch["text"])), strict=True))
         known: dict[str, AnyPassage] = {} if self._stored is None else self._stored.get_many(passages, show_progress_bar)
-        # Of the passages by query, and of the queries by instruction.
-        indices: dict[str | None, dict[str, list[int]]] = {}
-        for index, ((query, instruction), _) in enumerate(zip(queries, passages, strict=True)):
-            indices.setdefault(instruction, {}).setdefault(query, []).append(index)
-        scores = np.empty(len(passages))
-        with tqdm(total=len(passages), desc="Scoring", unit="pair", disable=not show_progress_bar) as progress:
-            for instruction, by_query in indices.items():
-                for block in _blocks(list(by_query.items())):
-                    lists = [[known.get(passages[i], passages[i]) for i in places] for _, places in block]
-                    rankings = self.reranker.rank_many([query for query, _ in block], lists, instruction=instruction)
-                    for (_, places), ranked in zip(block, rankings, strict=True):
-                        for passage in ranked:
-                            scores[places[passage.index]] = passage.score
-                        progress.update(len(places))
+        pairs = [(query, known.get(text, text)) for (query, _), text in zip(queries, passages, strict=True)]
+        by_instruction: dict[str | None, list[int]] = {}
+        for index, (_, instruction) in enumerate(queries):
+            by_instruction.setdefault(instruction, []).append(index)
+        scores = np.empty(len(pairs))
+        with tqdm(total=len(pairs), desc="Scoring", unit="pair", disable=not show_progress_bar) as progress:
+            for instruction, indices in by_instruction.items():
+                scored = score_pairs(self.reranker, [pairs[i] for i in indices], instruction, progress.update)
+                scores[indices] = [pair.score for pair in scored]
         return scores
-
-
-def _blocks(queries: list[tuple[str, list[int]]]) -> Iterator[list[tuple[str, list[int]]]]:
-    for start in range(0, len(queries), QUERIES_PER_BLOCK):
-        yield queries[start : start + QUERIES_PER_BLOCK]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from langchain_core.cross_encoders import BaseCrossEncoder
 
+from kalm_integrations.core.pairs import score_pairs
 from kalm_integrations.langchain.model import WithReranker
 
 
@@ -17,13 +18,8 @@ class KalmCrossEncoder(WithReranker, BaseCrossEncoder):
     """What makes a text relevant."""
 
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
-        """Return P(yes) for each pair of a query and a text, in order; each query is one call of the model."""
-        places: dict[str, list[int]] = {}
-        for place, (query, _) in enumerate(text_pairs):
-            places.setdefault(query, []).append(place)
-        scores = [0.0] * len(text_pairs)
-        for query, indices in places.items():
-            texts = [text_pairs[index][1] for index in indices]
-            for index, score in zip(indices, self.reranker.score(query, texts, self.instruction), strict=True):
-                scores[index] = float(score)
-        return scores
+        """Return P(yes) for each pair of a query and a text, in order; a text that several queries share is encoded once."""
+        if not text_pairs:
+            # Nothing to score opens no model.
+            return []
+        return [pair.score for pair in score_pairs(self.reranker, text_pairs, self.instruction)]
