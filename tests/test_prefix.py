@@ -192,6 +192,17 @@ def test_a_store_works_without_memory_and_prepares_once(make_reranker: MakeReran
     assert reranker.stats.prefix_store_hits == 2 * len(PASSAGES)
 
 
+def test_a_store_keeps_runs_of_different_precision_apart(make_reranker: MakeReranker) -> None:
+    """States that bfloat16 computed are no answer to a float32 run, even if both keep float32."""
+    store: dict[str, bytes] = {}
+    reranker = make_reranker(prefix_store=store)
+    encodings = reranker.encode_passages(PASSAGES)
+    make_reranker(prefix_store=store, dtype="bfloat16", prefix_dtype="float32").prepare(encodings)
+    expected = make_reranker(prefix_cache_bytes=0).score(FIRST, encodings)
+    assert reranker.score(FIRST, encodings) == pytest.approx(expected, abs=1e-6)
+    assert reranker.stats.prefix_store_hits == 0
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -43,12 +43,14 @@ class Prefix:
     store: MutableMapping[str, bytes] | None
     dtype: torch.dtype
     """Of the kept states."""
+    computed_in: torch.dtype
+    """Precision of the run: a store may serve runs that differ in it."""
     count: Callable[[int, int, int], None]
     """Told how many states were found in memory, how many in the store, and how many were computed."""
 
     def key(self, candidate: Candidate) -> PrefixKey:
         """Return what a passage's states are kept under."""
-        return (*candidate.key, self.token_ids, str(self.dtype))
+        return (*candidate.key, self.token_ids, str(self.dtype), str(self.computed_in))
 
     def find(
         self, candidates: Iterable[Candidate], layout: Sequence[int], device: torch.device

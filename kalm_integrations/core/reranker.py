@@ -482,7 +482,7 @@ class KalmReranker:
             self._count(prefix_hits=n_in_memory, prefix_store_hits=n_stored, prefix_misses=n_computed)
 
         dtype = self._runtime.storage_dtype(self._query.prefix_dtype)
-        return Prefix(tuple(token_ids), self._prefixes, self._prefix_store, dtype, count)
+        return Prefix(tuple(token_ids), self._prefixes, self._prefix_store, dtype, self._runtime.dtype, count)
 
     def _resolve(self, passages: Sequence[AnyPassage]) -> tuple[list[object], dict[object, EncodedPassage]]:
         """Find or make the encoding of each passage.
