@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks import early_exit, floor, int8, plan, steps, trials
+from benchmarks import early_exit, floor, int8, plan, steps, trials, windows
 from benchmarks.__main__ import PARTS, main
 from benchmarks.bars import BARS
 from benchmarks.parts import FUNCTIONS, REST
@@ -35,6 +35,8 @@ def results_path(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path
     small = ["--model", str(tiny_checkpoint), "--candidates", "5"]
     steps.main(["--shape", "toy", "--candidates", "3", "--rounds", "1", "--output", str(path.with_name("steps.json"))])
     toy_products = ["--shape", "toy", "--rounds", "1", "--rate-seconds", "0.001"]
+    toy_blocks = ["--shape", "toy", "--passages", "2", "--rounds", "1", "--blocks", "4"]
+    windows.main([*toy_blocks, "--output", str(path.with_name("windows.json"))])
     int8.main([str(folder), *small, *toy_products, "--output", str(path.with_name("int8.json"))])
     early_exit.main([str(folder), *small, "--gaps", "2", "--output", str(path.with_name("early_exit.json"))])
     main(["render", "--results", str(path)])
@@ -228,6 +230,13 @@ def test_every_part_of_a_pass_takes_time(results_path: Path):
         for seconds in part["rounds"]:
             assert set(seconds) == {*FUNCTIONS, REST}
             assert all(value > 0 for value in seconds.values())
+
+
+def test_windows_are_measured_whole_and_by_blocks(results_path: Path):
+    rows = json.loads(results_path.with_name("windows.json").read_text())["rows"]
+    assert [(row["dtype"], row["n_tokens"]) for row in rows] == [(d, n) for d in ("float32", "bfloat16") for n in (16, 24)]
+    assert all(set(row["wall"]) == {"whole", "4"} and min(map(min, row["wall"].values())) > 0 for row in rows)
+    assert "blocks of 4: ÷" in results_path.parents[1].joinpath("benchmarks.md").read_text()
 
 
 def test_switched_off_steps_compute_something_else():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mteb.models.model_implementations.kalm_reranker import KaLMRerankerWrapper
 from torch.testing import assert_close
@@ -93,6 +93,24 @@ def test_encoder_windows_are_those_of_transformers(window: int, length: int) -> 
     assert torch.equal(expected if mask is None else mask[0], expected)
     assert (mask is None) == bool(expected.all())
     assert encoder._mask("full_attention", torch.tensor([length]), length, window) is None
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(window=st.integers(1, 30), block=st.integers(1, 20), n_tokens=st.lists(st.integers(1, 60), min_size=1, max_size=3))
+def test_blocks_of_queries_see_what_they_see_together(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, window: int, block: int, n_tokens: list[int]
+) -> None:
+    """Windows of either parity, blocks that do not divide the length, and padding."""
+    config = replace(runtime.checkpoint.encoder_config, sliding_window=window)
+    token_ids = PROMPT.repeat(len(n_tokens), 3)[:, : max(n_tokens)]
+
+    def encode(query_block: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(encoder, "QUERY_BLOCK", query_block)
+        states = encoder.encode(token_ids, torch.tensor(n_tokens), runtime.embedding(), runtime.stack("encoder"), config)
+        return [row[:n] for row, n in zip(states, n_tokens, strict=True)]
+
+    for in_blocks, whole in zip(encode(block), encode(1000), strict=True):
+        assert_close(in_blocks, whole, atol=1e-5, rtol=1e-5)
 
 
 @given(

@@ -424,10 +424,11 @@ def test_a_configuration_that_breaks_a_rule_says_which(tmp_path, text, message):
         toml(tmp_path / "t.toml", text)
 
 
-def test_pico_s_own_configuration_is_valid():
+@pytest.mark.parametrize("name", ["training.toml", "continued.toml"])
+def test_pico_s_own_configurations_are_valid(name):
     from kalm_integrations.core.checkpoint import BUILT_IN
 
-    config = TrainConfig.read(BUILT_IN / "pico" / "training.toml")
+    config = TrainConfig.read(BUILT_IN / "pico" / name)
     assert all(phase.steps for phase in config.phases)
 
 

@@ -9,6 +9,8 @@
 | floor.py | the arithmetic that cannot be avoided, and the rate of this machine's matrix products |
 | curves.py, storage.py, memory.py | growth, bytes and read time of encodings, peak memory |
 | steps.py, ways.py | gain of each step of the decoder: `python -m benchmarks.steps` |
+| windows.py | what the encoder saves by blocks of queries: `python -m benchmarks.windows` |
+| stacks.py | layers of a real shape with random weights, for both |
 | int8.py, early_exit.py | what was tried and left out: `python -m benchmarks.int8 FOLDER`, `… early_exit FOLDER …` |
 | trials.py | options and tables that these three share |
 | machine.py | what the figures depend on |

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import floor, machine, trials
 from benchmarks.rows import progress, timed
-from benchmarks.steps import SHAPE_TEXTS, make_config
+from benchmarks.stacks import SHAPE_TEXTS, make_config
 from kalm_integrations import EncodedPassage, KalmReranker
 from kalm_integrations.core import layers, packing
 from kalm_integrations.core.runtime import Runtime

@@ -5,39 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from checkpoints import TINY_TEXT
-from real_shape import SHAPES
-from transformers import T5Gemma2DecoderConfig
 
 from benchmarks import machine, trials
 from benchmarks.parts import timed_parts
 from benchmarks.plan import SHORT
 from benchmarks.rows import progress, timed
+from benchmarks.stacks import SHAPE_TEXTS, VOCABULARY, draw_embedding, draw_stack, make_config, pack_stack
 from benchmarks.ways import ALL_ON, DTYPES, POOLED, PREFIX, WAYS, Way
-from kalm_integrations.core import checkpoint, decoder
+from kalm_integrations.core import decoder
 from kalm_integrations.core import memory as memories
-from kalm_integrations.core.layers import EmbeddingWeights, LayerWeights, StackConfig, StackWeights
+from kalm_integrations.core.layers import StackWeights
 from kalm_integrations.core.memory import Memory, PrefixStates, RecalledMemory
-from kalm_integrations.core.packing import can_pack, pack
 
-SHAPE_TEXTS = {"nano": SHAPES["nano"], "toy": TINY_TEXT}
-VOCABULARY = 2048
-"""Rows of the embeddings: looking one up costs nothing, however many there are."""
 WHOLE_VOCABULARY = 262_144
 """Rows of the published checkpoints' output projection."""
 N_STATES = 64
 """Of a passage of 256 tokens at ratio 4."""
-
-
-def make_config(shape: str) -> StackConfig:
-    """Return the decoder's configuration."""
-    text = T5Gemma2DecoderConfig(**{**SHAPE_TEXTS[shape], "vocab_size": VOCABULARY})
-    return checkpoint._stack_config(text, VOCABULARY, Path())
 
 
 class Decoder:
@@ -46,16 +33,10 @@ class Decoder:
     def __init__(self, shape: str, dtype: torch.dtype, n: int) -> None:
         draw = torch.Generator().manual_seed(0)
         self.dtype, self.config = dtype, make_config(shape)
-        shapes = checkpoint._weight_shapes(self.config)
         width = self.config.hidden_width
-
-        def draw_weight(name: str) -> torch.Tensor:
-            size = shapes.get(name.split(".", 2)[-1], (width,))
-            return torch.randn(size, generator=draw) * (size[-1] ** -0.5 if len(size) == 2 else 0.1)
-
-        self.plain = checkpoint.stack_weights(draw_weight, self.config, lambda weight: weight.to(dtype))
-        self.packed = _pack(self.plain)
-        self.embedding = EmbeddingWeights(torch.randn(VOCABULARY, width, generator=draw) * width**-0.5, torch.zeros(width))
+        self.plain = draw_stack(self.config, dtype, draw)
+        self.packed = pack_stack(self.plain)
+        self.embedding = draw_embedding(self.config, draw)
         self.head = (torch.randn(2, width, generator=draw) * width**-0.5).to(dtype)
         self.token_ids = torch.randint(VOCABULARY, (1, SHORT.n_tokens), generator=draw)
         self.states = torch.randn(n, N_STATES, width, generator=draw)
@@ -95,13 +76,6 @@ class Decoder:
 
     def _remember(self, states: torch.Tensor, weights: StackWeights) -> Memory:
         return decoder.remember_passages(states, torch.full((len(states),), N_STATES), weights, self.config)
-
-
-def _pack(weights: StackWeights) -> StackWeights:
-    if not can_pack(weights.dtype, weights.final_norm.device):
-        return weights
-    layers = [{name: pack(w) if w.ndim == 2 else w for name, w in vars(layer).items()} for layer in weights.layers]
-    return StackWeights(tuple(LayerWeights(**layer) for layer in layers), weights.final_norm)
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""What the programs for steps.json, int8.json and early_exit.json share: their options, and the tables of the page."""
+"""What the programs of single measurements share: their options, and the tables of the page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.tables import significant, table
 from benchmarks.ways import ALL_ON, POOLED, PREFIX
 
 FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
-NAMES = ("steps", "int8", "early_exit")
+NAMES = ("steps", "windows", "int8", "early_exit")
 NOT_MEASURED = "Not measured."
 
 
@@ -48,7 +48,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 def sections(measured: dict[str, Any]) -> dict[str, str]:
     """Return the text of each program's place on the page."""
-    makers = {"steps": _steps, "int8": _int8, "early_exit": _early_exit}
+    makers = {"steps": _steps, "windows": _windows, "int8": _int8, "early_exit": _early_exit}
     parts = _parts(measured["steps"]) if "steps" in measured else NOT_MEASURED
     made = {name: make(measured[name]) if name in measured else NOT_MEASURED for name, make in makers.items()}
     return {**made, "parts": parts}
@@ -96,6 +96,21 @@ def _gain(row: dict[str, Any] | None) -> Iterable[str]:
         return ("–", "–", "–")
     ratio = median(off / on for off, on in zip(row["cpu"], row["base_cpu"], strict=True))
     return significant(median(row["wall"])), significant(median(row["cpu"])), f"{ratio:.2f}"
+
+
+def _windows(measured: dict[str, Any]) -> str:
+    blocks = [block for block in measured["rows"][0]["wall"] if block != "whole"]
+    body = []
+    for row in measured["rows"]:
+        whole = row["wall"]["whole"]
+        shares = [median(part / w for part, w in zip(row["wall"][block], whole, strict=True)) for block in blocks]
+        body.append((row["dtype"], f"{row['n_tokens']:,}", significant(median(whole)), *(f"{share:.2f}" for share in shares)))
+    head = ("dtype", "tokens", "all queries at once: wall s", *(f"blocks of {block}: ÷" for block in blocks))
+    n_rounds = len(measured["rows"][0]["wall"]["whole"])
+    about = (
+        f"{measured['passages']} passages, windows of {measured['window']} tokens, {measured['machine']['threads']} threads"
+    )
+    return f"{about}, {n_rounds} rounds:\n\n{table(head, body)}"
 
 
 def _int8(measured: dict[str, Any]) -> str:
