@@ -165,11 +165,12 @@ def test_a_framework_is_imported_by_its_adapter_and_the_demo_only(framework):
 
 
 def test_adapters_know_the_facade_and_each_other_not_at_all():
-    """Of the core they use the reranker, the types, fusion and the errors, so each could be a package of its own."""
+    """Of the core they use the reranker, the types, pairs, fusion and the errors, so each could be a package of its own."""
     wrong = []
     for adapter in ADAPTERS:
         own = FRAMEWORKS[adapter]
-        allowed = (*own, *(f"{PACKAGE}.{name}" for name in ("core.fusion", "core.reranker", "core.types", "errors")))
+        shared = ("core.fusion", "core.pairs", "core.reranker", "core.types", "errors")
+        allowed = (*own, *(f"{PACKAGE}.{name}" for name in shared))
         for name, names in IMPORTS.items():
             if is_within(name, *own):
                 ours = {module for module in names if is_within(module, PACKAGE, "haystack_integrations")}
