@@ -1,10 +1,13 @@
 """Makes `manuals`, a collection that `pico` is trained on: sections of the manuals of free software.
 
-    apt-get download python-scipy-doc ...; dpkg -x PACKAGE.deb unpacked     # the packages of PACKAGES
+    apt-get download postgresql-doc-15 python3.11-doc \\
+        python-{astropy,dask,django,pandas,scipy,skimage,sklearn,sqlalchemy,statsmodels,sympy}-doc
+    for package in *.deb; do dpkg -x $package unpacked; done
     pip install beautifulsoup4 lxml
     python tests/manuals.py unpacked/usr/share/doc data/manuals
 
 A passage is the prose of a section, its query the section's heading, or its first sentence where the heading is a name.
+The packages are Debian 12's, under the licences of PostgreSQL and Python, BSD and MIT.
 """
 
 from __future__ import annotations
@@ -20,21 +23,6 @@ from typing import NamedTuple
 
 from bs4 import BeautifulSoup, Tag
 
-PACKAGES = (
-    "postgresql-doc-15",
-    "python-astropy-doc",
-    "python-dask-doc",
-    "python-django-doc",
-    "python-pandas-doc",
-    "python-scipy-doc",
-    "python-skimage-doc",
-    "python-sklearn-doc",
-    "python-sqlalchemy-doc",
-    "python-statsmodels-doc",
-    "python-sympy-doc",
-    "python3.11-doc",
-)
-"""Of Debian 12, under the licences of PostgreSQL and Python, BSD and MIT."""
 MAX_PAGES, MAX_SECTIONS = 1400, 1800
 """Of each manual, so that none outweighs the others."""
 MIN_SECTION_WORDS, MIN_WORDS, MAX_WORDS = 45, 40, 260

@@ -61,26 +61,32 @@ def _attend(
     length, window = queries.shape[1], config.sliding_window
     if kind != "sliding_attention" or window is None or mask is None or length <= window:
         return attend(queries, keys, values, mask, config.attention_scale)
+    back, ahead = _reach(window)
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         rows = slice(start, start + QUERY_BLOCK)
-        seen = slice(max(0, start - (window + 1) // 2 + 1), start + QUERY_BLOCK + window // 2)
+        seen = slice(max(0, start - back), start + QUERY_BLOCK + ahead)
         blocks.append(
             attend(queries[:, rows], keys[:, :, seen], values[:, :, seen], mask[:, rows, seen], config.attention_scale)
         )
     return torch.cat(blocks, dim=1)
 
 
+def _reach(window: int) -> tuple[int, int]:
+    """Return how many tokens a window lets a token of the encoder look back, and ahead."""
+    return (window + 1) // 2 - 1, window // 2
+
+
 def _mask(kind: str, n_tokens: torch.Tensor, length: int, window: int | None) -> torch.Tensor | None:
     """Return where attention may look, (batch or 1, length, length), or None if it may look everywhere."""
     is_padded = bool((n_tokens < length).any())
-    # A window of w tokens in an encoder looks (w + 1) // 2 - 1 back and w // 2 ahead.
-    is_windowed = kind == "sliding_attention" and window is not None and length > (window + 1) // 2
+    back, ahead = _reach(window) if kind == "sliding_attention" and window is not None else (length, length)
+    is_windowed = length > back + 1
     if not is_padded and not is_windowed:
         return None
     positions = torch.arange(length, device=n_tokens.device)
     mask = (positions < n_tokens[:, None])[:, None, :].expand(-1, length, -1)
-    if is_windowed and window is not None:
+    if is_windowed:
         distance = positions[:, None] - positions
-        mask = mask & (distance < (window + 1) // 2) & (-distance < window // 2 + 1)
+        mask = mask & (distance <= back) & (-distance <= ahead)
     return mask

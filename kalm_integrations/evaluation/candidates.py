@@ -152,8 +152,7 @@ def score_settings(
         codecs: storage codecs; repeated ones count once.
         show_progress: draw a progress bar.
     """
-    n_pairs = sum(len(found.ids) for found in candidates.values())
-    total = len(dict.fromkeys(ratios)) * len(dict.fromkeys(codecs)) * n_pairs
+    total = len(dict.fromkeys(ratios)) * len(dict.fromkeys(codecs)) * count_pairs(candidates)
     with tqdm(total=total, desc="Scoring", unit="pair", disable=not show_progress) as progress:
         for ratio in dict.fromkeys(ratios):
             pooled = {passage_id: encoding.pool(ratio) for passage_id, encoding in encoded.items()}
@@ -162,6 +161,11 @@ def score_settings(
                 read = {i: EncodedPassage.from_metadata(value) for i, value in values.items()}
                 margins = score_candidates(reranker, candidates, read, progress)
                 yield Scored(ratio, codec, fmean(map(len, values.values())), margins)
+
+
+def count_pairs(candidates: Mapping[str, Candidates]) -> int:
+    """Return how many pairs of a query and a passage there are to score."""
+    return sum(len(found.ids) for found in candidates.values())
 
 
 def score_candidates(

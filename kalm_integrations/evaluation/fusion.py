@@ -16,7 +16,13 @@ from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.core.types import FusionMethod
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.beir import Collection
-from kalm_integrations.evaluation.candidates import BM25_NAME, encode_candidates, find_candidates, score_candidates
+from kalm_integrations.evaluation.candidates import (
+    BM25_NAME,
+    count_pairs,
+    encode_candidates,
+    find_candidates,
+    score_candidates,
+)
 from kalm_integrations.evaluation.metrics import bootstrap_intervals, ndcg_at_10
 from kalm_integrations.evaluation.report import Difference
 
@@ -113,8 +119,7 @@ def compare_fusions(
         check_fusion(METHODS[0], weight)
     candidates = find_candidates(collection, first_stage, top_k, n_queries, seed)
     encoded = encode_candidates(reranker, collection, candidates, show_progress)
-    n_pairs = sum(len(found.ids) for found in candidates.values())
-    with tqdm(total=n_pairs, desc="Scoring", unit="pair", disable=not show_progress) as progress:
+    with tqdm(total=count_pairs(candidates), desc="Scoring", unit="pair", disable=not show_progress) as progress:
         margins = score_candidates(reranker, candidates, encoded, progress)
 
     def measure(method: FusionMethod | None = None, weight: float | None = None) -> list[float]:
