@@ -9,25 +9,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kalm_integrations.core.encoding import EncodedPassage as EncodedPassage
+    from kalm_integrations.core.passages.encoding import EncodedPassage as EncodedPassage
     from kalm_integrations.core.reranker import KalmReranker as KalmReranker
     from kalm_integrations.core.types import Passage as Passage
     from kalm_integrations.core.types import RankedPassage as RankedPassage
+    from kalm_integrations.core.types import Ranking as Ranking
+    from kalm_integrations.core.types import Reading as Reading
     from kalm_integrations.core.types import Reranker as Reranker
     from kalm_integrations.core.types import RuntimeStats as RuntimeStats
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "EncodedPassage": "kalm_integrations.core.encoding",
+    "EncodedPassage": "kalm_integrations.core.passages.encoding",
     "KalmReranker": "kalm_integrations.core.reranker",
     "Passage": "kalm_integrations.core.types",
     "RankedPassage": "kalm_integrations.core.types",
+    "Ranking": "kalm_integrations.core.types",
+    "Reading": "kalm_integrations.core.types",
     "Reranker": "kalm_integrations.core.types",
     "RuntimeStats": "kalm_integrations.core.types",
 }
 
-__all__ = ["EncodedPassage", "KalmReranker", "Passage", "RankedPassage", "Reranker", "RuntimeStats", "__version__"]
+__all__ = [
+    "EncodedPassage",
+    "KalmReranker",
+    "Passage",
+    "RankedPassage",
+    "Ranking",
+    "Reading",
+    "Reranker",
+    "RuntimeStats",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

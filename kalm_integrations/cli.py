@@ -246,8 +246,8 @@ def inspect(
     The size is given for every codec and for every ratio that all of them can be pooled to, in characters of the metadata
     string; of several encodings it is the mean.
     """
-    from kalm_integrations.core.caches import LmdbPayloadStore
-    from kalm_integrations.core.encoding import EncodedPassage
+    from kalm_integrations.core.passages.encoding import EncodedPassage
+    from kalm_integrations.core.passages.stores import LmdbPayloadStore
     from kalm_integrations.inspection import EncodingSummary
 
     folder = _existing(payload_store)

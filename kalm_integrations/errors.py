@@ -54,11 +54,16 @@ class CorruptEncodingError(EncodingError):
 
 
 class StaleEncodingError(EncodingError):
-    """The value is sound, but another checkpoint, setting or text made it."""
+    """The value is valid, but another checkpoint, setting or text made it."""
 
 
 class EncodingTooLargeError(EncodingError):
     """Even the coarsest ratio does not fit into `max_inline_bytes`, or into what a store or a reader takes."""
+
+    def __init__(self, message: str, *, index: int | None = None) -> None:
+        """Say what is too large; `index` is the passage's place in the input, where there are several."""
+        super().__init__(message)
+        self.index = index
 
 
 class NonFiniteScoreError(KalmError, ArithmeticError):

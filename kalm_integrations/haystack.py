@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 from haystack_integrations.common.kalm.stores import check_updatable, write_encodings
 from haystack_integrations.components.embedders.kalm import KalmDocumentEncoder
 from haystack_integrations.components.rankers.kalm import KalmRanker
-from kalm_integrations.core.types import FINGERPRINT_KEY, BackfillReport
+from kalm_integrations.core.types import FINGERPRINT_KEY
 from kalm_integrations.errors import SettingsError
+from kalm_integrations.hosting import BackfillReport
 
 if TYPE_CHECKING:
     from haystack import Document

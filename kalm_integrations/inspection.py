@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from kalm_integrations.core.codecs import CODECS
-from kalm_integrations.core.encoding import EncodedPassage
+from kalm_integrations.core.passages.codecs import CODECS
+from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.settings import poolable_ratios
 
 FACTS = ("fingerprint", "ratio", "codec", "width")

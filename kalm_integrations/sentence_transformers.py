@@ -13,9 +13,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from kalm_integrations.core.pairs import score_pairs
-from kalm_integrations.core.reranker import as_reranker
 from kalm_integrations.core.types import Passage, RankedPassage, Reranker
 from kalm_integrations.errors import SettingsError
+from kalm_integrations.hosting import as_reranker
 
 if TYPE_CHECKING:
     import torch

@@ -173,7 +173,7 @@ def parse_numbers(text: str, name: str) -> list[int]:
 
 def open_reranker(model: str, **settings: Any) -> KalmReranker:
     """Open a checkpoint; says so if it is the small built-in one."""
-    from kalm_integrations.core.reranker import as_reranker
+    from kalm_integrations.hosting import as_reranker
 
     # A name always becomes the real reranker, whatever else the function takes.
     return cast("KalmReranker", as_reranker(model, **settings))

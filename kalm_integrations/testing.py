@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 
-from kalm_integrations.core.fusion import check_first_stage, check_first_stages, check_fusion, fuse
-from kalm_integrations.core.ranking import best_first, check_cut
+from kalm_integrations.core.ranking import RankRules, check_first_stages, sigmoid
 from kalm_integrations.core.types import (
     ENCODING_KEY,
     FINGERPRINT_KEY,
     AnyPassage,
     FusionMethod,
+    Metadata,
     Passage,
-    RankedPassage,
+    Ranking,
+    Reading,
     RuntimeStats,
+    Status,
+    checked_list,
 )
 from kalm_integrations.errors import SettingsError
 
@@ -37,25 +40,36 @@ class FakeReranker:
     def warm_up(self, *, encoder: bool = True, decoder: bool = True) -> None:
         """Do nothing: there are no weights."""
 
-    def encode_to_metadata(self, texts: Sequence[str], show_progress: bool = False) -> list[dict[str, str]]:
+    def encode_to_metadata(self, texts: Iterable[str], show_progress: bool = False) -> list[Metadata]:
         """Return metadata with a fake encoding for each text; duplicates are counted once."""
         del show_progress
-        n_encoded = self.stats.passages_encoded + len(set(texts))
-        self.stats = replace(self.stats, passages_encoded=n_encoded)
-        return [{ENCODING_KEY: self._encoding(text), FINGERPRINT_KEY: self.fingerprint} for text in texts]
+        texts = checked_list(texts, "texts")
+        self._count(passages_encoded=len(set(texts)))
+        return self._metadata(texts)
 
-    def find_unencoded(self, passages: Sequence[Passage]) -> list[int]:
+    def read(self, passages: Iterable[AnyPassage]) -> Reading:
+        """Return a status for each passage; a fake has no cache."""
+        given = [_to_passage(passage) for passage in checked_list(passages, "passages")]
+        statuses = tuple(map(self._status, given))
+        texts = tuple(passage.text for passage in given)
+        rows = set(zip(statuses, texts, strict=True))
+        found: dict[Hashable, str] = {text: self._encoding(text) for status, text in rows if status == "stored"}
+        tally: Counter[str] = Counter(status for status, _ in rows)
+        return Reading(statuses, texts, texts, found, self.fingerprint, tally)
+
+    def find_unencoded(self, passages: Iterable[Passage]) -> list[int]:
         """Return the indices of the passages whose encoding this fake has not made for this text."""
-        return [i for i, passage in enumerate(passages) if passage.encoding != self._encoding(passage.text)]
+        return self.read(passages).not_stored
 
-    def score(self, query: str, passages: Sequence[AnyPassage], instruction: str | None = None) -> list[float]:
+    def score(self, query: str, passages: Iterable[AnyPassage] | Reading, instruction: str | None = None) -> list[float]:
         """Return a score for each passage, in order; those without a valid encoding count as encoded."""
-        return [_sigmoid(margin) for margin in self._margins(query, passages, instruction)]
+        ranking = self.rank(query, passages, instruction=instruction)
+        return [passage.score for passage in sorted(ranking, key=lambda passage: passage.index)]
 
     def rank(
         self,
         query: str,
-        passages: Sequence[AnyPassage],
+        passages: Iterable[AnyPassage] | Reading,
         top_k: int | None = None,
         score_threshold: float | None = None,
         instruction: str | None = None,
@@ -63,19 +77,24 @@ class FakeReranker:
         first_stage_scores: Sequence[float] | None = None,
         fusion: FusionMethod | None = None,
         fusion_weight: float | None = None,
-    ) -> list[RankedPassage]:
+    ) -> Ranking:
         """Return passages, best first; ties keep their order. Fusion works as in `KalmReranker.rank`."""
-        check_cut(top_k, score_threshold)
-        check_fusion(fusion, fusion_weight)
-        first_stage = check_first_stage(first_stage_scores, len(passages), fusion)
-        margins = self._margins(query, passages, instruction)
-        fused = None if fusion is None else fuse(margins, first_stage, fusion, fusion_weight)
-        return best_first([_sigmoid(margin) for margin in margins], margins, top_k, score_threshold, fused)
+        first_stages = None if first_stage_scores is None else [first_stage_scores]
+        return self.rank_many(
+            [query],
+            [passages],
+            top_k,
+            score_threshold,
+            instruction,
+            first_stage_scores=first_stages,
+            fusion=fusion,
+            fusion_weight=fusion_weight,
+        )[0]
 
     def rank_many(
         self,
-        queries: Sequence[str],
-        passages: Sequence[Sequence[AnyPassage]],
+        queries: Iterable[str],
+        passages: Iterable[Iterable[AnyPassage] | Reading],
         top_k: int | None = None,
         score_threshold: float | None = None,
         instruction: str | None = None,
@@ -83,57 +102,62 @@ class FakeReranker:
         first_stage_scores: Sequence[Sequence[float]] | None = None,
         fusion: FusionMethod | None = None,
         fusion_weight: float | None = None,
-    ) -> list[list[RankedPassage]]:
+    ) -> list[Ranking]:
         """Return the ranking of each query's passages."""
-        check_fusion(fusion, fusion_weight)
-        first_stages = check_first_stages(first_stage_scores, passages, fusion)
-        return [
-            self.rank(
-                query,
-                candidates,
-                top_k,
-                score_threshold,
-                instruction,
-                first_stage_scores=first_stage,
-                fusion=fusion,
-                fusion_weight=fusion_weight,
-            )
-            for query, candidates, first_stage in zip(queries, passages, first_stages, strict=True)
-        ]
-
-    def _margins(self, query: str, passages: Sequence[AnyPassage], instruction: str | None) -> list[float]:
         del instruction
-        given = [self._passage(passage) for passage in passages]
-        missing = {given[index].text for index in self.find_unencoded(given)}
-        unique = {passage.text for passage in given}
-        self.stats = replace(
-            self.stats,
-            passages_encoded=self.stats.passages_encoded + len(missing),
-            cache_misses=self.stats.cache_misses + len(missing),
-            cache_hits=self.stats.cache_hits + len(unique - missing),
-            metadata_hits=self.stats.metadata_hits + len(unique - missing),
-            passages_scored=self.stats.passages_scored + len(unique),
+        rules = RankRules(top_k, score_threshold, fusion, fusion_weight)
+        readings = [given if isinstance(given, Reading) else self.read(given) for given in passages]
+        first_stages = check_first_stages(first_stage_scores, readings, fusion)
+        rows = zip(queries, readings, first_stages, strict=True)
+        return [self._rank(query, reading, rules, first_stage) for query, reading, first_stage in rows]
+
+    def _rank(self, query: str, reading: Reading, rules: RankRules, first_stage: list[float] | None) -> Ranking:
+        missing, n_stored = set(reading.unencoded), reading.tally.get("stored", 0)
+        self._count(
+            passages_encoded=len(missing),
+            cache_misses=len(missing),
+            cache_hits=n_stored,
+            metadata_hits=n_stored,
+            stale=reading.tally.get("stale", 0),
+            corrupt=reading.tally.get("corrupt", 0),
+            passages_scored=len(set(reading.keys)),
         )
+        texts = [text or "" for text in reading.texts]
+        margins = self._margins(query, texts)
+        ranked = rules.apply(margins, [sigmoid(margin) for margin in margins], texts, first_stage)
+        encoded = [index for index in reading.not_stored if texts[index] in missing]
+        return Ranking(ranked, reading, encoded, lambda indices: self._metadata([texts[index] for index in indices]))
+
+    def _margins(self, query: str, texts: Sequence[str]) -> list[float]:
         words = set(_words(query))
-        shares = [len(words & set(_words(passage.text))) / max(len(words), 1) for passage in given]
-        return [8 * share - 4 for share in shares]
+        return [8 * len(words & set(_words(text))) / max(len(words), 1) - 4 for text in texts]
+
+    def _status(self, passage: Passage) -> Status:
+        if passage.encoding is None:
+            return "missing"
+        if passage.encoding == self._encoding(passage.text):
+            return "stored"
+        return "stale" if str(passage.encoding).startswith("kalm1.") else "corrupt"
+
+    def _metadata(self, texts: Sequence[str]) -> list[Metadata]:
+        return [{ENCODING_KEY: self._encoding(text), FINGERPRINT_KEY: self.fingerprint} for text in texts]
 
     def _encoding(self, text: str) -> str:
         return f"kalm1.{self.fingerprint}.{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
 
-    @staticmethod
-    def _passage(passage: AnyPassage) -> Passage:
-        if isinstance(passage, str):
-            return Passage(passage)
-        if isinstance(passage, Passage):
-            return passage
-        msg = f"a fake scores str and Passage, but got {type(passage).__name__}; it cannot read states"
-        raise SettingsError(msg)
+    def _count(self, **increments: int) -> None:
+        counted = {name: getattr(self.stats, name) + n for name, n in increments.items()}
+        self.stats = replace(self.stats, **counted)
+
+
+def _to_passage(passage: AnyPassage) -> Passage:
+    if isinstance(passage, str):
+        return Passage(passage)
+    if isinstance(passage, Passage):
+        return passage
+    msg = f"a fake scores str and Passage, but got {type(passage).__name__}; it cannot read states"
+    raise SettingsError(msg)
 
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
-
-
-def _sigmoid(margin: float) -> float:
-    return 1 / (1 + math.exp(-margin))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoints import make_checkpoint
+from tools.checkpoints import make_checkpoint
 
 from kalm_integrations import KalmReranker
 

@@ -22,7 +22,7 @@ from benchmarks.results import Results
 from benchmarks.rows import BUILDERS, Models
 from benchmarks.ways import DTYPES, POOLED, PREFIX, WAYS
 from benchmarks.workload import Workload, make_workload_checkpoint
-from parity import TOLERANCE
+from tools.parity import TOLERANCE
 
 from kalm_integrations import KalmReranker
 
@@ -206,7 +206,7 @@ def test_floor_of_nano():
 
 def test_windows_cut_the_floor():
     """An encoder layer with a window counts the pairs that its mask lets through."""
-    from kalm_integrations.core.encoder import _mask
+    from kalm_integrations.core.model.encoder import _mask
 
     widths = floor.Widths(("sliding_attention",), 9, 4, 4, 4, 4)
     mask = _mask("sliding_attention", torch.tensor([30]), 30, 9)

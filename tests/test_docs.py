@@ -11,11 +11,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from markdown_it import MarkdownIt
+from tools.paths import ROOT
 
-from kalm_integrations.core.encoding import EncodedPassage
-from kalm_integrations.core.pooling import n_pooled_states
+from kalm_integrations.core.model.pooling import n_pooled_states
+from kalm_integrations.core.passages.encoding import EncodedPassage
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->\s*$")

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tools.paths import ROOT
 
 import kalm_integrations
 from kalm_integrations import errors
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = "kalm_integrations"
 
 FRAMEWORKS = {

@@ -5,8 +5,9 @@ from pathlib import Path
 import jupytext
 import pytest
 from nbclient import NotebookClient
+from tools.paths import ROOT
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

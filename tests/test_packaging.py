@@ -8,8 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tools.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = ("kalm_integrations", "haystack_integrations")
 
 

@@ -1,26 +1,91 @@
-"""Settings of a reranker. Encoder-side ones enter the fingerprint, query-side ones never do."""
+"""Settings of a reranker, and the rules that they keep. Encoder-side ones enter the fingerprint, query-side ones never do.
+
+Neither torch nor transformers is needed here, so that components of frameworks can check their settings before anything is
+loaded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from kalm_integrations.core.calibration import Calibration
-from kalm_integrations.core.encoding import MAX_TOKENS, check_codec
-from kalm_integrations.core.prompts import INSTRUCTION, SYSTEM_INSTRUCTION
 from kalm_integrations.errors import SettingsError
+
+SYSTEM_INSTRUCTION = (
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
+    'Note that the answer can only be "yes" or "no".'
+)
+INSTRUCTION = "Given a query, retrieve documents that answer the query."
+"""The sentences of the model cards of KaLM-Reranker-V1."""
 
 COMPRESSION_RATIOS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Ratios the checkpoints are published for; R1 and pico reach 32."""
 
+MAX_TOKENS = 2**17
+"""Tokens of a passage, and ratios, that the encoding format knows; the position limit that the model cards claim."""
+
+CODEC_NAMES = ("fp32", "fp16", "bf16", "int8", "int4")
+"""How states are written; see `passages.codecs`."""
+
 DEFAULT_CODEC = "fp16"
+
+DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+"""What a run may be computed in, and torch's name for it."""
 
 
 def poolable_ratios(ratio: int) -> tuple[int, ...]:
     """Return a ratio and the published ones that states at it can be pooled to, finest first."""
     return (ratio, *(coarser for coarser in COMPRESSION_RATIOS if coarser > ratio and coarser % ratio == 0))
+
+
+def check_codec(codec: str) -> str:
+    """Return `codec` if it is known.
+
+    Raises:
+        SettingsError: it is not.
+    """
+    if codec not in CODEC_NAMES:
+        msg = f"storage_codec must be one of {', '.join(CODEC_NAMES)}, but got {codec!r}"
+        raise SettingsError(msg)
+    return codec
+
+
+def check_dtype(dtype: object) -> str:
+    """Return torch's name of what a run is to be computed in.
+
+    Args:
+        dtype: a name or a torch.dtype.
+
+    Raises:
+        SettingsError: it is not offered.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        why = "; T5Gemma2 overflows in float16" if name in ("float16", "fp16", "half") else ""
+        msg = f"dtype must be one of {', '.join(DTYPES)}, but got {dtype!r}{why}"
+        raise SettingsError(msg)
+    return DTYPES[name]
+
+
+class Calibration(BaseModel):
+    """P(yes) becomes sigmoid(margin / temperature + bias). The order of passages stays, for the temperature is positive.
+
+    The two numbers make P(yes) the share of relevant passages, on data like those that they were fitted on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    temperature: float = Field(gt=0)
+    """Above 1 scores move towards the middle, below 1 away from it."""
+    bias: float
+    """Added to all; mostly it says how common relevant passages are among the candidates."""
+
+    def apply(self, margin: float) -> float:
+        """Return the calibrated logit of a margin."""
+        return margin / self.temperature + self.bias
 
 
 class _Settings(BaseModel):
@@ -58,23 +123,75 @@ class QuerySettings(_Settings):
     """True takes the checkpoint's."""
 
 
+SETTING_NAMES = (
+    "revision",
+    "token",
+    "device",
+    "dtype",
+    "payload_store",
+    "prefix_store",
+    *EncoderSettings.model_fields,
+    *StorageSettings.model_fields,
+    *QuerySettings.model_fields,
+)
+"""Everything that `KalmReranker.from_pretrained` takes beside `model`."""
+
 AnySettings = TypeVar("AnySettings", bound=_Settings)
 
 
-def make_settings(kind: type[AnySettings], given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> AnySettings:
-    """Build settings; None means unset, first in what the user gave, then in the checkpoint's defaults.
+def make_settings(kind: type[AnySettings], given: Mapping[str, Any]) -> AnySettings:
+    """Build settings of a kind; names of other kinds are passed over, and None means unset.
 
     Raises:
         SettingsError: a value breaks a rule; the message names each.
     """
-    fields = kind.model_fields
-    values = {k: v for k, v in (defaults or {}).items() if k in fields and v is not None}
-    values |= {k: v for k, v in given.items() if k in fields and v is not None}
     try:
-        return kind(**values)
+        return kind(**{name: value for name, value in given.items() if name in kind.model_fields and value is not None})
     except ValidationError as error:
         msg = f"invalid settings: {describe_problems(error)}"
         raise SettingsError(msg) from error
+
+
+def with_defaults(settings: AnySettings, defaults: BaseModel) -> AnySettings:
+    """Return settings in which what was not given is what a checkpoint says, if it says something."""
+    # A checkpoint's calibration is for who asks for it.
+    fields = type(settings).model_fields.keys() - settings.model_fields_set - {"calibration"}
+    found = {name: getattr(defaults, name, None) for name in fields}
+    return settings.model_copy(update={name: value for name, value in found.items() if value is not None})
+
+
+def build_settings(given: Mapping[str, Any]) -> tuple[EncoderSettings, StorageSettings, QuerySettings]:
+    """Return the settings in what `KalmReranker.from_pretrained` is given, all of it checked as far as nothing is loaded.
+
+    Raises:
+        SettingsError: a name is unknown, or a value breaks a rule.
+    """
+    check_names(given, SETTING_NAMES, "settings")
+    if given.get("dtype") is not None:
+        check_dtype(given["dtype"])
+    for name in ("revision", "token"):
+        if given.get(name) is not None and not isinstance(given[name], str):
+            msg = f"{name} must be a string or None, but got {type(given[name]).__name__}"
+            raise SettingsError(msg)
+    if given.get("payload_store") is None and given.get("storage_mode") == "reference":
+        msg = "storage_mode='reference' needs a payload_store, but got None; pass a mapping or the folder of an LMDB store"
+        raise SettingsError(msg)
+    return make_settings(EncoderSettings, given), make_settings(StorageSettings, given), make_settings(QuerySettings, given)
+
+
+def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Check names against those that there are.
+
+    Raises:
+        SettingsError: one is not among them; the message says which are, and which is near.
+    """
+    known = sorted(known)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            msg = f"{what} must be out of {', '.join(known)}, but got {name!r}{hint}"
+            raise SettingsError(msg)
 
 
 def describe_problems(error: ValidationError) -> str:

@@ -1,13 +1,16 @@
-"""Values that go in and out of a reranker, and the protocol that every reranker (and the fake) follows."""
+"""Values that go in and out of a reranker, and the protocol that every reranker (and the fake) follows. Without torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
+import reprlib
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
+
+from kalm_integrations.errors import SettingsError
 
 if TYPE_CHECKING:
-    from kalm_integrations.core.encoding import EncodedPassage
+    from kalm_integrations.core.passages.encoding import EncodedPassage
 
 ENCODING_KEY = "kalm_encoding"
 """Metadata key of a passage's encoding."""
@@ -17,7 +20,17 @@ FUSED_SCORE_KEY = "fused_score"
 """Metadata key under which adapters return the value that a fused ranking is ordered by."""
 
 FusionMethod: TypeAlias = Literal["z_score", "reciprocal_rank"]
-"""How the reranker's and the first stage's scores are made one; see `core.fusion.fuse`."""
+"""How the reranker's and the first stage's scores are made one; see `core.ranking.fuse`."""
+
+Status: TypeAlias = Literal["stored", "cached", "missing", "stale", "corrupt"]
+"""What was found of a passage's encoding.
+
+* stored: it came with the passage (or the passage is an `EncodedPassage`), and is valid.
+* cached: none came with the passage, but memory has it.
+* missing: there is none.
+* stale: what came is of another checkpoint, setting or text.
+* corrupt: what came is no encoding, or a damaged one.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,69 @@ AnyPassage: TypeAlias = "str | EncodedPassage | Passage"
 """What can be scored: a text, an encoding, or a text with its stored encoding."""
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Reading(Sequence[Status]):
+    """What a reranker found out about the encodings of passages, before anything is encoded: a `Status` for each passage.
+
+    `KalmReranker.read` makes it, and `rank` takes it in place of the passages, so that no encoding is read twice.
+    """
+
+    statuses: tuple[Status, ...]
+    """Of each passage."""
+    texts: tuple[str | None, ...]
+    """Of each passage; None for an `EncodedPassage`."""
+    keys: tuple[Hashable, ...]
+    """What identifies each passage's encoding: passages with the same text share one."""
+    encodings: Mapping[Hashable, Any]
+    """The encodings that were found, by key."""
+    read_by: str
+    """Fingerprint and ratio of the reranker, for which the encodings are."""
+    tally: Mapping[str, int]
+    """Increments of `RuntimeStats`, counted when the reading is used."""
+
+    @property
+    def counts(self) -> dict[Status, int]:
+        """How many passages have which status."""
+        return {status: self.statuses.count(status) for status in get_args(Status)}
+
+    @property
+    def not_stored(self) -> list[int]:
+        """Indices of the passages that came without a valid encoding of their own."""
+        return [index for index, status in enumerate(self.statuses) if status != "stored"]
+
+    @property
+    def unencoded(self) -> dict[Hashable, str]:
+        """Texts to encode, by key: nothing that was found serves them."""
+        pairs = zip(self.keys, self.texts, strict=True)
+        return {key: text for key, text in pairs if text is not None and key not in self.encodings}
+
+    def part(self, start: int, stop: int) -> Reading:
+        """Return the reading of some of the passages; nothing is counted a second time by it."""
+        rows = slice(start, stop)
+        return Reading(self.statuses[rows], self.texts[rows], self.keys[rows], self.encodings, self.read_by, {})
+
+    def without_encodings(self) -> Reading:
+        """Return what was found out without what was found."""
+        return replace(self, encodings={}, tally={})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the statuses and their counts, for JSON."""
+        return {"statuses": list(self.statuses), "counts": self.counts}
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the status of a passage."""
+        return self.statuses[index]
+
+    def __len__(self) -> int:
+        """Return the number of passages."""
+        return len(self.statuses)
+
+    def __repr__(self) -> str:
+        """Return the counts."""
+        found = ", ".join(f"{count} {status}" for status, count in self.counts.items() if count)
+        return f"Reading({found or 'no passages'})"
+
+
 @dataclass(frozen=True)
 class RankedPassage:
     """A passage's place in a ranking."""
@@ -44,20 +120,83 @@ class RankedPassage:
     """logit(yes) - logit(no): the score before the sigmoid, which keeps apart what rounds to the same score."""
     fused: float | None = None
     """What the ranking is ordered by if it is fused with the first stage's; comparable within one query only."""
+    text: str | None = field(default=None, compare=False)
+    """The passage's text, if one was given."""
+
+    def __repr__(self) -> str:
+        """Return the fields, a long text cut."""
+        fused = "" if self.fused is None else f", fused={self.fused!r}"
+        text = "" if self.text is None else f", text={_SHORT.repr(self.text)}"
+        return f"RankedPassage(index={self.index}, score={self.score!r}, margin={self.margin!r}{fused}{text})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, for JSON."""
+        return asdict(self)
 
 
-@dataclass(frozen=True)
-class BackfillReport:
-    """What an adapter's `backfill` found in a store, and did, in documents."""
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 80
 
-    n_checked: int
-    """Read from the store."""
-    n_missing: int
-    """Had no encoding."""
-    n_stale: int
-    """Had one of another checkpoint, setting or text, or a damaged one."""
-    n_failed: int = 0
-    """Of the missing and the stale, those that the store did not take; each is in the log."""
+Metadata: TypeAlias = dict[str, str]
+"""What a host stores with a passage: its `kalm_encoding` and `kalm_fp`."""
+
+
+class Ranking(list[RankedPassage]):
+    """Ranked passages, best first, with what the reranker learned about their encodings."""
+
+    def __init__(
+        self,
+        passages: Iterable[RankedPassage],
+        reading: Reading,
+        encoded: Iterable[int] = (),
+        write: Callable[[Sequence[int]], list[Metadata]] | None = None,
+    ) -> None:
+        """Put a ranking together; `KalmReranker.rank` does.
+
+        Args:
+            passages: best first.
+            reading: of all passages that were given, also those that were cut off.
+            encoded: indices of the passages that had to be encoded.
+            write: returns the metadata of passages that are not stored, by their indices.
+        """
+        super().__init__(passages)
+        self.reading = reading.without_encodings()
+        self._encoded = tuple(encoded)
+        self._write = write
+        self._made: dict[int, Metadata] | None = None
+
+    @property
+    def made(self) -> dict[int, Metadata]:
+        """The metadata to store of every passage that had to be encoded for this ranking, by its input index.
+
+        It is written when it is first asked for; in reference mode the payloads go into the payload store then.
+        """
+        if self._made is None:
+            self._made = self.to_metadata(self._encoded)
+        return self._made
+
+    @property
+    def counts(self) -> dict[Status, int]:
+        """How many of the passages that were given had which status; see `Reading`."""
+        return self.reading.counts
+
+    def to_metadata(self, indices: Sequence[int]) -> dict[int, Metadata]:
+        """Return the metadata to store of passages that are not stored, by index; nothing is encoded for it."""
+        if not indices or self._write is None:
+            return {}
+        return dict(zip(indices, self._write(indices), strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the ranked passages and the counts, for JSON."""
+        return {"results": [passage.to_dict() for passage in self], "counts": self.counts}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel with what was made instead of the means to make it."""
+        return _restore_ranking, (list(self), self.reading, self.made)
+
+
+def _restore_ranking(passages: list[RankedPassage], reading: Reading, made: dict[int, Metadata]) -> Ranking:
+    return Ranking(passages, reading, made, lambda indices: [made[index] for index in indices])
 
 
 @dataclass(frozen=True)
@@ -72,7 +211,7 @@ class RuntimeStats:
     cache_misses: int = 0
     """Had to be encoded; stale and corrupt ones included."""
     stale: int = 0
-    """Came with a sound encoding of another checkpoint, setting or text."""
+    """Came with a valid encoding of another checkpoint, setting or text."""
     corrupt: int = 0
     """Came with something that is not an encoding, or a damaged one."""
     coarser: int = 0
@@ -88,6 +227,10 @@ class RuntimeStats:
     """Prefix states had to be computed."""
     encode_seconds: float = 0.0
     score_seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, int | float]:
+        """Return the counters, for JSON."""
+        return asdict(self)
 
 
 @runtime_checkable
@@ -105,19 +248,22 @@ class Reranker(Protocol):
     def warm_up(self, *, encoder: bool = True, decoder: bool = True) -> None:
         """Load weights now instead of when they are first needed."""
 
-    def encode_to_metadata(self, texts: Sequence[str], show_progress: bool = False) -> list[dict[str, str]]:
+    def encode_to_metadata(self, texts: Iterable[str], show_progress: bool = False) -> list[Metadata]:
         """Encode passages and return for each, in order, the metadata to store: `kalm_encoding` and `kalm_fp`."""
 
-    def find_unencoded(self, passages: Sequence[Passage]) -> list[int]:
+    def read(self, passages: Iterable[AnyPassage]) -> Reading:
+        """Return what is known of the passages' encodings, with nothing encoded yet."""
+
+    def find_unencoded(self, passages: Iterable[Passage]) -> list[int]:
         """Return the indices of the passages whose encoding is missing, corrupt, or of another text or model."""
 
-    def score(self, query: str, passages: Sequence[AnyPassage], instruction: str | None = None) -> list[float]:
+    def score(self, query: str, passages: Iterable[AnyPassage] | Reading, instruction: str | None = None) -> list[float]:
         """Return P(yes) of each passage, in order."""
 
     def rank(
         self,
         query: str,
-        passages: Sequence[AnyPassage],
+        passages: Iterable[AnyPassage] | Reading,
         top_k: int | None = None,
         score_threshold: float | None = None,
         instruction: str | None = None,
@@ -125,13 +271,13 @@ class Reranker(Protocol):
         first_stage_scores: Sequence[float] | None = None,
         fusion: FusionMethod | None = None,
         fusion_weight: float | None = None,
-    ) -> list[RankedPassage]:
+    ) -> Ranking:
         """Return passages, best first."""
 
     def rank_many(
         self,
-        queries: Sequence[str],
-        passages: Sequence[Sequence[AnyPassage]],
+        queries: Iterable[str],
+        passages: Iterable[Iterable[AnyPassage] | Reading],
         top_k: int | None = None,
         score_threshold: float | None = None,
         instruction: str | None = None,
@@ -139,7 +285,7 @@ class Reranker(Protocol):
         first_stage_scores: Sequence[Sequence[float]] | None = None,
         fusion: FusionMethod | None = None,
         fusion_weight: float | None = None,
-    ) -> list[list[RankedPassage]]:
+    ) -> list[Ranking]:
         """Return the ranking of each query's passages."""
 
 
@@ -148,4 +294,16 @@ def is_reranker(value: object) -> bool:
 
     Unlike `isinstance(value, Reranker)` this reads no property: for the fingerprint a whole checkpoint may have to be hashed.
     """
-    return hasattr(type(value), "rank") and hasattr(type(value), "encode_to_metadata")
+    return all(hasattr(type(value), name) for name in ("rank", "read", "encode_to_metadata"))
+
+
+def checked_list(values: Iterable[Any], name: str) -> list[Any]:
+    """Return the values as a list: an iterator is gone through once only, and what it makes must outlive the call.
+
+    Raises:
+        SettingsError: it is one text or passage, or not iterable.
+    """
+    if isinstance(values, (str, bytes, Passage)) or not isinstance(values, Iterable):
+        msg = f"{name} must be a list, but got one {type(values).__name__}; put it into a list"
+        raise SettingsError(msg)
+    return list(values)

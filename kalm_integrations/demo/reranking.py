@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from kalm_integrations.core.fusion import fuse
+from kalm_integrations.core.ranking import fuse
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.demo.layout import columns, heading, plain, seconds, shortened
 from kalm_integrations.demo.stage import N_CANDIDATES

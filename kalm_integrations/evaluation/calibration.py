@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from kalm_integrations.core.calibration import Calibration
-from kalm_integrations.core.checkpoint import ALIASES, BUILT_IN_ALIASES, DEFAULTS_FILE
+from kalm_integrations.core.checkpoint.locate import ALIASES, BUILT_IN_ALIASES, DEFAULTS_FILE
+from kalm_integrations.core.settings import Calibration
 from kalm_integrations.core.types import Reranker
 from kalm_integrations.errors import MissingExtraError, SettingsError
 from kalm_integrations.evaluation.beir import Collection

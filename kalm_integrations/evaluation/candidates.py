@@ -11,9 +11,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from kalm_integrations.core.encoding import EncodedPassage, check_codec
 from kalm_integrations.core.pairs import score_pairs
+from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.reranker import KalmReranker
+from kalm_integrations.core.settings import check_codec
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation import peers
 from kalm_integrations.evaluation.beir import Collection

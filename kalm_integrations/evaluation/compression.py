@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
-from kalm_integrations.core.encoding import EncodedPassage
+from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.core.types import Passage
 from kalm_integrations.errors import SettingsError

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from kalm_integrations.core.fusion import check_fusion, fuse
-from kalm_integrations.core.ranking import best_first
+from kalm_integrations.core.ranking import RankRules, check_fusion
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.core.types import FusionMethod
 from kalm_integrations.errors import SettingsError
@@ -127,8 +126,8 @@ def compare_fusions(
         rankings = {}
         for query_id, found in candidates.items():
             scores = found.scores if method == "z_score" else None
-            fused = None if method is None else fuse(margins[query_id], scores, method, weight)
-            ranked = best_first(margins[query_id], margins[query_id], None, None, fused)
+            values, texts = margins[query_id], [None] * len(found.ids)
+            ranked = RankRules(fusion=method, fusion_weight=weight).apply(values, values, texts, scores)
             rankings[query_id] = [found.ids[passage.index] for passage in ranked]
         return list(ndcg_at_10(collection.qrels, rankings).values())
 

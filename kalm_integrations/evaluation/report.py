@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from kalm_integrations.core.fusion import fuse
+from kalm_integrations.core.ranking import fuse
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.evaluation import peers
 from kalm_integrations.evaluation.beir import Collection

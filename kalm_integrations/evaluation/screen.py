@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kalm_integrations.core.encoding import EncodedPassage
+from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.beir import Collection

@@ -5,8 +5,9 @@ from __future__ import annotations
 from langchain_core.documents import Document
 from tqdm.auto import tqdm
 
-from kalm_integrations.core.types import FINGERPRINT_KEY, BackfillReport
+from kalm_integrations.core.types import FINGERPRINT_KEY
 from kalm_integrations.errors import SettingsError
+from kalm_integrations.hosting import BackfillReport
 from kalm_integrations.langchain.documents import find_unencoded
 from kalm_integrations.langchain.encode import KalmPassageEncoder, encode_missing
 from kalm_integrations.langchain.stores import access_to

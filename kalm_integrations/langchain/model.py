@@ -71,7 +71,7 @@ class WithReranker(BaseModel):
             CheckpointError: the checkpoint is not there or cannot be used.
         """
         # torch is loaded here, not when a component is made.
-        from kalm_integrations.core.reranker import as_reranker
+        from kalm_integrations.hosting import as_reranker
 
         names = WithReranker.model_fields.keys() - {"model_kwargs"}
         settings = {name: getattr(self, name) for name in names} | self.model_kwargs

@@ -17,7 +17,7 @@ from langchain_core.runnables.config import (
 )
 from pydantic import Field, model_validator
 
-from kalm_integrations.core.fusion import check_fusion
+from kalm_integrations.core.ranking import check_fusion
 from kalm_integrations.core.types import ENCODING_KEY, FUSED_SCORE_KEY, FusionMethod, RankedPassage
 from kalm_integrations.errors import EncodingError, SettingsError
 from kalm_integrations.langchain.documents import passage, with_encodings, with_metadata, without_encoding

@@ -122,7 +122,7 @@ class RerankerComponent(BaseComponent):
 
     def _open(self, model: str | Reranker) -> Reranker:
         # torch is loaded here, not when a component is made.
-        from kalm_integrations.core.reranker import as_reranker
+        from kalm_integrations.hosting import as_reranker
 
         return as_reranker(model, **self._settings())
 

@@ -13,7 +13,7 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
-from kalm_integrations.core.fusion import check_fusion
+from kalm_integrations.core.ranking import check_fusion
 from kalm_integrations.core.types import FUSED_SCORE_KEY, FusionMethod, Passage, RankedPassage
 from kalm_integrations.errors import EncodingError, SettingsError
 from kalm_integrations.llama_index.component import RerankerComponent

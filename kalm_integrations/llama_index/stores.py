@@ -12,8 +12,9 @@ from llama_index.core.storage.docstore.types import BaseDocumentStore
 from llama_index.core.vector_stores.utils import node_to_metadata_dict
 from tqdm.auto import tqdm
 
-from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, BackfillReport
+from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
 from kalm_integrations.errors import SettingsError
+from kalm_integrations.hosting import BackfillReport
 from kalm_integrations.llama_index.encoder import KalmPassageEncoder
 from kalm_integrations.llama_index.nodes import attach
 from kalm_integrations.llama_index.rerank import WriteBack

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from kalm_integrations.core.checkpoint import ALIASES, BUILT_IN_ALIASES
+from kalm_integrations.core.checkpoint.locate import ALIASES, BUILT_IN_ALIASES
 from kalm_integrations.core.settings import describe_problems
 from kalm_integrations.errors import SettingsError
 

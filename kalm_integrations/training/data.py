@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch.utils.data import Dataset
 
-from kalm_integrations.core import prompts
-from kalm_integrations.core.runtime import pad_token_ids
-from kalm_integrations.core.tokenization import PromptTokenizer, n_shared
+from kalm_integrations.core.checkpoint import prompts
+from kalm_integrations.core.checkpoint.tokenization import PromptTokenizer, n_shared
+from kalm_integrations.core.passes import pad_token_ids
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.first_stage import BM25
 from kalm_integrations.training.config import PhaseConfig

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from kalm_integrations.core.checkpoint import TOKENIZER_FILES, Checkpoint, resolve
+from kalm_integrations.core.checkpoint.locate import TOKENIZER_FILES, resolve
+from kalm_integrations.core.checkpoint.opened import Checkpoint
 from kalm_integrations.errors import SettingsError
 
 DTYPE = torch.bfloat16

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute_backward
 
-from kalm_integrations.core.checkpoint import SIDE_PREFIXES, Checkpoint, stack_weights
-from kalm_integrations.core.decoder import answer_logits, extend, remember_passages
-from kalm_integrations.core.encoder import encode
-from kalm_integrations.core.layers import EmbeddingWeights, StackConfig, StackWeights
-from kalm_integrations.core.pooling import pool_states
+from kalm_integrations.core.checkpoint.opened import Checkpoint
+from kalm_integrations.core.checkpoint.t5gemma2 import SIDE_PREFIXES, stack_weights
+from kalm_integrations.core.model.decoder import answer_logits, prefill, project_passages
+from kalm_integrations.core.model.encoder import encode
+from kalm_integrations.core.model.layers import EmbeddingWeights, StackConfig, StackWeights
+from kalm_integrations.core.model.pooling import pool_states
 from kalm_integrations.errors import MissingExtraError, SettingsError
 from kalm_integrations.training.config import LoraConfig, LossConfig
 from kalm_integrations.training.losses import combined_loss, soft_labels
@@ -150,10 +151,10 @@ class TrainableReranker(nn.Module):
         margins = []
         for ratio in compression_ratios:
             states = pool_states(all_states, n_tokens, ratio)
-            memory = remember_passages(states, (n_tokens + ratio - 1) // ratio, decoder, config)
+            cache = project_passages(states, (n_tokens + ratio - 1) // ratio, decoder, config)
             if len(prefix):
-                memory = extend(memory, prefix[None], embedding, decoder, config)
-            logits = answer_logits(memory.select(rows), queries, last, embedding, decoder, head, config)
+                cache = prefill(cache, prefix[None], embedding, decoder, config)
+            logits = answer_logits(cache.select(rows), queries, last, embedding, decoder, head, config)
             margins.append(logits[:, 0] - logits[:, 1])
         return torch.stack(margins)
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from itertools import chain, repeat
 from pathlib import Path
 
-from kalm_integrations.core import prompts
+from kalm_integrations.core.checkpoint import prompts
+from kalm_integrations.core.settings import INSTRUCTION, SYSTEM_INSTRUCTION
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 """In the order of Gemma's ids, so that pad, end and begin are 0, 1 and 2 as T5Gemma2's configuration expects."""
@@ -43,11 +44,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, folder: Path) ->
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    template = [
-        text
-        for text, is_control in prompts.prompt_parts(prompts.SYSTEM_INSTRUCTION, prompts.INSTRUCTION, "")
-        if not is_control
-    ]
+    template = [text for text, is_control in prompts.prompt_parts(SYSTEM_INSTRUCTION, INSTRUCTION, "") if not is_control]
     # The template's words and newline runs must become whole tokens, however rare they are in the texts.
     every_prompt = chain.from_iterable(repeat([*template, *prompts.ANSWERS, prompts.passage_text("")], 2000))
     tokenizer.train_from_iterator(chain(texts, every_prompt), trainer)

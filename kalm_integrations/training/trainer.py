@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from kalm_integrations.core import prompts
-from kalm_integrations.core.checkpoint import Checkpoint, resolve
-from kalm_integrations.core.tokenization import PromptTokenizer
+from kalm_integrations.core.checkpoint.locate import resolve
+from kalm_integrations.core.checkpoint.opened import Checkpoint
+from kalm_integrations.core.checkpoint.tokenization import PromptTokenizer
+from kalm_integrations.core.settings import INSTRUCTION, SYSTEM_INSTRUCTION
 from kalm_integrations.errors import MissingExtraError, SettingsError
 from kalm_integrations.training.config import PhaseConfig, TrainConfig
 from kalm_integrations.training.data import ClusterDataset, Collator, Source, fit_teachers
@@ -75,8 +76,8 @@ def train(config: TrainConfig) -> Path:
     checkpoint = Checkpoint.open(start)
     tokenizer = PromptTokenizer(checkpoint.load_tokenizer())
     instructions = (
-        checkpoint.defaults.system_instruction or prompts.SYSTEM_INSTRUCTION,
-        checkpoint.defaults.instruction or prompts.INSTRUCTION,
+        checkpoint.defaults.system_instruction or SYSTEM_INSTRUCTION,
+        checkpoint.defaults.instruction or INSTRUCTION,
     )
     datasets = [
         _make_dataset(config, index, sources, tokenizer, instructions, arguments.world_size)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
-from adapters.hosts import HOSTS, Host, gather
+from tools.hosts import HOSTS, Host, gather
 
 from kalm_integrations import KalmReranker
-from kalm_integrations.core.fusion import DEFAULT_WEIGHTS
+from kalm_integrations.core.ranking import DEFAULT_WEIGHTS
 from kalm_integrations.errors import EncodingError, SettingsError
 
 TEXTS = [

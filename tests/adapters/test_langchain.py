@@ -15,7 +15,6 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from adapters.langchain_helpers import TEXTS, CountingEmbeddings, make_documents
 from langchain_classic.retrievers import ContextualCompressionRetriever, EnsembleRetriever
 from langchain_classic.retrievers.document_compressors import CrossEncoderReranker, DocumentCompressorPipeline
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
@@ -26,6 +25,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_tests.integration_tests import RetrieversIntegrationTests
 from langchain_text_splitters import CharacterTextSplitter
 from pydantic import ValidationError
+from tools.langchain_helpers import TEXTS, CountingEmbeddings, make_documents
 
 from kalm_integrations import KalmReranker
 from kalm_integrations.errors import EncodingError, EncodingTooLargeError, SettingsError

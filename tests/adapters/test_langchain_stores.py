@@ -8,7 +8,6 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from adapters.langchain_helpers import TEXTS, CountingEmbeddings, make_documents
 from langchain_chroma import Chroma
 from langchain_classic.retrievers import ParentDocumentRetriever
 from langchain_classic.storage import LocalFileStore, create_kv_docstore
@@ -22,6 +21,7 @@ from langchain_qdrant import QdrantVectorStore
 from langchain_text_splitters import CharacterTextSplitter
 from qdrant_client import QdrantClient
 from qdrant_client.models import Distance, VectorParams
+from tools.langchain_helpers import TEXTS, CountingEmbeddings, make_documents
 
 from kalm_integrations import KalmReranker
 from kalm_integrations.errors import SettingsError

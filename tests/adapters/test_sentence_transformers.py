@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import TEXTS
 from datasets import Dataset
 from haystack import Document
 from haystack_integrations.components.rankers.sentence_transformers import SentenceTransformersSimilarityRanker
@@ -18,6 +17,7 @@ from sentence_transformers.cross_encoder.evaluation import CrossEncoderReranking
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sentence_transformers.util import mine_hard_negatives
 from tokenizers import Tokenizer
+from tools.checkpoints import TEXTS
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from kalm_integrations import KalmReranker, Passage

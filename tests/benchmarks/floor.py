@@ -23,8 +23,8 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from kalm_integrations.core.layers import StackConfig
-from kalm_integrations.core.packing import can_pack, multiply, pack
+from kalm_integrations.core.model.layers import StackConfig
+from kalm_integrations.core.model.packing import can_pack, multiply, pack
 
 ROWS = (192, 512, 1040, 2048, 4096)
 """Rows of the left matrix to try: 16 candidates of 12 tokens up to a batch of passages. The best rate counts."""

@@ -17,7 +17,7 @@ from benchmarks import floor, machine, trials
 from benchmarks.rows import progress, timed
 from benchmarks.stacks import SHAPE_TEXTS, make_config
 from kalm_integrations import EncodedPassage, KalmReranker
-from kalm_integrations.core import layers, packing
+from kalm_integrations.core.model import layers, packing
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.evaluation.candidates import Candidates, encode_candidates, find_candidates, score_candidates

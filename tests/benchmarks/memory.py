@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from real_shape import read_memory
+from tools.real_shape import read_memory
 
 from benchmarks.plan import SHORT, RowSpec
 from benchmarks.rows import BUILDERS, Models

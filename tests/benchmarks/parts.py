@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
-from kalm_integrations.core import decoder, layers
-from kalm_integrations.core.memory import FreshMemory, RecalledMemory
+from kalm_integrations.core.model import decoder, layers
+from kalm_integrations.core.model.kv_cache import PaddedKVCache, GatheredKVCache
 
 REST = "rest"
 FUNCTIONS: dict[str, tuple[tuple[Any, str], ...]] = {
@@ -17,7 +17,7 @@ FUNCTIONS: dict[str, tuple[tuple[Any, str], ...]] = {
     "attention": ((decoder, "attend"),),
     "norms": ((layers, "rms_norm"), (decoder, "rms_norm")),
     "rotations": ((layers, "rotate"),),
-    "keys and values put together": ((FreshMemory, "join"), (RecalledMemory, "join")),
+    "keys and values put together": ((PaddedKVCache, "join"), (GatheredKVCache, "join")),
 }
 """The functions of each part; the gate's activation is computed with its product."""
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from parity import Parity
+from tools.parity import Parity
 
 from benchmarks import plan
 from benchmarks.peers import PEERS, Peer

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from checkpoints import TINY_TEXT
-from real_shape import SHAPES
+from tools.checkpoints import TINY_TEXT
+from tools.real_shape import SHAPES
 from transformers import T5Gemma2DecoderConfig
 
 from kalm_integrations.core import checkpoint
-from kalm_integrations.core.layers import EmbeddingWeights, LayerWeights, StackConfig, StackWeights
-from kalm_integrations.core.packing import can_pack, pack
+from kalm_integrations.core.model.layers import EmbeddingWeights, LayerWeights, StackConfig, StackWeights
+from kalm_integrations.core.model.packing import can_pack, pack
 
 SHAPE_TEXTS = {"nano": SHAPES["nano"], "toy": TINY_TEXT}
 VOCABULARY = 2048

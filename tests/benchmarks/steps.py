@@ -16,10 +16,10 @@ from benchmarks.plan import SHORT
 from benchmarks.rows import progress, timed
 from benchmarks.stacks import SHAPE_TEXTS, VOCABULARY, draw_embedding, draw_stack, make_config, pack_stack
 from benchmarks.ways import ALL_ON, DTYPES, POOLED, PREFIX, WAYS, Way
-from kalm_integrations.core import decoder
-from kalm_integrations.core import memory as memories
-from kalm_integrations.core.layers import StackWeights
-from kalm_integrations.core.memory import Memory, PrefixStates, RecalledMemory
+from kalm_integrations.core.model import decoder
+from kalm_integrations.core.model import kv_cache as memories
+from kalm_integrations.core.model.kv_cache import Memory, PrefixStates, GatheredKVCache
+from kalm_integrations.core.model.layers import StackWeights
 
 WHOLE_VOCABULARY = 262_144
 """Rows of the published checkpoints' output projection."""
@@ -65,7 +65,7 @@ class Decoder:
                     memory = self._remember(self.states[rows], weights)
                 if mode == PREFIX:
                     with patch.object(memories, "_joins_at_once", lambda _: not way.is_joined_by_layer):
-                        memory = RecalledMemory(self.prefixes[rows], SHORT.n_prefix, self.dtype, SHORT.n_new)
+                        memory = GatheredKVCache(self.prefixes[rows], SHORT.n_prefix, self.dtype, SHORT.n_new)
                 token_ids = self.token_ids[:, memory.n_prompt :]
                 if not way.is_prompt_shared:
                     token_ids = token_ids.expand(rows.stop - rows.start, -1)

@@ -12,7 +12,7 @@ from benchmarks.plan import SHORT
 from benchmarks.rows import Models
 from benchmarks.workload import Workload
 from kalm_integrations import EncodedPassage, KalmReranker
-from kalm_integrations.core.codecs import CODECS, write_states
+from kalm_integrations.core.passages.codecs import CODECS, write_states
 
 RATIOS = (1, 2, 4, 8, 16, 32)
 READ_ROUNDS = 7

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kalm_integrations.core import decoder, layers
-from kalm_integrations.core.layers import LayerWeights
-from kalm_integrations.core.runtime import BATCH_SIZES
+from kalm_integrations.core.model import decoder, layers
+from kalm_integrations.core.model.layers import LayerWeights
+from kalm_integrations.core.passes import BATCH_SIZES
 
 POOLED, PREFIX = "pooled", "prefix"
 DTYPES = ("float32", "bfloat16")

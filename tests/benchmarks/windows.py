@@ -13,7 +13,7 @@ from benchmarks import machine, trials
 from benchmarks.rows import progress, timed
 from benchmarks.stacks import SHAPE_TEXTS, VOCABULARY, draw_embedding, draw_stack, make_config, pack_stack
 from benchmarks.ways import DTYPES
-from kalm_integrations.core import encoder
+from kalm_integrations.core.model import encoder
 
 BLOCKS = (256, 128, 64)
 LENGTHS = {"nano": (768, 1024), "toy": (16, 24)}

@@ -9,13 +9,14 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
-from checkpoints import TEXTS, make_checkpoint
-from real_shape import SHAPES, make_random
+from tools.checkpoints import TEXTS, make_checkpoint
+from tools.real_shape import SHAPES, make_random
 from transformers import AutoTokenizer
 
 from benchmarks.plan import Prompt
 from kalm_integrations import EncodedPassage, KalmReranker
-from kalm_integrations.core import prompts
+from kalm_integrations.core.checkpoint import prompts
+from kalm_integrations.core.settings import INSTRUCTION, SYSTEM_INSTRUCTION
 from kalm_integrations.training.tokenizer import train_tokenizer
 
 VOCABULARY = 1000
@@ -49,7 +50,7 @@ class Workload:
     def instruction(self, prompt: Prompt) -> str:
         """Return an instruction, made of the default one's words, that gives the prompt its prefix."""
         n_fixed = self._n_tokens("".join(self._prefix_parts("")))
-        words = prompts.INSTRUCTION.replace(",", "").replace(".", "").split()
+        words = INSTRUCTION.replace(",", "").replace(".", "").split()
         instruction = " ".join(islice(cycle(words), prompt.n_prefix - n_fixed))
         assert self._n_tokens("".join(self._prefix_parts(instruction))) == prompt.n_prefix
         return instruction
@@ -58,7 +59,7 @@ class Workload:
         """Return a query that gives the prompt its length; those of other indices begin with another word."""
         start = index % len(self._words)
         query = " ".join(islice(cycle(self._words), start, start + prompt.n_query))
-        parts = prompts.prompt_parts(prompts.SYSTEM_INSTRUCTION, self.instruction(prompt), query)
+        parts = prompts.prompt_parts(SYSTEM_INSTRUCTION, self.instruction(prompt), query)
         assert self._n_tokens("".join(text for text, _ in parts)) == prompt.n_tokens
         return query
 
@@ -93,5 +94,5 @@ class Workload:
 
     @staticmethod
     def _prefix_parts(instruction: str) -> list[str]:
-        parts = prompts.prompt_parts(prompts.SYSTEM_INSTRUCTION, instruction, "")
+        parts = prompts.prompt_parts(SYSTEM_INSTRUCTION, instruction, "")
         return [text for text, _ in parts[:3]]

@@ -6,9 +6,10 @@ from typing import Any
 
 from haystack.utils import ComponentDevice, Secret
 
-from kalm_integrations.core.reranker import KalmReranker, as_reranker
+from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.core.types import Reranker
 from kalm_integrations.errors import SettingsError
+from kalm_integrations.hosting import as_reranker
 
 HUB_TOKEN = Secret.from_env_var(["HF_API_TOKEN", "HF_TOKEN"], strict=False)
 """The components' default `token`."""

@@ -13,7 +13,7 @@ from haystack.utils import ComponentDevice, Secret, deserialize_callable, serial
 from haystack_integrations.common.kalm.documents import DocumentLayout, check_documents
 from haystack_integrations.common.kalm.models import HUB_TOKEN, WithReranker
 from haystack_integrations.common.kalm.stores import check_updatable, write_encodings
-from kalm_integrations.core.fusion import check_fusion
+from kalm_integrations.core.ranking import check_fusion
 from kalm_integrations.core.types import ENCODING_KEY, FUSED_SCORE_KEY, FusionMethod, Passage, RankedPassage, Reranker
 from kalm_integrations.errors import EncodingError, SettingsError
 

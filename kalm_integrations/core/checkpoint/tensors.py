@@ -1,0 +1,151 @@
+"""Bytes of a checkpoint: tensors of its safetensors files, read one by one and by name.
+
+Only what is asked for enters memory, so a vision tower never does. What the names mean is `t5gemma2`'s affair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from kalm_integrations.errors import InvalidCheckpointError
+
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of tensors that hold weights as they are; others are quantised and come with scales."""
+
+
+class TensorReader:
+    """Reads tensors of a single-file or sharded safetensors checkpoint by name."""
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        """Take the file of each tensor name; use `open` to find them."""
+        self._files = files
+        self._written = {path: _written(path) for path in self.files}
+
+    @classmethod
+    def open(cls, folder: Path) -> TensorReader:
+        """List the tensors of a folder.
+
+        Raises:
+            InvalidCheckpointError: no safetensors, a shard that is missing, or a file that cannot be read.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        # In the order of transformers, should a folder hold both.
+        if single.is_file():
+            paths = [single]
+        elif index.is_file():
+            paths = _shards(index)
+        else:
+            msg = (
+                f"{folder} must hold model.safetensors or model.safetensors.index.json, but holds neither; other formats "
+                "are not read: convert the weights with save_pretrained(..., safe_serialization=True)"
+            )
+            raise InvalidCheckpointError(msg)
+        files: dict[str, Path] = {}
+        for path in paths:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    files.update(dict.fromkeys(file.keys(), path))
+            except SafetensorError as error:
+                msg = f"{path} cannot be read as safetensors ({error}); fetch the checkpoint again"
+                raise InvalidCheckpointError(msg) from error
+        return cls(files)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._files)
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, sorted by name."""
+        return sorted(set(self._files.values()))
+
+    def unchanged(self, path: Path) -> Path:
+        """Return one of the files if it still is what it was when the checkpoint was opened.
+
+        Weights are loaded late: tensors of two checkpoints must not meet in one model, nor under one identity.
+
+        Raises:
+            InvalidCheckpointError: it was deleted or written anew.
+        """
+        if _written(path) != self._written[path]:
+            msg = f"{path} must stay as it is while its checkpoint is open, but was deleted or written anew; open it again"
+            raise InvalidCheckpointError(msg)
+        return path
+
+    def first_of(self, candidates: Sequence[str]) -> str:
+        """Return the first name that the files have.
+
+        Raises:
+            InvalidCheckpointError: they have none of them.
+        """
+        found = next((candidate for candidate in candidates if candidate in self._files), None)
+        if found is None:
+            msg = (
+                f"tensor {' or '.join(candidates)} is missing from the checkpoint; it is incomplete or not a "
+                "T5Gemma2 encoder-decoder"
+            )
+            raise InvalidCheckpointError(msg)
+        return found
+
+    def read(self, full_name: str) -> torch.Tensor:
+        """Read a tensor by its name in the file.
+
+        Raises:
+            InvalidCheckpointError: the file cannot be read, or holds something else than weights under that name.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.unchanged(self._files[full_name]), framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(full_name)
+        except SafetensorError as error:
+            msg = f"tensor {full_name} cannot be read from {self._files[full_name]} ({error}); fetch it again"
+            raise InvalidCheckpointError(msg) from error
+        if tensor.dtype not in WEIGHT_DTYPES:
+            msg = (
+                f"tensor {full_name} must hold floating-point numbers of 16 bits or more, but is {tensor.dtype}; "
+                "quantised checkpoints are not supported, use the original one"
+            )
+            raise InvalidCheckpointError(msg)
+        return tensor
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files that the index of a sharded checkpoint names."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        paths = sorted({index.parent / Path(str(shard)).name for shard in weight_map.values()})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        msg = f"{index} must be a JSON object with a 'weight_map', but it is not ({error}); fetch it again"
+        raise InvalidCheckpointError(msg) from error
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        msg = f"{index.name} names shards that are not in {index.parent}: {', '.join(missing)}; fetch the checkpoint again"
+        raise InvalidCheckpointError(msg)
+    return paths
+
+
+def _written(path: Path) -> int | None:
+    """Return when a file was written, in nanoseconds, or None if it is not there."""
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex; a file of the hub's cache is named after its hash, which saves reading it."""
+    target = path.resolve()
+    if path.is_symlink() and target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
+        return target.name
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,111 @@
+"""Token ids of passages and prompts, with the reference's truncation, and with special tokens as plain text by default."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kalm_integrations.core.checkpoint import prompts
+from kalm_integrations.core.settings import INSTRUCTION, SYSTEM_INSTRUCTION
+from kalm_integrations.errors import InvalidCheckpointError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class PromptTokenizer:
+    """Turns passages and queries into token ids.
+
+    Safe to share between threads: the tokenizer is configured once, here, and truncation is done by slicing.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, allow_special_tokens: bool = False) -> None:
+        """Take over a tokenizer.
+
+        Args:
+            tokenizer: from `Checkpoint.load_tokenizer`; it belongs to this object from now on.
+            allow_special_tokens: read special-token strings in passages, queries and instructions as control tokens, as
+                the reference code does. By default they are plain text.
+
+        Raises:
+            InvalidCheckpointError: the tokenizer lacks an answer, or cannot keep special tokens apart from text.
+        """
+        self._tokenizer = tokenizer
+        self._allow_special_tokens = allow_special_tokens
+        self._special_ids = {
+            token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        }
+        self.answer_ids = tuple(self._answer_id(answer) for answer in prompts.ANSWERS)
+        if not allow_special_tokens:
+            texts = (SYSTEM_INSTRUCTION, INSTRUCTION, " query \n ")
+            parts = prompts.prompt_parts(*texts)
+            reference = self._encode(["".join(text for text, _ in parts)])[0]
+            tokenizer.encode_special_tokens = True
+            controls = [text for text, is_control in parts if is_control]
+            if self.prompt(*texts) != reference or any(tokenizer.token_to_id(c) in self._encode([c])[0] for c in controls):
+                msg = (
+                    "this checkpoint's tokenizer does not mark its control tokens as special, or does not tokenise the "
+                    "prompt part by part as it does as a whole, so special tokens cannot be kept apart from text; pass "
+                    "allow_special_tokens=True"
+                )
+                raise InvalidCheckpointError(msg)
+
+    def passages(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of encoder texts (see `prompts.passage_text`), not truncated."""
+        return self._encode(list(texts))
+
+    def truncate_query(self, query: str, max_tokens: int) -> str:
+        """Return the query cut to `max_tokens` tokens, by decoding them, as the reference does for every query."""
+        ids = self._encode([query])[0][:max_tokens]
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+    def prompt(self, system_instruction: str, instruction: str, query: str) -> list[int]:
+        """Return the ids of the whole prompt for a query that is already truncated."""
+        parts = prompts.prompt_parts(system_instruction, instruction, query)
+        if self._allow_special_tokens:
+            return self._encode(["".join(text for text, _ in parts)])[0]
+        # A special token separates texts: what stands between two of them is tokenised on its own in any case. A control
+        # token that this tokenizer does not have is text, and so belongs to its neighbours.
+        ids: list[int] = []
+        text = ""
+        for part, is_control in parts:
+            if is_control and part in self._special_ids:
+                ids += self._encode([text])[0] if text else []
+                ids.append(self._special_ids[part])
+                text = ""
+            else:
+                text += part
+        return ids + (self._encode([text])[0] if text else [])
+
+    def prompt_prefix(self, system_instruction: str, instruction: str) -> list[int]:
+        """Return the ids that prompts begin with whatever the query, a token that merges with the query's start left out."""
+        # Two queries that begin with nothing in common.
+        first, second = (self.prompt(system_instruction, instruction, query) for query in ("which", "42"))
+        return first[: n_shared(first, second)]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        whole = [_without_surrogates(text) for text in texts]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(whole, add_special_tokens=False)]
+
+    def _answer_id(self, answer: str) -> int:
+        ids = self._encode([answer])[0]
+        if not ids:
+            msg = f"the tokenizer must have a token for the answer {answer!r}, but gives none; it cannot score"
+            raise InvalidCheckpointError(msg)
+        return ids[-1]
+
+
+def n_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two sequences have in common from the start."""
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+
+
+def _without_surrogates(text: str) -> str:
+    """Join surrogate pairs and replace lone surrogates by U+FFFD: stores hold such text, and tokenizers refuse it."""
+    if not SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -1,0 +1,1 @@
+"""Encoded passages: the string, its codecs, and where encodings and prefix states are kept."""

@@ -1,0 +1,139 @@
+"""From queries and passages to rankings: read, encode what is missing, score, order."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any
+
+from kalm_integrations.core.opening import Parts
+from kalm_integrations.core.passages.encoding import EncodedPassage
+from kalm_integrations.core.ranking import RankRules, check_first_stages, sigmoid
+from kalm_integrations.core.reading import Reader
+from kalm_integrations.core.scoring import Scorer
+from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading, checked_list
+from kalm_integrations.core.writing import Writer
+from kalm_integrations.errors import SettingsError
+
+MAX_PASSAGES_AT_ONCE = 4096
+"""Passages that are worked on at a time: what bounds the encodings in memory, beside the caches and the rankings."""
+
+
+class Ranker:
+    """Ranks passages for queries with the parts of a reranker."""
+
+    def __init__(self, parts: Parts) -> None:
+        """Make reader, writer and scorer of the parts."""
+        ratio, query = parts.storage.compression_ratio, parts.query
+        self.reader = Reader(parts.runtime.checkpoint, parts.encoder, ratio, query.cache_bytes, parts.payload_store)
+        self.writer = Writer(parts.runtime, self.reader, parts.encoder, parts.storage, query.encode_batch_size)
+        allows_special = parts.encoder.allow_special_tokens
+        self.scorer = Scorer(parts.runtime, self.reader, query, allows_special, parts.prefix_store)
+        self._calibration = parts.calibration
+
+    def rank_many(
+        self,
+        queries: Iterable[str],
+        passages: Iterable[Iterable[AnyPassage] | Reading],
+        rules: RankRules,
+        instruction: str | None,
+        first_stage_scores: Sequence[Sequence[float]] | None,
+    ) -> list[Ranking]:
+        """Return the ranking of each query's passages; see `KalmReranker.rank_many`."""
+        queries = checked_list(queries, "queries")
+        lists = [_checked(given) for given in checked_list(passages, "passages")]
+        if len(queries) != len(lists):
+            msg = f"rank_many needs a list of passages for each query, but got {len(queries)} queries and {len(lists)} lists"
+            raise SettingsError(msg)
+        for query in queries:
+            if not isinstance(query, str):
+                msg = f"query must be a string, but got {type(query).__name__}"
+                raise SettingsError(msg)
+        _check_instruction(instruction)
+        first_stages = check_first_stages(first_stage_scores, lists, rules.fusion)
+        rankings: list[Ranking] = []
+        for part in _slices(lists, MAX_PASSAGES_AT_ONCE):
+            readings = self._read(lists[part])
+            found = {id(reading.encodings): reading.encodings for reading in readings}.values()
+            encodings = {key: encoding for of_reading in found for key, encoding in of_reading.items()}
+            made = self._encode(readings, encodings)
+            encodings |= made
+            margins: list[list[float]] = [[] for _ in readings]
+            if encodings:
+                margins = self.scorer.margins(queries[part], readings, encodings, instruction)
+            for reading, of_query, first_stage in zip(readings, margins, first_stages[part], strict=True):
+                ranked = rules.apply(of_query, self._scores(of_query), reading.texts, first_stage)
+                not_stored = {index: encodings[reading.keys[index]] for index in reading.not_stored}
+                encoded = [index for index in not_stored if reading.keys[index] in made]
+                rankings.append(Ranking(ranked, reading, encoded, self._to_write(not_stored)))
+        return rankings
+
+    def prepare(
+        self, passages: Iterable[AnyPassage] | Reading, instruction: str | None, *, show_progress: bool = False
+    ) -> None:
+        """Compute the prefix states of passages; see `KalmReranker.prepare`."""
+        _check_instruction(instruction)
+        given = _checked(passages)
+        parts = [given] if isinstance(given, Reading) else _batches(given, MAX_PASSAGES_AT_ONCE)
+        for part in parts:
+            reading = self.reader.use(part)
+            encodings = {**reading.encodings, **self._encode([reading], reading.encodings)}
+            self.scorer.prepare(encodings.values(), instruction, show_progress=show_progress)
+
+    def _read(self, lists: Sequence[list[AnyPassage] | Reading]) -> list[Reading]:
+        """Read the passages of several queries together, so that what they share is read once."""
+        given = [passage for passages in lists if not isinstance(passages, Reading) for passage in passages]
+        whole = self.reader.use(given)
+        readings, start = [], 0
+        for passages in lists:
+            if isinstance(passages, Reading):
+                readings.append(self.reader.use(passages))
+            else:
+                readings.append(whole.part(start, start + len(passages)))
+                start += len(passages)
+        return readings
+
+    def _encode(self, readings: Iterable[Reading], known: Any) -> dict[Hashable, EncodedPassage]:
+        """Encode the texts whose encodings are not known."""
+        texts = {key: text for reading in readings for key, text in reading.unencoded.items() if key not in known}
+        return self.writer.encode(texts)
+
+    def _to_write(self, encodings: dict[int, EncodedPassage]) -> Any:
+        """Return a function that writes the metadata of passages by their indices."""
+
+        def write(indices: Sequence[int]) -> list[Metadata]:
+            return self.writer.to_metadata([encodings[index] for index in indices])
+
+        return write
+
+    def _scores(self, margins: Sequence[float]) -> list[float]:
+        """Return P(yes) for margins."""
+        if self._calibration is not None:
+            margins = [self._calibration.apply(margin) for margin in margins]
+        return [sigmoid(margin) for margin in margins]
+
+
+def _checked(passages: Any) -> Any:
+    """Return passages as a list, or their reading."""
+    return passages if isinstance(passages, Reading) else checked_list(passages, "passages")
+
+
+def _batches(passages: list[AnyPassage], size: int) -> Iterator[list[AnyPassage]]:
+    for start in range(0, len(passages), size):
+        yield passages[start : start + size]
+
+
+def _slices(lists: Sequence[Sequence[object]], limit: int) -> Iterator[slice]:
+    """Cut lists into runs of at most `limit` items together; a longer list makes a run of its own."""
+    start, n_items = 0, 0
+    for index, items in enumerate(lists):
+        if index > start and n_items + len(items) > limit:
+            yield slice(start, index)
+            start, n_items = index, 0
+        n_items += len(items)
+    yield slice(start, len(lists))
+
+
+def _check_instruction(instruction: object) -> None:
+    if instruction is not None and not isinstance(instruction, str):
+        msg = f"instruction must be a string or None, but got {type(instruction).__name__}"
+        raise SettingsError(msg)

@@ -1,0 +1,184 @@
+"""What is known of passages' encodings before anything is encoded: read from their metadata, or kept in memory."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Hashable, Iterable, MutableMapping
+from dataclasses import replace
+from typing import Any
+
+from kalm_integrations.core.checkpoint.opened import Checkpoint
+from kalm_integrations.core.checkpoint.prompts import PASSAGE_TEMPLATE, passage_text
+from kalm_integrations.core.passages.caches import BoundedCache
+from kalm_integrations.core.passages.encoding import EncodedPassage, fingerprint, hash_text
+from kalm_integrations.core.settings import EncoderSettings
+from kalm_integrations.core.types import AnyPassage, Passage, Reading, RuntimeStats, Status, checked_list
+from kalm_integrations.errors import CorruptEncodingError, SettingsError, StaleEncodingError
+
+logger = logging.getLogger(__name__)
+
+
+class Reader:
+    """Reads encodings for one checkpoint and ratio; owns the cache, the payload store and the counters of a reranker."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        encoder: EncoderSettings,
+        compression_ratio: int,
+        cache_bytes: int,
+        payload_store: MutableMapping[str, bytes] | None,
+    ) -> None:
+        """Make a reader with an empty cache."""
+        self.payload_store = payload_store
+        self._checkpoint = checkpoint
+        self._encoder = encoder
+        self._ratio = compression_ratio
+        self.cache: BoundedCache[Hashable, EncodedPassage] = BoundedCache(cache_bytes)
+        """By key; see `key`."""
+        self._stats = RuntimeStats()
+        self._stats_lock = threading.Lock()
+        self._warned: set[str] = set()
+
+    @property
+    def fingerprint(self) -> str:
+        """What makes an encoding: checkpoint content, tokenizer, template and encoder settings; 32 hex digits."""
+        return fingerprint(
+            {
+                "checkpoint": self._checkpoint.identity,
+                "template": PASSAGE_TEMPLATE,
+                "settings": self._encoder.model_dump(),
+                "format": 1,
+            }
+        )
+
+    @property
+    def stats(self) -> RuntimeStats:
+        """A snapshot of the counters."""
+        return self._stats
+
+    def count(self, **increments: float) -> None:
+        """Add to counters."""
+        with self._stats_lock:
+            counted = {name: getattr(self._stats, name) + n for name, n in increments.items()}
+            self._stats = replace(self._stats, **counted)
+
+    def warn_once(self, kind: str, message: str, *arguments: object) -> None:
+        """Log a warning, the first of its kind only."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning(message, *arguments)
+
+    def read(self, passages: Iterable[AnyPassage]) -> Reading:
+        """Find the encoding of each passage, in its metadata or in memory. Each string is decoded once.
+
+        Raises:
+            SettingsError: a passage has the wrong type.
+            StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
+        """
+        passages = checked_list(passages, "passages")
+        if not passages:
+            # Not even the fingerprint is needed, for which the checkpoint is hashed.
+            return Reading((), (), (), {}, "", {})
+        current = self.fingerprint
+        statuses: list[Status] = []
+        texts: list[str | None] = []
+        keys: list[Hashable] = []
+        found: dict[Hashable, EncodedPassage] = {}
+        decoded: dict[object, EncodedPassage | None] = {}
+        known: dict[tuple[str, object], Status] = {}
+        tally: Counter[str] = Counter()
+        for passage in passages:
+            if isinstance(passage, EncodedPassage):
+                # A text may be given at several ratios on purpose: here the object decides what is the same.
+                if id(passage) not in found:
+                    found[id(passage)] = self._at_ratio(_checked(passage, current), tally)
+                statuses.append("stored")
+                texts.append(None)
+                keys.append(id(passage))
+                continue
+            text, value = (passage.text, passage.encoding) if isinstance(passage, Passage) else (passage, None)
+            if not isinstance(text, str):
+                got = f"a Passage of {type(text).__name__}" if isinstance(passage, Passage) else type(passage).__name__
+                msg = f"passages must be str, EncodedPassage or Passage (of str), but got {got}"
+                raise SettingsError(msg)
+            key = self.key(text)
+            # Metadata may hold anything; what is no string may not be hashable either.
+            name = value if value is None or isinstance(value, str) else id(value)
+            if name not in decoded:
+                decoded[name] = self._decode(value)
+            stored = decoded[name]
+            if (key, name) not in known:
+                known[key, name] = status = self._status(value, stored, key, current)
+                if status in ("stale", "corrupt"):
+                    tally[status] += 1
+                elif stored is not None and key not in found:
+                    tally["metadata_hits"] += 1
+                    found[key] = self._at_ratio(stored, tally)
+            statuses.append(known[key, name])
+            texts.append(text)
+            keys.append(key)
+        cached = self.cache.get_many(key for key in dict.fromkeys(keys) if key not in found)
+        statuses = [
+            "cached" if status == "missing" and key in cached else status for key, status in zip(keys, statuses, strict=True)
+        ]
+        tally["cache_hits"] = tally["metadata_hits"] + len(cached)
+        read_by = f"{current}:{self._ratio}"
+        return Reading(tuple(statuses), tuple(texts), tuple(keys), {**found, **cached}, read_by, dict(tally))
+
+    def use(self, passages: Iterable[AnyPassage] | Reading) -> Reading:
+        """Return the reading of passages, counted; one that was made before is taken as it is.
+
+        Raises:
+            SettingsError: a passage has the wrong type, or the reading is of another reranker.
+            StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
+        """
+        reading = passages if isinstance(passages, Reading) else self.read(passages)
+        if reading and reading.read_by != f"{self.fingerprint}:{self._ratio}":
+            msg = (
+                f"a reading must be of this reranker's fingerprint and ratio, {self.fingerprint}:{self._ratio}, but is of "
+                f"{reading.read_by}; read the passages again"
+            )
+            raise SettingsError(msg)
+        self.count(**reading.tally)
+        return reading
+
+    def key(self, text: str) -> str:
+        """Return what identifies a passage's text: the hash of what the encoder reads."""
+        return hash_text(passage_text(text))
+
+    def _decode(self, value: Any) -> EncodedPassage | None:
+        """Return the encoding of a metadata value, or None if there is none or it is corrupt."""
+        try:
+            return None if value is None else EncodedPassage.from_metadata(value, self.payload_store)
+        except CorruptEncodingError as error:
+            self.warn_once("corrupt", "a stored encoding is made anew (counted in stats.corrupt): %s", error)
+            return None
+
+    def _status(self, value: Any, stored: EncodedPassage | None, key: str, current: str) -> Status:
+        """Return what a metadata value, decoded, is to a text."""
+        if stored is None:
+            return "missing" if value is None else "corrupt"
+        width = self._checkpoint.encoder_config.hidden_width
+        is_valid = stored.fingerprint == current and stored.text_hash == key and stored.states.shape[1] == width
+        return "stored" if is_valid else "stale"
+
+    def _at_ratio(self, encoding: EncodedPassage, tally: Counter[str]) -> EncodedPassage:
+        """Pool a finer encoding to the reranker's ratio; one that cannot be is scored at its own."""
+        if encoding.compression_ratio > self._ratio:
+            tally["coarser"] += 1
+        elif self._ratio % encoding.compression_ratio == 0:
+            return encoding.pool(self._ratio)
+        return encoding
+
+
+def _checked(passage: EncodedPassage, current: str) -> EncodedPassage:
+    if passage.fingerprint != current:
+        msg = (
+            f"an EncodedPassage must carry this reranker's fingerprint {current}, but has {passage.fingerprint}; encode "
+            "the text again, or pass Passage(text, encoding), which does so by itself"
+        )
+        raise StaleEncodingError(msg)
+    return passage

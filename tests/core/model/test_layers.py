@@ -1,0 +1,193 @@
+"""The parts under a score: pooling and pooling again, attention windows, padding, and what memory is continued from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mteb.models.model_implementations.kalm_reranker import KaLMRerankerWrapper
+from torch.testing import assert_close
+from transformers.models.t5gemma2.modeling_t5gemma2 import sliding_window_mask_function
+
+from kalm_integrations import KalmReranker
+from kalm_integrations.core.model import decoder, encoder
+from kalm_integrations.core.model.decoder import answer_logits, prefill, project_passages
+from kalm_integrations.core.model.kv_cache import PaddedKVCache
+from kalm_integrations.core.model.pooling import n_pooled_states, pool_states, repool_states
+from kalm_integrations.core.runtime import Runtime
+from kalm_integrations.errors import SettingsError
+
+N_PROMPT = 23
+PROMPT = torch.randint(6, 290, (1, N_PROMPT), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def runtime(tiny_checkpoint: Path) -> Runtime:
+    """The tiny model: window of 9 tokens, on layers 0 and 2."""
+    return KalmReranker.from_pretrained(tiny_checkpoint).runtime
+
+
+def random_states(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4, 8, 32, 1000])
+def test_pooling_is_the_reference_s(ratio: int) -> None:
+    """1, r - 1, r, r + 1 and more tokens in one padded batch."""
+    n_tokens = torch.tensor(sorted({1, max(ratio - 1, 1), ratio, ratio + 1, 3 * ratio + 2}))
+    states = random_states(len(n_tokens), int(n_tokens.max()), 5)
+    mask = (torch.arange(states.shape[1]) < n_tokens[:, None]).long()
+    expected, expected_mask = KaLMRerankerWrapper._pool_encoder_chunks(states, mask, ratio)
+    pooled = pool_states(states, n_tokens, ratio)
+    assert_close(pooled, expected)
+    assert expected_mask.sum(1).tolist() == [n_pooled_states(int(n), ratio) for n in n_tokens]
+
+
+def test_padding_never_enters_a_mean() -> None:
+    """Not even if the encoder left NaN where there is no token."""
+    states = random_states(1, 6, 4)
+    padded = torch.cat((states, torch.full((1, 3, 4), torch.nan)), dim=1)
+    assert_close(pool_states(padded, torch.tensor([6]), 4)[:, :2], pool_states(states, torch.tensor([6]), 4))
+
+
+@given(n_tokens=st.integers(1, 200), ratio=st.integers(1, 9), factor=st.integers(1, 40), second=st.integers(1, 5))
+def test_pooling_again_is_exact(n_tokens: int, ratio: int, factor: int, second: int) -> None:
+    """Coarser from finer equals coarser from tokens, the last partial groups included, in one step or two."""
+    states = random_states(1, n_tokens, 3, seed=n_tokens).double()
+    count = torch.tensor([n_tokens])
+    coarser = ratio * factor * second
+    expected = pool_states(states, count, coarser)[0]
+    finer = pool_states(states, count, ratio)[0]
+    assert_close(repool_states(finer, n_tokens, ratio, coarser), expected)
+    between = repool_states(finer, n_tokens, ratio, ratio * factor)
+    assert_close(repool_states(between, n_tokens, ratio * factor, coarser), expected)
+
+
+@pytest.mark.parametrize("ratio", [0, -4, 2, 3, 6])
+def test_pooling_again_needs_a_multiple(ratio: int) -> None:
+    with pytest.raises(SettingsError, match=f"multiple of the stored one, 4, but got {ratio}"):
+        repool_states(random_states(5, 3), 17, 4, ratio)
+
+
+@pytest.mark.parametrize("ratio", [2, 4, 8, 32])
+def test_finer_encodings_serve_coarser_requests(make_reranker: Callable[..., KalmReranker], ratio: int) -> None:
+    """An encoding stored at ratio 1 scores like one made at the coarser ratio, whatever its length."""
+    passages = ["", "one", "word " * 7, "theory of wings " * 20]
+    finest = make_reranker(compression_ratio=1).encode_passages(passages)
+    coarse = make_reranker(compression_ratio=ratio)
+    assert coarse.score("query", finest) == pytest.approx(coarse.score("query", passages), abs=1e-6)
+    assert [e.pool(ratio).n_tokens for e in finest] == [e.n_tokens for e in coarse.encode_passages(passages)]
+
+
+@given(window=st.integers(1, 20), length=st.integers(1, 40))
+def test_encoder_windows_are_those_of_transformers(window: int, length: int) -> None:
+    """Half behind, half ahead, and one side longer for even widths; None only where it hides nothing."""
+    may_look = sliding_window_mask_function(window, is_causal=False)
+    expected = torch.tensor([[may_look(0, 0, q, k) for k in range(length)] for q in range(length)])
+    mask = encoder._mask("sliding_attention", torch.tensor([length]), length, window)
+    assert torch.equal(expected if mask is None else mask[0], expected)
+    assert (mask is None) == bool(expected.all())
+    assert encoder._mask("full_attention", torch.tensor([length]), length, window) is None
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(window=st.integers(1, 30), block=st.integers(1, 20), n_tokens=st.lists(st.integers(1, 60), min_size=1, max_size=3))
+def test_blocks_of_queries_see_what_they_see_together(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, window: int, block: int, n_tokens: list[int]
+) -> None:
+    """Windows of either parity, blocks that do not divide the length, and padding."""
+    config = replace(runtime.checkpoint.encoder_config, sliding_window=window)
+    token_ids = PROMPT.repeat(len(n_tokens), 3)[:, : max(n_tokens)]
+
+    def encode(query_block: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(encoder, "QUERY_BLOCK", query_block)
+        states = encoder.encode(token_ids, torch.tensor(n_tokens), runtime.embedding(), runtime.stack("encoder"), config)
+        return [row[:n] for row, n in zip(states, n_tokens, strict=True)]
+
+    for in_blocks, whole in zip(encode(block), encode(1000), strict=True):
+        assert_close(in_blocks, whole, atol=1e-5, rtol=1e-5)
+
+
+@given(
+    window=st.integers(1, 12),
+    n_read=st.integers(0, 15),
+    n_new=st.integers(1, 15),
+    n_states=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    kind=st.sampled_from(["full_attention", "sliding_attention"]),
+)
+def test_decoder_windows(window: int, n_read: int, n_new: int, n_states: list[int], kind: str) -> None:
+    """A prompt token sees all real passage states, and prompt tokens up to itself, in a window if the layer has one."""
+    width = max(n_states)
+    memory = PaddedKVCache(width, n_read, (), (), torch.tensor(n_states))
+    positions = n_read + torch.arange(n_new)[None]
+    expected = torch.tensor(
+        [
+            [
+                [s < n for s in range(width)]
+                + [k <= q and (kind == "full_attention" or q - k < window) for k in range(n_read + n_new)]
+                for q in range(n_read, n_read + n_new)
+            ]
+            for n in n_states
+        ]
+    )
+    mask = decoder._mask(kind, memory, positions, n_new, window)
+    assert torch.equal(torch.ones_like(expected) if mask is None else mask.expand_as(expected), expected)
+
+
+def test_encoder_padding_changes_nothing(runtime: Runtime) -> None:
+    """A short passage beside one that is many windows longer has the states it has alone, and they are finite."""
+    config, weights = runtime.checkpoint.encoder_config, runtime.stack("encoder")
+    short, long = PROMPT[:, :3], PROMPT.repeat(1, 5)
+    batch = torch.cat((torch.nn.functional.pad(short, (0, long.shape[1] - 3)), long))
+    n_tokens = torch.tensor([3, long.shape[1]])
+    together = encoder.encode(batch, n_tokens, runtime.embedding(), weights, config)
+    alone = encoder.encode(short, torch.tensor([3]), runtime.embedding(), weights, config)
+    assert_close(together[0, :3], alone[0], atol=1e-5, rtol=1e-5)
+    assert_close(together[1:], encoder.encode(long, n_tokens[1:], runtime.embedding(), weights, config), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 4, 9, 40])
+@settings(max_examples=10, deadline=None)
+@given(cut=st.integers(1, N_PROMPT - 1), second_cut=st.integers(1, N_PROMPT - 1))
+def test_a_prompt_continues_where_memory_ends(runtime: Runtime, window: int, cut: int, second_cut: int) -> None:
+    """Prompt in one piece, or remembered in two or three, gives the same logits, within and beyond windows."""
+    config = replace(runtime.checkpoint.decoder_config, sliding_window=window)
+    weights, embedding = runtime.stack("decoder"), runtime.embedding()
+    head = embedding.tokens[[7, 8]]
+    memory = project_passages(random_states(3, 6, config.hidden_width), torch.tensor([1, 4, 6]), weights, config)
+
+    def logits(memory: PaddedKVCache, ids: torch.Tensor) -> torch.Tensor:
+        return answer_logits(memory, ids, torch.tensor([ids.shape[1] - 1]), embedding, weights, head, config)
+
+    first, last = sorted((cut, second_cut))
+    whole = logits(memory, PROMPT)
+    remembered = prefill(memory, PROMPT[:, :first], embedding, weights, config)
+    if first < last:
+        remembered = prefill(remembered, PROMPT[:, first:last], embedding, weights, config)
+    assert_close(logits(remembered, PROMPT[:, last:]), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_padded_on_the_right(runtime: Runtime) -> None:
+    """In one batch each row is read at its own last token, and what stands behind it does not matter."""
+    config, weights, embedding = runtime.checkpoint.decoder_config, runtime.stack("decoder"), runtime.embedding()
+    head = embedding.tokens[[7, 8]]
+    states, n_states = random_states(2, 5, config.hidden_width), torch.tensor([5, 2])
+    ids = torch.cat((torch.nn.functional.pad(PROMPT[:, :12], (0, N_PROMPT - 12)), PROMPT))
+    memory = project_passages(states, n_states, weights, config)
+    together = answer_logits(memory, ids, torch.tensor([11, N_PROMPT - 1]), embedding, weights, head, config)
+    for row, length in enumerate((12, N_PROMPT)):
+        memory = project_passages(states[row : row + 1], n_states[row : row + 1], weights, config)
+        alone = answer_logits(memory, PROMPT[:, :length], torch.tensor([length - 1]), embedding, weights, head, config)
+        assert_close(together[row], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_pooling_to_one_state_takes_no_more_memory_than_the_passage():
+    """The largest ratio of the format pads to the passage, not to itself."""
+    states = torch.arange(10.0).view(5, 2)
+    torch.testing.assert_close(repool_states(states, 5, 1, 2**17), states.mean(0, keepdim=True))
+    torch.testing.assert_close(repool_states(states, 5, 1, 2**60), states.mean(0, keepdim=True))

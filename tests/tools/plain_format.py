@@ -1,0 +1,97 @@
+"""The encoding format in plain Python, written from docs/format.md: what another implementation would be.
+
+It trusts its input. Tests use it to check the package's reader and writer from outside, and to forge values.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+
+def checksum(fields: Mapping[str, Any], payload: bytes) -> bytes:
+    text = json.dumps({key: value for key, value in fields.items() if key != "x"}, separators=(",", ":"))
+    return hashlib.blake2b(text.encode() + payload, digest_size=8).digest()
+
+
+def write_base64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def read_base64(text: str) -> bytes:
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def write_header(fields: Mapping[str, Any], payload: bytes = b"") -> str:
+    return write_base64(json.dumps({**fields, "x": checksum(fields, payload).hex()}, separators=(",", ":")).encode())
+
+
+def write_inline(fields: Mapping[str, Any], payload: bytes) -> str:
+    """Return a `kalm1` value with a right checksum, whatever the fields are."""
+    return f"kalm1.{write_header(fields, payload)}.{write_base64(payload)}"
+
+
+def write_reference(fields: Mapping[str, Any], payload: bytes) -> tuple[str, dict[str, bytes]]:
+    """Return a `kalm1r` value with a right checksum, and the entry of the byte store."""
+    key = "{fp}:{th}:{r}:{c}".format(**fields)
+    return f"kalm1r.{write_header(fields)}", {key: checksum(fields, payload) + payload}
+
+
+def read(value: str, store: Mapping[str, bytes] | None = None) -> tuple[dict[str, Any], list[list[float]]]:
+    """Return the header's fields and the states of a valid value."""
+    prefix, header, *body = value.split(".")
+    fields = json.loads(read_base64(header))
+    if prefix == "kalm1":
+        payload = read_base64(body[0])
+        assert fields["x"] == checksum(fields, payload).hex()
+    else:
+        assert fields["x"] == checksum(fields, b"").hex()
+        entry = (store or {})["{fp}:{th}:{r}:{c}".format(**fields)]
+        payload = entry[8:]
+        assert entry[:8] == checksum(fields, payload)
+    return fields, READERS[fields["c"]](payload, *fields["s"])
+
+
+def _rows(values: tuple[float, ...], width: int) -> list[list[float]]:
+    return [list(values[start : start + width]) for start in range(0, len(values), width)]
+
+
+def _read_fp32(payload: bytes, n_states: int, width: int) -> list[list[float]]:
+    return _rows(struct.unpack(f"<{n_states * width}f", payload), width)
+
+
+def _read_fp16(payload: bytes, n_states: int, width: int) -> list[list[float]]:
+    return _rows(struct.unpack(f"<{n_states * width}e", payload), width)
+
+
+def _read_bf16(payload: bytes, n_states: int, width: int) -> list[list[float]]:
+    halves = struct.unpack(f"<{n_states * width}H", payload)
+    # A bfloat16 is the upper half of a float32.
+    return _read_fp32(struct.pack(f"<{n_states * width}I", *(half << 16 for half in halves)), n_states, width)
+
+
+def _read_int8(payload: bytes, n_states: int, width: int) -> list[list[float]]:
+    scales = struct.unpack(f"<{n_states}e", payload[: 2 * n_states])
+    rows = _rows(struct.unpack(f"<{n_states * width}b", payload[2 * n_states :]), width)
+    return [[value * scale for value in row] for row, scale in zip(rows, scales, strict=True)]
+
+
+def _read_int4(payload: bytes, n_states: int, width: int) -> list[list[float]]:
+    n_groups, row_bytes = math.ceil(width / 64), math.ceil(width / 2)
+    split = 2 * n_states * n_groups
+    scales = _rows(struct.unpack(f"<{n_states * n_groups}e", payload[:split]), n_groups)
+    states = []
+    for index in range(n_states):
+        row = payload[split + index * row_bytes : split + (index + 1) * row_bytes]
+        nibbles = [nibble for byte in row for nibble in (byte & 15, byte >> 4)][:width]
+        values = [nibble - 16 if nibble > 7 else nibble for nibble in nibbles]
+        states.append([value * scales[index][column // 64] for column, value in enumerate(values)])
+    return states
+
+
+READERS = {"fp32": _read_fp32, "fp16": _read_fp16, "bf16": _read_bf16, "int8": _read_int8, "int4": _read_int4}
