@@ -18,9 +18,9 @@ import typer
 
 from kalm_integrations import __version__
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Passage, RankedPassage
+from kalm_integrations.corpora.jsonl import PassageFields, Row, parse_lines, parse_object, to_json
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation import commands as evaluation
-from kalm_integrations.jsonl import PassageFields, Row, parse_lines, parse_object, to_json
 from kalm_integrations.terminal import (
     STREAM,
     DeviceOption,

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn, cast
 import typer
 from typer.core import TyperGroup
 
+from kalm_integrations.corpora.jsonl import to_json
 from kalm_integrations.errors import KalmError
-from kalm_integrations.jsonl import to_json
 
 if TYPE_CHECKING:
     from rich.table import Table

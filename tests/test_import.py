@@ -30,7 +30,7 @@ FRAMEWORKS = {
 }
 """Framework (and what begins with its name) -> the one package that imports it."""
 
-MODELS_OF_OTHERS = {"sentence_transformers": ("kalm_integrations.evaluation.peers",)}
+MODELS_OF_OTHERS = {"sentence_transformers": ("kalm_integrations.corpora.peers",)}
 """Framework -> where its models are run, to compare with or to learn from."""
 
 ADAPTERS = ("langchain", "llama_index", "haystack", "sentence_transformers")

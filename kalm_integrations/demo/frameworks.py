@@ -12,10 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.demo.layout import columns, heading, plain, seconds, shortened
 from kalm_integrations.demo.stage import N_CANDIDATES, Step, first_question
 from kalm_integrations.errors import KalmError
-from kalm_integrations.evaluation.beir import Collection
 
 STAGES = {
     "ingest": "One process encodes the sample, stores it, and asks:",

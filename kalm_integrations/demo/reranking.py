@@ -16,10 +16,10 @@ from rich.text import Text
 
 from kalm_integrations.core.ranking import fuse
 from kalm_integrations.core.reranker import KalmReranker
+from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.bm25 import BM25
 from kalm_integrations.demo.layout import columns, heading, plain, seconds, shortened
 from kalm_integrations.demo.stage import N_CANDIDATES
-from kalm_integrations.evaluation.beir import Collection
-from kalm_integrations.evaluation.first_stage import BM25
 from kalm_integrations.evaluation.metrics import ndcg_at_10
 
 N_RANDOM, SEED = 100, 0

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from kalm_integrations.core.reranker import KalmReranker
+from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.errors import MissingExtraError
-from kalm_integrations.evaluation.beir import Collection
 
 N_CANDIDATES = 20
 

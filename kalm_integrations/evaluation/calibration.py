@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 from kalm_integrations.core.checkpoint.locate import ALIASES, BUILT_IN_ALIASES, DEFAULTS_FILE
 from kalm_integrations.core.settings import Calibration
 from kalm_integrations.core.types import Reranker
+from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.jsonl import PassageFields, parse_lines, parse_object, to_json
 from kalm_integrations.errors import MissingExtraError, SettingsError
-from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.evaluation.candidates import Candidates
-from kalm_integrations.jsonl import PassageFields, parse_lines, parse_object, to_json
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,11 +15,11 @@ from kalm_integrations.core.pairs import score_pairs
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.core.settings import check_codec
+from kalm_integrations.corpora import peers
+from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.bm25 import BM25
+from kalm_integrations.corpora.runs import Run, read_run
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation import peers
-from kalm_integrations.evaluation.beir import Collection
-from kalm_integrations.evaluation.first_stage import BM25
-from kalm_integrations.evaluation.runs import Run, read_run
 
 BM25_NAME = "bm25"
 

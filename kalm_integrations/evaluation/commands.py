@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from kalm_integrations.jsonl import to_json
+from kalm_integrations.corpora.jsonl import to_json
 from kalm_integrations.terminal import (
     DeviceOption,
     DtypeOption,
@@ -91,7 +91,7 @@ def beir(
     Each different candidate is encoded once and kept in memory: for large collections draw --queries, or leave out ratio 1.
     """
     from kalm_integrations.core.settings import DEFAULT_CODEC
-    from kalm_integrations.evaluation.beir import Collection
+    from kalm_integrations.corpora.beir import Collection
     from kalm_integrations.evaluation.report import DEFAULT_MEASURE, evaluate
 
     chosen = parse_numbers(ratios, "--ratios")
@@ -199,7 +199,7 @@ def compression(
     candidates. Each different candidate is encoded once, at ratio 1, and kept in memory: for large collections draw
     --queries.
     """
-    from kalm_integrations.evaluation.beir import Collection
+    from kalm_integrations.corpora.beir import Collection
     from kalm_integrations.evaluation.compression import measure_costs, to_markdown, to_report
     from kalm_integrations.evaluation.plots import plot_costs
 
@@ -255,7 +255,7 @@ def fusion(
     By method and weight, the fused order is compared with the first stage's and with the reranker's own: nDCG@10, differences
     with a 95 % interval (paired bootstrap over the queries).
     """
-    from kalm_integrations.evaluation.beir import Collection
+    from kalm_integrations.corpora.beir import Collection
     from kalm_integrations.evaluation.fusion import compare_fusions
 
     shares = [_to_share(part) for part in parse_list(weights, "--weights")]
@@ -314,7 +314,7 @@ def calibrate(
     Temperature and bias are fitted to all pairs. How good that is, is measured with a fit to half of the queries on the other
     half. Calibrate on candidates such as the retriever will find: the bias learns how common relevant passages are among them.
     """
-    from kalm_integrations.evaluation.beir import Collection
+    from kalm_integrations.corpora.beir import Collection
     from kalm_integrations.evaluation.calibration import (
         calibrate as fit,
     )
@@ -387,7 +387,7 @@ def screen(
     All candidates are ranked at the coarse ratio, and the best of them again at the fine one. Shown are how many of the fine
     ranking's ten best such a screen keeps, the nDCG@10 it leaves, and the time it saves by passage length.
     """
-    from kalm_integrations.evaluation.beir import Collection
+    from kalm_integrations.corpora.beir import Collection
     from kalm_integrations.evaluation.screen import ScreenReport, find_crossover, measure_quality, measure_times, to_markdown
 
     collections = [Collection.read(folder, split) for folder in folders or ()]

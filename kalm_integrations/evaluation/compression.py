@@ -12,8 +12,8 @@ from typing import Any
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.core.types import Passage
+from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.evaluation.candidates import (
     BM25_NAME,
     Candidates,

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from kalm_integrations.core.ranking import RankRules, check_fusion
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.core.types import FusionMethod
+from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.evaluation.candidates import (
     BM25_NAME,
     count_pairs,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from kalm_integrations.core.ranking import fuse
 from kalm_integrations.core.reranker import KalmReranker
-from kalm_integrations.evaluation import peers
-from kalm_integrations.evaluation.beir import Collection
+from kalm_integrations.corpora import peers
+from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.runs import write_run
 from kalm_integrations.evaluation.candidates import (
     BM25_NAME,
     Candidates,
@@ -22,7 +23,6 @@ from kalm_integrations.evaluation.candidates import (
     score_settings,
 )
 from kalm_integrations.evaluation.metrics import bootstrap_intervals, check_measures, measure
-from kalm_integrations.evaluation.runs import write_run
 
 if TYPE_CHECKING:
     from rich.table import Table

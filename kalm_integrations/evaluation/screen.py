@@ -13,8 +13,8 @@ import torch
 
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.reranker import KalmReranker
+from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.evaluation.candidates import (
     BM25_NAME,
     encode_candidates,

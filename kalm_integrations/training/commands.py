@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from kalm_integrations.corpora.jsonl import to_json
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.jsonl import to_json
 from kalm_integrations.terminal import STREAM, note, open_output
 
 

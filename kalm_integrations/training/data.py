@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from kalm_integrations.core.checkpoint import prompts
 from kalm_integrations.core.checkpoint.tokenization import PromptTokenizer, n_shared
 from kalm_integrations.core.passes import pad_token_ids
+from kalm_integrations.corpora.bm25 import BM25
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation.first_stage import BM25
 from kalm_integrations.training.config import PhaseConfig
 from kalm_integrations.training.distillation import ClusterTeacher, fit_conditional_logit
 from kalm_integrations.training.sources import TrainingSet

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from kalm_integrations.evaluation.first_stage import BM25
-from kalm_integrations.evaluation.peers import embed, load_bi_encoder
+from kalm_integrations.corpora.bm25 import BM25
+from kalm_integrations.corpora.peers import embed, load_bi_encoder
 from kalm_integrations.training.config import TeacherConfig
 from kalm_integrations.training.sources import TrainingSet
 

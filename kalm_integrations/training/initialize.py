@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from kalm_integrations.evaluation.peers import embed, load_bi_encoder
+from kalm_integrations.corpora.peers import embed, load_bi_encoder
 
 if TYPE_CHECKING:
     from kalm_integrations.training.config import ArchitectureConfig

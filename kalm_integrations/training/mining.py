@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kalm_integrations.corpora import peers
+from kalm_integrations.corpora.bm25 import BM25
+from kalm_integrations.corpora.jsonl import parse_lines, parse_object
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation import peers
-from kalm_integrations.evaluation.first_stage import BM25
-from kalm_integrations.jsonl import parse_lines, parse_object
 from kalm_integrations.training.config import CollectionConfig
 from kalm_integrations.training.sources import TrainingSet, read_training_set
 from kalm_integrations.training.teachers import Teacher

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from kalm_integrations.core.settings import describe_problems
+from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.jsonl import parse_lines, parse_object
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation.beir import Collection
-from kalm_integrations.jsonl import parse_lines, parse_object
 
 if TYPE_CHECKING:
     from kalm_integrations.training.config import CollectionConfig, PseudoQueryConfig

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from kalm_integrations.core.reranker import KalmReranker
-from kalm_integrations.evaluation.peers import embed, load_bi_encoder, load_cross_encoder
+from kalm_integrations.corpora.peers import embed, load_bi_encoder, load_cross_encoder
 
 SIMILARITY_SCALE = 20.0
 """What a bi-encoder's cosine is multiplied with to be a margin: the scale that such models are trained with."""

@@ -24,7 +24,7 @@ from kalm_integrations import EncodedPassage, KalmReranker
 from kalm_integrations.core.model.decoder import answer_logits
 from kalm_integrations.core.model.layers import StackWeights
 from kalm_integrations.core.passages.prefixes import Candidate
-from kalm_integrations.evaluation.beir import Collection
+from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.evaluation.candidates import encode_candidates, find_candidates, order
 from kalm_integrations.evaluation.metrics import bootstrap_interval, ndcg_at_10
 

@@ -19,7 +19,7 @@ from benchmarks.stacks import SHAPE_TEXTS, make_config
 from kalm_integrations import EncodedPassage, KalmReranker
 from kalm_integrations.core.model import layers, packing
 from kalm_integrations.core.runtime import Runtime
-from kalm_integrations.evaluation.beir import Collection
+from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.evaluation.candidates import Candidates, encode_candidates, find_candidates, score_candidates
 from kalm_integrations.evaluation.metrics import kendall_tau
 

@@ -16,7 +16,7 @@ from statistics import fmean
 import torch
 
 from kalm_integrations import KalmReranker
-from kalm_integrations.evaluation.beir import Collection
+from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.evaluation.candidates import encode_candidates, find_candidates, order, score_settings
 from kalm_integrations.evaluation.metrics import bootstrap_intervals, measure
 from kalm_integrations.training.config import ArchitectureConfig, CollectionConfig, PhaseConfig, TrainConfig

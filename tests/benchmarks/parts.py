@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 from kalm_integrations.core.model import decoder, layers
-from kalm_integrations.core.model.kv_cache import PaddedKVCache, GatheredKVCache
+from kalm_integrations.core.model.kv_cache import GatheredKVCache, PaddedKVCache
 
 REST = "rest"
 FUNCTIONS: dict[str, tuple[tuple[Any, str], ...]] = {

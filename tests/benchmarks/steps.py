@@ -18,7 +18,7 @@ from benchmarks.stacks import SHAPE_TEXTS, VOCABULARY, draw_embedding, draw_stac
 from benchmarks.ways import ALL_ON, DTYPES, POOLED, PREFIX, WAYS, Way
 from kalm_integrations.core.model import decoder
 from kalm_integrations.core.model import kv_cache as memories
-from kalm_integrations.core.model.kv_cache import Memory, PrefixStates, GatheredKVCache
+from kalm_integrations.core.model.kv_cache import GatheredKVCache, Memory, PrefixStates
 from kalm_integrations.core.model.layers import StackWeights
 
 WHOLE_VOCABULARY = 262_144

@@ -13,9 +13,9 @@ import pytest
 
 from kalm_integrations import demo, samples
 from kalm_integrations.core.reranker import KalmReranker
+from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.bm25 import BM25
 from kalm_integrations.demo import reranking, stage
-from kalm_integrations.evaluation.beir import Collection
-from kalm_integrations.evaluation.first_stage import BM25
 from kalm_integrations.evaluation.metrics import ndcg_at_10
 from kalm_integrations.testing import FakeReranker
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from kalm_integrations import KalmReranker
 from kalm_integrations.cli import app
 from kalm_integrations.core.settings import Calibration
+from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.evaluation.calibration import (
     UNCALIBRATED,
     Judged,

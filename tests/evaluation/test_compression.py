@@ -13,8 +13,8 @@ from statistics import fmean
 import pytest
 
 from kalm_integrations import KalmReranker, Passage
+from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.evaluation.candidates import find_candidates
 from kalm_integrations.evaluation.compression import (
     CollectionCosts,

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from kalm_integrations import KalmReranker
 from kalm_integrations.cli import app
+from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.evaluation.candidates import find_candidates
 from kalm_integrations.evaluation.fusion import WEIGHTS, FusionReport, compare_fusions
 from kalm_integrations.evaluation.metrics import bootstrap_interval, ndcg_at_10

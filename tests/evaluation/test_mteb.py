@@ -19,8 +19,8 @@ from tools.checkpoints import TEXTS
 from tools.paths import DOCS
 from torch.utils.data import DataLoader
 
+from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.errors import MissingExtraError, SettingsError
-from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.evaluation.mteb import MtebReranker, choose_tasks, rerank_tasks, to_summary
 from kalm_integrations.samples import XQUAD_EN
 from kalm_integrations.testing import FakeReranker

@@ -14,13 +14,13 @@ import pytest
 
 from kalm_integrations import EncodedPassage, KalmReranker
 from kalm_integrations.core.ranking import fuse
+from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.bm25 import BM25
+from kalm_integrations.corpora.runs import read_run, write_run
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.evaluation.candidates import encode_candidates, find_candidates, score_settings
-from kalm_integrations.evaluation.first_stage import BM25
 from kalm_integrations.evaluation.metrics import bootstrap_interval, bootstrap_intervals, kendall_tau, measure, ndcg_at_10
 from kalm_integrations.evaluation.report import Report, evaluate
-from kalm_integrations.evaluation.runs import read_run, write_run
 
 WORDS = ["wing", "drag", "lift", "bowl", "team", "league", "jazz", "river", "stone", "glass"]
 

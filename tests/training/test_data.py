@@ -22,8 +22,8 @@ from kalm_integrations.core.checkpoint import prompts
 from kalm_integrations.core.checkpoint.opened import Checkpoint
 from kalm_integrations.core.checkpoint.tokenization import PromptTokenizer
 from kalm_integrations.core.settings import INSTRUCTION, SYSTEM_INSTRUCTION
+from kalm_integrations.corpora.bm25 import BM25
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation.first_stage import BM25
 from kalm_integrations.training.config import (
     ArchitectureConfig,
     CollectionConfig,

@@ -6,8 +6,8 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+from kalm_integrations.corpora.jsonl import PassageFields, parse_lines, parse_object
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.jsonl import PassageFields, parse_lines, parse_object
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kalm_integrations.corpora.jsonl import parse_lines
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.jsonl import parse_lines
 
 Run = dict[str, list[tuple[str, float]]]
 """Query id -> passage ids with their scores, best first."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from kalm_integrations.corpora.runs import Run
 from kalm_integrations.errors import MissingExtraError, SettingsError
-from kalm_integrations.evaluation.runs import Run
 
 if TYPE_CHECKING:
     import torch

@@ -13,11 +13,11 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
 
 from kalm_integrations import KalmReranker
+from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.peers import load_cross_encoder
 from kalm_integrations.errors import MissingExtraError, SettingsError
-from kalm_integrations.evaluation.beir import Collection
 from kalm_integrations.evaluation.candidates import find_candidates
 from kalm_integrations.evaluation.metrics import bootstrap_interval, ndcg_at_10
-from kalm_integrations.evaluation.peers import load_cross_encoder
 from kalm_integrations.evaluation.report import evaluate
 
 WORDS = ["wing", "drag", "lift", "bowl", "team", "league", "jazz", "river"]
