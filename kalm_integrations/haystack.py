@@ -15,7 +15,7 @@ from haystack_integrations.components.embedders.kalm import KalmDocumentEncoder
 from haystack_integrations.components.rankers.kalm import KalmRanker
 from kalm_integrations.core.types import FINGERPRINT_KEY
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.hosting import BackfillReport
+from kalm_integrations.hosting.stores import BackfillReport
 
 if TYPE_CHECKING:
     from haystack import Document

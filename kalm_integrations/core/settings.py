@@ -196,13 +196,13 @@ def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
 
 def describe_problems(error: ValidationError) -> str:
     """Return pydantic's findings as one line: where, which rule, and what was given."""
-    return "; ".join(
-        "".join(f"{place}: " for place in [".".join(map(str, problem["loc"]))] if place)
-        # Our own validators say all of that themselves.
-        + (
-            f"{problem['ctx']['error']}"
-            if problem["type"] == "value_error"
-            else f"{problem['msg']}, but got {problem['input']!r}"
-        )
-        for problem in error.errors()
-    )
+    described = []
+    for problem in error.errors():
+        place = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "value_error":
+            # Our own validators say all of that themselves.
+            rule = str(problem["ctx"]["error"]).removeprefix("invalid settings: ")
+        else:
+            rule = f"{problem['msg']}, but got {problem['input']!r}"
+        described.append(rule if not place or rule.startswith(place) else f"{place}: {rule}")
+    return "; ".join(described)

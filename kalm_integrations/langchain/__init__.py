@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
     _message = 'kalm_integrations.langchain needs langchain-core; pip install "kalm-integrations[langchain]"'
     raise MissingExtraError(_message) from error
 
-from kalm_integrations.hosting import BackfillReport
+from kalm_integrations.hosting.stores import BackfillReport
 from kalm_integrations.langchain.backfilling import backfill
 from kalm_integrations.langchain.cross_encoder import KalmCrossEncoder
 from kalm_integrations.langchain.encode import KalmPassageEncoder, kalm_key_encoder

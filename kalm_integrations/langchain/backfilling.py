@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 
 from kalm_integrations.core.types import FINGERPRINT_KEY
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.hosting import BackfillReport
+from kalm_integrations.hosting.stores import BackfillReport
 from kalm_integrations.langchain.documents import find_unencoded
 from kalm_integrations.langchain.encode import KalmPassageEncoder, encode_missing
 from kalm_integrations.langchain.stores import access_to

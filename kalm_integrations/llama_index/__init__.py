@@ -11,7 +11,7 @@ except ImportError as error:
     msg = 'kalm_integrations.llama_index needs llama-index-core; run: pip install "kalm-integrations[llama-index]"'
     raise MissingExtraError(msg) from error
 
-from kalm_integrations.hosting import BackfillReport
+from kalm_integrations.hosting.stores import BackfillReport
 from kalm_integrations.llama_index.encoder import KalmPassageEncoder
 from kalm_integrations.llama_index.payloads import KVPayloadStore
 from kalm_integrations.llama_index.rerank import KalmRerank, WriteBack

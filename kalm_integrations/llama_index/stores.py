@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.hosting import BackfillReport
+from kalm_integrations.hosting.stores import BackfillReport
 from kalm_integrations.llama_index.encoder import KalmPassageEncoder
 from kalm_integrations.llama_index.nodes import attach
 from kalm_integrations.llama_index.rerank import WriteBack

@@ -19,7 +19,7 @@ from kalm_integrations import EncodedPassage, KalmReranker, __version__
 from kalm_integrations.cli import ROWS_PER_BATCH, app
 from kalm_integrations.core.passages.codecs import CODECS
 from kalm_integrations.core.settings import DEFAULT_CODEC, StorageSettings
-from kalm_integrations.hosting import _notice_pico
+from kalm_integrations.hosting.models import _notice_pico
 
 QUERY = "which team won?"
 TEXTS = [

@@ -1,0 +1,16 @@
+"""What every host of rerankers needs, once: LangChain, LlamaIndex and Haystack translate, and the rules are here.
+
+* `models`: a component's model, from its settings to an open reranker.
+* `fields`: the settings of components as pydantic fields, checked together and assigned whole or not at all.
+* `documents`: where an encoding lies in a document's metadata, and what may be passed as documents.
+* `ranking`: one query: what is missing, who is told, what is written back.
+* `stores`: encodings into documents that a store has already: write-back and backfill.
+
+Importing this loads neither torch nor a framework.
+"""
+
+from __future__ import annotations
+
+from kalm_integrations.hosting.models import as_reranker
+
+__all__ = ["as_reranker"]

@@ -1,0 +1,88 @@
+"""Where an encoding lies in a document's metadata, and what may be passed as documents."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, FUSED_SCORE_KEY, Metadata
+from kalm_integrations.errors import SettingsError
+
+RELEVANCE_SCORE_KEY = "relevance_score"
+"""Metadata key of P(yes) where a host has no field for it."""
+RETRIEVAL_SCORE_KEY = "retrieval_score"
+"""Metadata key of the score that a document came with."""
+
+RESERVED_KEYS = (FINGERPRINT_KEY, FUSED_SCORE_KEY, RELEVANCE_SCORE_KEY, RETRIEVAL_SCORE_KEY)
+"""Metadata keys of ours that hold something else than an encoding."""
+
+Doc = TypeVar("Doc")
+
+
+def check_encoding_key(encoding_key: object) -> str:
+    """Return a metadata key if encodings may lie under it.
+
+    Raises:
+        SettingsError: it is no string, empty, or a key that this package uses for something else.
+    """
+    if not isinstance(encoding_key, str) or not encoding_key or encoding_key in RESERVED_KEYS:
+        msg = f"encoding_key must be a non-empty metadata key other than {', '.join(RESERVED_KEYS)}, but got {encoding_key!r}"
+        raise SettingsError(msg)
+    return encoding_key
+
+
+def encoding_keys(encoding_key: str) -> frozenset[str]:
+    """Return the metadata keys that are stripped, exactly these; another component may have used the default one."""
+    return frozenset((encoding_key, ENCODING_KEY, FINGERPRINT_KEY))
+
+
+def without_encodings(metadata: Mapping[Any, Any], encoding_key: str) -> dict[Any, Any]:
+    """Return a document's metadata without encodings; it shares no nested value with the original."""
+    ours = encoding_keys(encoding_key)
+    # Copied first: a store may change the mapping from another thread.
+    return {key: _copied(value) for key, value in dict(metadata).items() if key not in ours}
+
+
+def with_encoding(metadata: Mapping[Any, Any], encoding: Metadata, encoding_key: str) -> dict[Any, Any]:
+    """Return a document's metadata with what `Reranker.encode_to_metadata` made of it, and no other encoding."""
+    return {**without_encodings(metadata, encoding_key), **under_key(encoding, encoding_key)}
+
+
+def under_key(encoding: Metadata, encoding_key: str) -> Metadata:
+    """Return an encoding's metadata with the encoding under another key."""
+    return {encoding_key: encoding[ENCODING_KEY], FINGERPRINT_KEY: encoding[FINGERPRINT_KEY]}
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        # A lock, a connection: nothing that can be copied, and so nothing that a copy of a document could have of its own.
+        return value
+
+
+def checked_documents(documents: Iterable[Doc], kind: type[Doc], component: str) -> list[Doc]:
+    """Return documents as a list; any iterable is taken, and gone through once.
+
+    Args:
+        documents: what a component was given.
+        kind: what each must be.
+        component: name of the component, for the message.
+
+    Raises:
+        SettingsError: it is one document, a string or no iterable, or holds something else than documents.
+    """
+    name = kind.__name__
+    if isinstance(documents, (kind, str, bytes, Mapping)) or not isinstance(documents, Iterable):
+        msg = f"{component} takes a list of {name}s, but got one {type(documents).__name__}; put {name}s into a list"
+        raise SettingsError(msg)
+    checked = list(documents)
+    for index, document in enumerate(checked):
+        if not isinstance(document, kind):
+            msg = (
+                f"{component} takes a list of {name}s, but got a {type(document).__name__} at place {index}; make a {name} of "
+                "it"
+            )
+            raise SettingsError(msg)
+    return checked

@@ -1,0 +1,291 @@
+"""Settings of components as pydantic fields: checked together, assigned whole or not at all, the same in every host.
+
+LangChain's and LlamaIndex' components are these classes beside their framework's own; Haystack's check theirs by them.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SkipValidation,
+    Strict,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_serializer,
+    model_validator,
+)
+
+from kalm_integrations.core.ranking import check_fusion
+from kalm_integrations.core.settings import check_names, describe_problems
+from kalm_integrations.core.types import ENCODING_KEY, FusionMethod, Reranker, is_reranker
+from kalm_integrations.errors import SettingsError
+from kalm_integrations.hosting.documents import check_encoding_key
+from kalm_integrations.hosting.models import STORE_SETTINGS, Opened, WithModel, check_model, check_model_kwargs
+
+MODEL_FIELDS = (
+    "revision",
+    "device",
+    "dtype",
+    "compression_ratio",
+    "storage_codec",
+    "max_inline_bytes",
+    "max_passage_tokens",
+    "max_query_tokens",
+    "system_instruction",
+    "calibration",
+)
+"""Fields that are settings of `KalmReranker.from_pretrained`. Not the instruction: it goes with each query, so that components
+with different ones can share a reranker."""
+
+
+def check_count(value: object, name: str) -> int | None:
+    """Return a number of results as an int; None means all. numpy's whole numbers are numbers too.
+
+    Raises:
+        SettingsError: it is no positive whole number.
+    """
+    if value is None:
+        return None
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        count = 0
+    if count < 1:
+        msg = f"{name} must be a positive whole number, or None for all, but got {value!r}"
+        raise SettingsError(msg)
+    return count
+
+
+def check_threshold(value: object, name: str) -> float | None:
+    """Return a threshold as a float; None sets none.
+
+    Raises:
+        SettingsError: it is no number.
+    """
+    if value is None:
+        return None
+    try:
+        threshold = math.nan if isinstance(value, (str, bytes, bool)) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        threshold = math.nan
+    if math.isnan(threshold):
+        msg = f"{name} must be a number or None, but got {value!r}"
+        raise SettingsError(msg)
+    return threshold
+
+
+def _count(value: object, info: ValidationInfo) -> int | None:
+    return check_count(value, info.field_name or "")
+
+
+def _threshold(value: object, info: ValidationInfo) -> float | None:
+    return check_threshold(value, info.field_name or "")
+
+
+def _name(value: object) -> object:
+    """Return a torch.device or torch.dtype as its name, which can be copied, compared and written."""
+    is_torch = type(value).__module__.partition(".")[0] == "torch"
+    return str(value).removeprefix("torch.") if is_torch else value
+
+
+Count = Annotated[int | None, BeforeValidator(_count)]
+"""How many results, at most; None: all."""
+Whole = Annotated[int | None, Strict()]
+Threshold = Annotated[float | None, BeforeValidator(_threshold)]
+TorchName = Annotated[str | None, BeforeValidator(_name)]
+EncodingKey = Annotated[str, BeforeValidator(check_encoding_key)]
+Model = Annotated[SkipValidation[str | os.PathLike[str] | Reranker], WithJsonSchema({"type": "string"})]
+Function = Annotated[Callable[[Any], object], WithJsonSchema({"type": "null"})]
+
+
+class CheckedModel(BaseModel):
+    """A pydantic model whose errors are ours, and that an assignment which is refused leaves as it was."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    def __init__(self, **values: Any) -> None:
+        """Check the fields, all together.
+
+        Raises:
+            SettingsError: one is unknown or breaks a rule; the message names it.
+        """
+        kind = type(self)
+        check_names(values, kind.model_fields, f"settings of {kind.__name__}")
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _refusal(kind.__name__, error) from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign a field if the model is valid with it.
+
+        Raises:
+            SettingsError: it is not, or there is no such field; nothing has changed.
+        """
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+            return
+        fields = type(self).model_fields
+        values = {field: getattr(self, field) for field in fields} | {name: value}
+        changed = assigned(type(self), values, type(self).__name__)
+        self.__dict__[name] = changed.__dict__[name]
+        self.__pydantic_fields_set__.add(name)
+
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
+
+
+def assigned(kind: type[AnyModel], values: Mapping[str, Any], component: str) -> AnyModel:
+    """Return a model of fields that were assigned one by one, some of which may be without effect.
+
+    Args:
+        kind: the class.
+        values: of its fields.
+        component: the name to call it by in messages.
+
+    Raises:
+        SettingsError: one is unknown or breaks a rule.
+    """
+    check_names(values, kind.model_fields, f"settings of {component}")
+    made = kind.__new__(kind)
+    try:
+        # Not by the constructor, which refuses what is without effect.
+        kind.__pydantic_validator__.validate_python(dict(values), self_instance=made)
+    except ValidationError as error:
+        raise _refusal(component, error) from error
+    return made
+
+
+def _refusal(component: str, error: ValidationError) -> SettingsError:
+    return SettingsError(f"invalid settings of {component}: {describe_problems(error)}")
+
+
+class ModelFields(CheckedModel, WithModel):
+    """Fields that name a model and say how it encodes."""
+
+    model: Model = "pico"
+    """An alias (`pico` is built in; `nano`, `small`, `large`, …), a hub id, a local folder, or a reranker to share, which
+    brings settings of its own."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    device: TorchName = None
+    """A torch device; None takes CUDA if there is one."""
+    dtype: TorchName = None
+    """"float32" or "bfloat16"; None chooses by device."""
+    compression_ratio: Whole = None
+    """Encoder tokens per stored state; 4 if not set."""
+    storage_codec: str | None = None
+    """How states are written: fp32, fp16, bf16, int8 or int4."""
+    max_inline_bytes: Whole = None
+    """If set, each encoding is pooled until its metadata string is not longer."""
+    max_passage_tokens: Whole = None
+    """Longer passages are cut; 1,024 if not set."""
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """What else `KalmReranker.from_pretrained` takes: storage_mode, payload_store, cache_bytes, batch sizes, …"""
+
+    _opened: Opened | None = PrivateAttr(None)
+
+    def model_settings(self) -> dict[str, Any]:
+        """Return what `as_reranker` takes beside the model."""
+        return {name: value for name in MODEL_FIELDS if (value := getattr(self, name, None)) is not None} | self.model_kwargs
+
+    @model_validator(mode="after")
+    def _check_model(self) -> ModelFields:
+        if isinstance(self.model, os.PathLike):
+            self.__dict__["model"] = os.fspath(self.model)
+        check_model_kwargs(self.model_kwargs, type(self).model_fields)
+        check_model(self.model, self.model_settings())
+        return self
+
+    @field_serializer("model")
+    def _serialize_model(self, model: Any) -> str:
+        # Caches are keyed by this: one reranker must not be served what another has encoded.
+        return f"{type(model).__name__}:{model.fingerprint}" if is_reranker(model) else os.fspath(model)
+
+    @field_serializer("model_kwargs")
+    def _serialize_model_kwargs(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        stores = {name: model_kwargs[name] for name in STORE_SETTINGS if name in model_kwargs}
+        paths = {name: os.fspath(store) for name, store in stores.items() if isinstance(store, (str, os.PathLike))}
+        # Mappings live in this process, and a token is nobody else's affair.
+        return {name: value for name, value in model_kwargs.items() if name not in (*stores, "token")} | paths
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> ModelFields:
+        """Return a copy that shares the model, its stores, and what it calls."""
+        return super().__deepcopy__(self.share(memo or {}))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel as settings.
+
+        Raises:
+            SettingsError: a part lives in this process only.
+        """
+        self.check_travels()
+        fields = type(self).model_fields
+        values = {name: value for name, value in self.__dict__.items() if name == "write_back" or not fields[name].exclude}
+        return assigned, (type(self), values, type(self).__name__)
+
+
+class QueryFields(ModelFields):
+    """Fields of a component that scores."""
+
+    instruction: str | None = None
+    """What makes a passage relevant. Encodings do not depend on it."""
+    system_instruction: str | None = None
+    """The sentence that tells the model to judge."""
+    max_query_tokens: Whole = None
+    """Longer queries are cut; 512 if not set."""
+    calibration: bool | dict[str, float] | None = None
+    """Make scores probabilities: True takes what `kalm calibrate` saved in the checkpoint, or give temperature and bias."""
+
+
+class EncodingFields(ModelFields):
+    """The field of a component that reads or writes encodings in metadata."""
+
+    encoding_key: EncodingKey = ENCODING_KEY
+    """Metadata key of the encoding."""
+
+
+class RerankFields(QueryFields, EncodingFields):
+    """Fields of a component that reranks."""
+
+    score_threshold: Threshold = None
+    """Results that score less are left out, before the list is cut."""
+    fusion: FusionMethod | None = None
+    """Order by the retriever's judgement too: "z_score" adds its scores, "reciprocal_rank" its ranks. The score stays P(yes);
+    what decides the order is returned as metadata `fused_score`."""
+    fusion_weight: float | None = None
+    """The reranker's share in a fusion, from 0 to 1."""
+    strip_encodings: bool = True
+    """Leave encodings out of what is returned, and so out of prompts, traces and checkpoints."""
+    on_missing: Literal["encode", "error"] = "encode"
+    """What to do about documents without a valid encoding of their text."""
+    write_back: Function | None = Field(None, repr=False, exclude=True)
+    """Called after scoring with copies of the documents that came without a valid encoding, their encodings in the metadata;
+    see `write_back_to`. What it raises is logged, and fails no query."""
+
+    def __init__(self, **values: Any) -> None:
+        """Check the fields, all together; what would be without effect is refused here, where all are given at once.
+
+        Raises:
+            SettingsError: one is unknown, breaks a rule or needs another one.
+        """
+        super().__init__(**values)
+        check_fusion(self.fusion, self.fusion_weight)
+
+    @model_validator(mode="after")
+    def _check_fusion(self) -> RerankFields:
+        # A weight is kept while fusion is switched off, so that every state can be reached one assignment at a time.
+        if self.fusion is not None or self.fusion_weight is not None:
+            check_fusion(self.fusion or "reciprocal_rank", self.fusion_weight)
+        return self

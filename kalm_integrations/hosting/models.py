@@ -1,0 +1,197 @@
+"""A component's model: from its settings to an open reranker, and what of it can be copied or sent to another process."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import pickle
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kalm_integrations.core.passages.stores import check_store, check_travels
+from kalm_integrations.core.settings import SETTING_NAMES, build_settings, check_names
+from kalm_integrations.core.types import Reranker, is_reranker
+from kalm_integrations.errors import SettingsError
+
+logger = logging.getLogger(__name__)
+
+STORE_SETTINGS = ("payload_store", "prefix_store")
+
+# One lock a model, so that nobody waits for another model's download; kept here, because a lock in a component would forbid
+# copying it.
+_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+_locks_lock = threading.Lock()
+
+
+def as_reranker(model: Reranker | str | os.PathLike[str], **settings: Any) -> Reranker:
+    """Return what was given as `model` as a reranker: itself if it is one, else `KalmReranker.from_pretrained` of it.
+
+    Says once per process that the built-in checkpoint is not the one for production.
+
+    Raises:
+        SettingsError: settings were given for a reranker that has its own, or one is unknown or breaks a rule.
+        CheckpointError: the checkpoint is not there or cannot be used.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        check_model(model, settings)
+        return model
+    check_names(settings, SETTING_NAMES, "settings")
+    # torch is loaded here, not when a component is made.
+    from kalm_integrations.core.reranker import KalmReranker
+
+    if model == "pico":
+        _notice_pico()
+    return KalmReranker.from_pretrained(model, **settings)
+
+
+@functools.cache
+def _notice_pico() -> None:
+    logger.warning("using the small built-in checkpoint 'pico'; for production pass model='nano' or larger")
+
+
+def check_model(model: object, settings: Mapping[str, Any]) -> None:
+    """Check a model and the settings beside it as far as that is possible with nothing loaded.
+
+    Raises:
+        SettingsError: it is neither a name, nor a folder, nor a reranker; a setting is unknown or breaks a rule; or there are
+            settings for a reranker that has its own.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    if is_reranker(model):
+        if given:
+            msg = (
+                f"a reranker given as model brings its own settings, but got {', '.join(sorted(given))} too; set them on the "
+                "reranker"
+            )
+            raise SettingsError(msg)
+        return
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+        msg = f"model must be an alias, a hub id, a folder or a reranker, but got {_shown(model)}"
+        raise SettingsError(msg)
+    build_settings(given)
+    for name in STORE_SETTINGS:
+        check_store(given.get(name), name)
+
+
+def check_model_kwargs(model_kwargs: Mapping[str, Any], fields: Iterable[str]) -> None:
+    """Check the names of what a component passes on to `KalmReranker.from_pretrained` beside its fields.
+
+    Raises:
+        SettingsError: one is a field of the component, or unknown.
+    """
+    fields = set(fields)
+    repeated = sorted(model_kwargs.keys() & fields)
+    if repeated:
+        msg = f"model_kwargs must not repeat parameters, but got {', '.join(repeated)}; give them directly"
+        raise SettingsError(msg)
+    check_names(model_kwargs, set(SETTING_NAMES) - fields, "model_kwargs")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A reranker that a component has opened, and the settings it was opened with. A copy is itself."""
+
+    settings: dict[str, Any]
+    reranker: Reranker
+
+    def fits(self, settings: Mapping[str, Any]) -> bool:
+        """Return whether the settings are still the same; stores are compared by identity, for == would read them whole."""
+        if self.settings.keys() != settings.keys():
+            return False
+        pairs = ((name, value, settings[name]) for name, value in self.settings.items())
+        return all(old is new or (name not in ("model", *STORE_SETTINGS) and old == new) for name, old, new in pairs)
+
+    def __copy__(self) -> Opened:
+        """Return itself: copies of a component share the model."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Opened:
+        """Return itself; see `__copy__`."""
+        return self
+
+
+class WithModel:
+    """A component that was given a reranker, or the settings to open one when it is first needed.
+
+    Settings that change after the first use count: the reranker is opened again, which costs its caches, not its weights.
+    """
+
+    model: Any
+    _opened: Opened | None
+    """Set by the class: pydantic and others keep it in different places."""
+
+    def model_settings(self) -> dict[str, Any]:
+        """Return what `as_reranker` takes beside the model."""
+        raise NotImplementedError
+
+    @property
+    def reranker(self) -> Reranker:
+        """The reranker, opened on first use; its weights are loaded when they are needed, `stats` says what it has done.
+
+        Raises:
+            SettingsError: a setting is out of range or unknown, or came with a reranker that has its own.
+            CheckpointError: the checkpoint is not there or cannot be used.
+        """
+        settings = {"model": self.model, **self.model_settings()}
+        opened = self._opened
+        if opened is None or not opened.fits(settings):
+            with _locks_lock:
+                lock = _locks[str(self.model)]
+            with lock:
+                opened = self._opened
+                if opened is None or not opened.fits(settings):
+                    opened = self._opened = Opened(settings, as_reranker(**settings))
+        return opened.reranker
+
+    def shared_parts(self) -> Iterator[object]:
+        """Yield what copies of the component share instead of copying it: a reranker, its stores, callables."""
+        if is_reranker(self.model):
+            yield self.model
+        yield from (value for name, value in self.model_settings().items() if name in STORE_SETTINGS)
+        yield getattr(self, "write_back", None)
+
+    def share(self, memo: dict[int, Any]) -> dict[int, Any]:
+        """Return the memo of a deep copy in which the shared parts stand for themselves."""
+        return {**memo, **{id(part): part for part in self.shared_parts() if part is not None}}
+
+    def check_travels(self) -> None:
+        """Check that the component can go to another process, where it opens its model anew.
+
+        Raises:
+            SettingsError: a part lives in this process only; the message says what to give instead.
+        """
+        name = type(self).__name__
+        if is_reranker(self.model):
+            msg = (
+                f"{name} must have an alias, a hub id or a folder as model to go to another process (pickling, num_workers), "
+                f"but got a {type(self.model).__name__}, which stays in its own; pass model and settings instead"
+            )
+            raise SettingsError(msg)
+        for setting, value in self.model_settings().items():
+            if setting in STORE_SETTINGS:
+                check_travels(value, setting)
+        check_callable_travels(getattr(self, "write_back", None), "write_back")
+
+
+def check_callable_travels(function: Callable[..., object] | None, name: str) -> None:
+    """Check that a function can be found by another process.
+
+    Raises:
+        SettingsError: it cannot be pickled, as a lambda, a closure, or a method of something that lives in this process.
+    """
+    try:
+        pickle.dumps(function)
+    except Exception as error:
+        msg = (
+            f"{name} must be a function that can be imported by its name to go to another process (pickling, num_workers), "
+            f"but got {_shown(function)} ({error}); define it at the top of a module, or set it in the process that queries"
+        )
+        raise SettingsError(msg) from error
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
