@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from kalm_integrations.core.types import AnyPassage, RankedPassage, Reranker
 
 QUERIES_PER_BLOCK = 128
-"""Queries that are scored together; what they share is read once."""
+"""Queries that are scored together at most; what they share is read once."""
+PAIRS_PER_BLOCK = 4096
+"""Pairs that are scored together, unless one query has more: rankings hold what was encoded for them."""
 
 
 def score_pairs(
@@ -28,12 +30,24 @@ def score_pairs(
     for index, (query, _) in enumerate(pairs):
         by_query.setdefault(query, []).append(index)
     scored: dict[int, RankedPassage] = {}
-    queries = list(by_query)
-    for start in range(0, len(queries), QUERIES_PER_BLOCK):
-        block = queries[start : start + QUERIES_PER_BLOCK]
+    for block in _blocks(by_query):
         lists = [[pairs[index][1] for index in by_query[query]] for query in block]
         for query, ranked in zip(block, reranker.rank_many(block, lists, instruction=instruction), strict=True):
             scored.update((by_query[query][passage.index], passage) for passage in ranked)
             if progress is not None:
                 progress(len(ranked))
     return [scored[index] for index in range(len(pairs))]
+
+
+def _blocks(by_query: Mapping[str, Sequence[int]]) -> Iterator[list[str]]:
+    """Cut queries into blocks."""
+    block: list[str] = []
+    n_pairs = 0
+    for query, indices in by_query.items():
+        if block and (len(block) == QUERIES_PER_BLOCK or n_pairs + len(indices) > PAIRS_PER_BLOCK):
+            yield block
+            block, n_pairs = [], 0
+        block.append(query)
+        n_pairs += len(indices)
+    if block:
+        yield block

@@ -40,8 +40,7 @@ def encoding_keys(encoding_key: str) -> frozenset[str]:
 def without_encodings(metadata: Mapping[Any, Any], encoding_key: str) -> dict[Any, Any]:
     """Return a document's metadata without encodings; it shares no nested value with the original."""
     ours = encoding_keys(encoding_key)
-    # Copied first: a store may change the mapping from another thread.
-    return {key: _copied(value) for key, value in dict(metadata).items() if key not in ours}
+    return {key: value for key, value in copied(metadata).items() if key not in ours}
 
 
 def with_encoding(metadata: Mapping[Any, Any], encoding: Metadata, encoding_key: str) -> dict[Any, Any]:
@@ -52,6 +51,12 @@ def with_encoding(metadata: Mapping[Any, Any], encoding: Metadata, encoding_key:
 def under_key(encoding: Metadata, encoding_key: str) -> Metadata:
     """Return an encoding's metadata with the encoding under another key."""
     return {encoding_key: encoding[ENCODING_KEY], FINGERPRINT_KEY: encoding[FINGERPRINT_KEY]}
+
+
+def copied(metadata: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return metadata that share no nested value with the original."""
+    # Copied first: a store may change the mapping from another thread.
+    return {key: _copied(value) for key, value in dict(metadata).items()}
 
 
 def _copied(value: Any) -> Any:

@@ -281,6 +281,10 @@ class RerankFields(QueryFields, EncodingFields):
             SettingsError: one is unknown, breaks a rule or needs another one.
         """
         super().__init__(**values)
+        self._check_used()
+
+    def _check_used(self) -> None:
+        """Check that every setting has an effect."""
         check_fusion(self.fusion, self.fusion_weight)
 
     @model_validator(mode="after")

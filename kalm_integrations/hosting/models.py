@@ -69,8 +69,8 @@ def check_model(model: object, settings: Mapping[str, Any]) -> None:
             )
             raise SettingsError(msg)
         return
-    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
-        msg = f"model must be an alias, a hub id, a folder or a reranker, but got {_shown(model)}"
+    if not isinstance(model, (str, os.PathLike)):
+        msg = f"model must be an alias, a hub id, a folder or a reranker, but got {type(model).__name__}"
         raise SettingsError(msg)
     build_settings(given)
     for name in STORE_SETTINGS:
@@ -86,7 +86,7 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any], fields: Iterable[str]) -
     fields = set(fields)
     repeated = sorted(model_kwargs.keys() & fields)
     if repeated:
-        msg = f"model_kwargs must not repeat parameters, but got {', '.join(repeated)}; give them directly"
+        msg = f"model_kwargs must not repeat fields, but got {', '.join(repeated)}; give them directly"
         raise SettingsError(msg)
     check_names(model_kwargs, set(SETTING_NAMES) - fields, "model_kwargs")
 
@@ -128,6 +128,10 @@ class WithModel:
         """Return what `as_reranker` takes beside the model."""
         raise NotImplementedError
 
+    def credentials(self) -> dict[str, Any]:
+        """Return settings that are needed to open the reranker only, and are not kept: a token."""
+        return {}
+
     @property
     def reranker(self) -> Reranker:
         """The reranker, opened on first use; its weights are loaded when they are needed, `stats` says what it has done.
@@ -144,7 +148,7 @@ class WithModel:
             with lock:
                 opened = self._opened
                 if opened is None or not opened.fits(settings):
-                    opened = self._opened = Opened(settings, as_reranker(**settings))
+                    opened = self._opened = Opened(settings, as_reranker(**settings, **self.credentials()))
         return opened.reranker
 
     def shared_parts(self) -> Iterator[object]:
@@ -188,10 +192,6 @@ def check_callable_travels(function: Callable[..., object] | None, name: str) ->
     except Exception as error:
         msg = (
             f"{name} must be a function that can be imported by its name to go to another process (pickling, num_workers), "
-            f"but got {_shown(function)} ({error}); define it at the top of a module, or set it in the process that queries"
+            f"but got {function!r} ({error}); define it at the top of a module, or set it in the process that queries"
         )
         raise SettingsError(msg) from error
-
-
-def _shown(value: object) -> str:
-    return repr(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"

@@ -119,7 +119,7 @@ def write_back(
         made = ranking.to_metadata(missing)
         target([attach(index, metadata) for index, metadata in made.items()])
     except Exception:
-        logger.exception("the encodings of %d documents were not written back; the query is answered", len(missing))
+        logger.exception("could not write back the encodings of %d documents; the query is answered", len(missing))
 
 
 def _check_stored(reading: Reading, names: Sequence[str]) -> None:

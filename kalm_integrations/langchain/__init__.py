@@ -1,10 +1,10 @@
 """LangChain: encode documents at ingest, rerank them with the stored encodings. Needs only langchain-core.
 
 ```python
-from kalm_integrations.langchain import KalmPassageEncoder, KalmRerank
+from kalm_integrations.langchain import KalmPassageEncoder, KalmRerank, KalmRetriever
 
 vectorstore.add_documents(KalmPassageEncoder().transform_documents(splits))      # encode after splitting
-retriever = ContextualCompressionRetriever(base_compressor=KalmRerank(top_n=3), base_retriever=vectorstore.as_retriever())
+retriever = KalmRetriever(base_retriever=vectorstore.as_retriever(), reranker=KalmRerank(top_n=3))
 ```
 """
 
@@ -19,13 +19,12 @@ except ModuleNotFoundError as error:
     raise MissingExtraError(_message) from error
 
 from kalm_integrations.hosting.stores import BackfillReport
-from kalm_integrations.langchain.backfilling import backfill
 from kalm_integrations.langchain.cross_encoder import KalmCrossEncoder
 from kalm_integrations.langchain.encode import KalmPassageEncoder, kalm_key_encoder
 from kalm_integrations.langchain.payloads import ByteStorePayloads
 from kalm_integrations.langchain.rerank import KalmRerank
 from kalm_integrations.langchain.retriever import KalmRetriever
-from kalm_integrations.langchain.stores import DocumentAccess, write_back_to
+from kalm_integrations.langchain.stores import DocumentAccess, backfill, write_back_to
 
 __all__ = [
     "BackfillReport",

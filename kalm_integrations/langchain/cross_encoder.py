@@ -5,17 +5,14 @@ from __future__ import annotations
 from langchain_core.cross_encoders import BaseCrossEncoder
 
 from kalm_integrations.core.pairs import score_pairs
-from kalm_integrations.langchain.model import WithReranker
+from kalm_integrations.hosting.fields import QueryFields
 
 
-class KalmCrossEncoder(WithReranker, BaseCrossEncoder):
+class KalmCrossEncoder(QueryFields, BaseCrossEncoder):
     """Scores pairs of texts, for `CrossEncoderReranker` and its like.
 
     It sees texts only, so it cannot use stored encodings; what it encodes stays in memory. Prefer `KalmRerank`.
     """
-
-    instruction: str | None = None
-    """What makes a text relevant."""
 
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """Return P(yes) for each pair of a query and a text, in order; a text that several queries share is encoded once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from datetime import date, time
 from decimal import Decimal
 from pathlib import PurePath
@@ -14,14 +14,16 @@ from uuid import UUID
 from langchain_core.documents import BaseDocumentTransformer, Document
 from langchain_core.vectorstores import VectorStore
 
-from kalm_integrations.core.types import ENCODING_KEY
+from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.langchain.documents import find_unencoded, with_encodings
+from kalm_integrations.hosting.documents import check_encoding_key, checked_documents, with_encoding
+from kalm_integrations.hosting.fields import EncodingFields
+from kalm_integrations.hosting.ranking import encode
+from kalm_integrations.langchain.documents import to_passage, with_metadata
 from kalm_integrations.langchain.limits import check_store_takes
-from kalm_integrations.langchain.model import WithReranker
 
 
-class KalmPassageEncoder(WithReranker, BaseDocumentTransformer):
+class KalmPassageEncoder(EncodingFields, BaseDocumentTransformer):
     """Adds its encoding to the metadata of each document. Put it after splitting and before the store.
 
     Returns copies. Documents that already carry an encoding of this text and model are not encoded again, duplicates are
@@ -32,14 +34,12 @@ class KalmPassageEncoder(WithReranker, BaseDocumentTransformer):
     ```
     """
 
-    encoding_key: str = ENCODING_KEY
-    """Metadata key of the encoding."""
     show_progress: bool = False
     """Draw a progress bar."""
     store: VectorStore | None = None
     """Where the documents will go, if values that it would refuse shall be an error here."""
 
-    def transform_documents(self, documents: Sequence[Document], **kwargs: Any) -> list[Document]:
+    def transform_documents(self, documents: Iterable[Document], **kwargs: Any) -> list[Document]:
         """Return copies of the documents with `kalm_encoding` and `kalm_fp` in their metadata, in order.
 
         Args:
@@ -47,42 +47,56 @@ class KalmPassageEncoder(WithReranker, BaseDocumentTransformer):
             kwargs: none are known; the interface asks for them.
 
         Raises:
-            SettingsError: `kwargs` were given.
+            SettingsError: `kwargs` were given, or something else than documents.
             EncodingTooLargeError: an encoding does not fit `max_inline_bytes`, or is more than `store` takes.
         """
         if kwargs:
             msg = f"transform_documents takes only documents, but got {', '.join(kwargs)}; set fields of the encoder instead"
             raise SettingsError(msg)
-        if not documents:
+        given = checked_documents(documents, Document, "KalmPassageEncoder")
+        if not given:
             return []
-        return encode_missing(self, documents, find_unencoded(documents, self.reranker, self.encoding_key))
+        key = self.encoding_key
+        passages = [to_passage(document, key) for document in given]
+        made = encode(self.reranker, passages, show_progress=self.show_progress)
+        encoded = [
+            with_metadata(document, with_encoding(document.metadata, metadata, key))
+            for document, metadata in zip(given, made, strict=True)
+        ]
+        if self.store is not None:
+            check_store_takes(self.store, encoded, key)
+        return encoded
 
 
-def encode_missing(encoder: KalmPassageEncoder, documents: Sequence[Document], missing: Sequence[int]) -> list[Document]:
-    """Do what `KalmPassageEncoder` does with documents of which is known which have no sound encoding."""
-    key = encoder.encoding_key
-    encoded = with_encodings(documents, missing, encoder.reranker, key, show_progress=encoder.show_progress)
-    if encoder.store is not None:
-        check_store_takes(encoder.store, (document.metadata[key] for document in encoded))
-    return encoded
-
-
-def kalm_key_encoder(document: Document) -> str:
-    """Return an id made of text and metadata without what this package adds, for `index(..., key_encoder=...)`.
+def kalm_key_encoder(document: Document, encoding_key: str = ENCODING_KEY) -> str:
+    """Return an id made of text and metadata without what the encoder adds, for `index(..., key_encoder=...)`.
 
     With LangChain's own key encoders a document that gets an encoding, or another one, counts as new: the old one is deleted
     and the text is embedded again. The id is a UUID, because some stores (Qdrant) take no other string.
 
+    Args:
+        document: the document.
+        encoding_key: that of the encoder; for another than the default give
+            `functools.partial(kalm_key_encoder, encoding_key=...)`.
+
     Raises:
         SettingsError: the metadata holds something that has no lasting text form.
     """
-    metadata = {k: v for k, v in document.metadata.items() if not str(k).startswith("kalm_")}
-    facts = json.dumps([document.page_content, metadata], sort_keys=True, default=_as_text)
+    added = (check_encoding_key(encoding_key), FINGERPRINT_KEY)
+    metadata = {key: value for key, value in document.metadata.items() if key not in added}
+    try:
+        facts = json.dumps([document.page_content, metadata], sort_keys=True, default=_as_text)
+    except (TypeError, ValueError, RecursionError) as error:
+        msg = (
+            "metadata must be made of JSON types (their keys of one kind, no value inside itself), dates, UUIDs, paths and "
+            f"decimals to be hashed, but {error}; leave that out, or pass a key_encoder of your own"
+        )
+        raise SettingsError(msg) from error
     return str(UUID(bytes=hashlib.blake2b(facts.encode("utf-8"), digest_size=16).digest()))
 
 
 def _as_text(value: object) -> str:
     if isinstance(value, (date, time, UUID, PurePath, Decimal)):
         return str(value)
-    msg = f"metadata must be made of JSON types, dates, UUIDs, paths and decimals to be hashed, but got {type(value).__name__}"
-    raise SettingsError(msg)
+    msg = f"got {type(value).__name__}"
+    raise TypeError(msg)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever, RetrieverLike
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
+from kalm_integrations.hosting.fields import CheckedModel, Count, check_count
 from kalm_integrations.langchain.rerank import KalmRerank
 
 
-class KalmRetriever(BaseRetriever):
+class KalmRetriever(CheckedModel, BaseRetriever):
     """Retrieves with `base_retriever` and returns the `k` best of it.
 
     `k` and `instruction` may be given per query: `retriever.invoke("who won?", k=1)`. Let the base retriever fetch more
@@ -21,13 +22,11 @@ class KalmRetriever(BaseRetriever):
     ```
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
-
     base_retriever: RetrieverLike
     """Fetches the candidates."""
     reranker: KalmRerank = Field(default_factory=KalmRerank)
     """Ranks them."""
-    k: int | None = Field(None, gt=0)
+    k: Count = None
     """How many documents to return at most; None leaves it to `reranker.top_n`."""
 
     def _get_relevant_documents(
@@ -40,7 +39,7 @@ class KalmRetriever(BaseRetriever):
     ) -> list[Document]:
         callbacks = run_manager.get_child()
         documents = self.base_retriever.invoke(query, {"callbacks": callbacks})
-        top_n = self.k if k is None else k
+        top_n = check_count(self.k if k is None else k, "k")
         return self.reranker.compress_documents(documents, query, callbacks, instruction=instruction, top_n=top_n)
 
     async def _aget_relevant_documents(
@@ -53,5 +52,5 @@ class KalmRetriever(BaseRetriever):
     ) -> list[Document]:
         callbacks = run_manager.get_child()
         documents = await self.base_retriever.ainvoke(query, {"callbacks": callbacks})
-        top_n = self.k if k is None else k
+        top_n = check_count(self.k if k is None else k, "k")
         return await self.reranker.acompress_documents(documents, query, callbacks, instruction=instruction, top_n=top_n)

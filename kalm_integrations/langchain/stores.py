@@ -1,13 +1,12 @@
-"""Reading and changing documents' metadata through each store's own API, without embedding a text again."""
+"""Encodings into documents that a store has already, through each store's own API and without embedding a text again."""
 
 from __future__ import annotations
 
 import json
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from langchain_core.documents import Document
 from langchain_core.stores import BaseStore
@@ -15,32 +14,21 @@ from langchain_core.vectorstores import InMemoryVectorStore
 
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.langchain.documents import with_metadata
-
-logger = logging.getLogger(__name__)
-
-DocumentId: TypeAlias = "str | int"
-Changes: TypeAlias = Mapping[DocumentId, Mapping[str, str]]
-"""Metadata to add, by document."""
+from kalm_integrations.hosting import stores as hosting
+from kalm_integrations.hosting.documents import check_encoding_key
+from kalm_integrations.hosting.stores import BackfillReport, Changes, DocumentId
+from kalm_integrations.langchain.documents import document_kind, with_metadata
+from kalm_integrations.langchain.encode import KalmPassageEncoder
 
 _READ_BATCH = 100
 
 
 @runtime_checkable
-class DocumentAccess(Protocol):
+class DocumentAccess(hosting.DocumentAccess[Document], Protocol):
     """What write-back and backfill need of a store; implement it for a store that is not known here."""
-
-    def find_ids(self, fingerprint: str | None) -> list[DocumentId]:
-        """Return the ids of the documents whose `kalm_fp` is missing or another; of all documents for None."""
-
-    def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, Document]:
-        """Return documents by id, leaving out those that are gone or have no text."""
 
     def id_of(self, document: Document) -> DocumentId | None:
         """Return the id under which the store holds a document that it returned."""
-
-    def add_metadata(self, changes: Changes) -> None:
-        """Add to the metadata of one or more documents, leaving all else as it is; ids that are gone are passed over."""
 
 
 def write_back_to(
@@ -50,6 +38,8 @@ def write_back_to(
     id_of: Callable[[Document], DocumentId | None] | None = None,
 ) -> Callable[[Sequence[Document]], None]:
     """Return what `KalmRerank(write_back=...)` takes, for a store.
+
+    Documents that are gone, have another text by now or have no id are passed over; how many, is logged.
 
     Args:
         store: Chroma, QdrantVectorStore, PGVector (sync), FAISS, InMemoryVectorStore, a key-value docstore, or a
@@ -62,22 +52,47 @@ def write_back_to(
         SettingsError: the store is none of these.
     """
     access = access_to(store)
+    kind = document_kind(check_encoding_key(encoding_key))
     find_id = access.id_of if id_of is None else id_of
 
     def write_back(documents: Sequence[Document]) -> None:
         ids = [find_id(document) for document in documents]
-        changes = {
-            document_id: {key: document.metadata[key] for key in (encoding_key, FINGERPRINT_KEY)}
-            for document_id, document in zip(ids, documents, strict=True)
-            if document_id is not None
-        }
-        if changes:
-            access.add_metadata(changes)
-        if None in ids:
-            rule = "%d of %d encodings were not written back: their documents have no id"
-            logger.warning(rule, ids.count(None), len(ids))
+        found = {i: document for i, document in zip(ids, documents, strict=True) if i is not None}
+        hosting.write_encodings(access, kind, found, n_without_id=ids.count(None))
 
     return write_back
+
+
+def backfill(
+    store: object,
+    encoder: KalmPassageEncoder | None = None,
+    *,
+    check_texts: bool = True,
+    batch_size: int = hosting.DEFAULT_BATCH_SIZE,
+    show_progress: bool = True,
+) -> BackfillReport:
+    """Encode a store's documents that a query would have to encode, in place and without embedding them again.
+
+    Each batch is written when it is done, so a run that was stopped is continued by the next one.
+
+    Args:
+        store: what `write_back_to` takes.
+        encoder: brings model and settings; `KalmPassageEncoder()` for None.
+        check_texts: read every document. False believes `kalm_fp`: fewer documents are read, but an encoding that is damaged
+            or of another text is not found.
+        batch_size: documents read, encoded and written at a time.
+        show_progress: draw a progress bar.
+
+    Raises:
+        SettingsError: the store is not known, or `batch_size` is not positive.
+        EncodingTooLargeError: an encoding does not fit `max_inline_bytes`.
+    """
+    access = access_to(store)
+    encoder = KalmPassageEncoder() if encoder is None else encoder
+    kind, reranker = document_kind(encoder.encoding_key), encoder.reranker
+    return hosting.backfill(
+        access, kind, reranker, check_texts=check_texts, batch_size=batch_size, show_progress=show_progress
+    )
 
 
 def access_to(store: object) -> DocumentAccess:
@@ -159,17 +174,18 @@ class _Qdrant:
 
     def add_metadata(self, changes: Changes) -> None:
         models, key = self._models, self._store.metadata_payload_key
-        client, collection = self._store.client, self._store.collection_name
-        # The client's local mode stops at a point that is gone.
-        held = client.retrieve(collection, list(changes), with_payload=False)
         operations = [
             models.SetPayloadOperation(
-                set_payload=models.SetPayload(payload=dict(changes[point.id]), points=[point.id], key=key)
+                set_payload=models.SetPayload(
+                    payload=dict(added),
+                    # A filter, because the client's local mode stops at an id that is gone.
+                    filter=models.Filter(must=[models.HasIdCondition(has_id=[document_id])]),
+                    key=key,
+                )
             )
-            for point in held
+            for document_id, added in changes.items()
         ]
-        if operations:
-            client.batch_update_points(collection, operations)
+        self._store.client.batch_update_points(self._store.collection_name, operations)
 
 
 class _PGVector:
@@ -217,7 +233,7 @@ class _PGVector:
 
 
 class _Replacing(ABC):
-    """A store that keeps whole documents. Copies replace them: a query may still hold the old ones."""
+    """A store that keeps whole documents: each is read anew at the moment when it is written."""
 
     @abstractmethod
     def _all_ids(self) -> list[DocumentId]: ...
@@ -226,7 +242,7 @@ class _Replacing(ABC):
     def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, Document]: ...
 
     @abstractmethod
-    def _replace(self, documents: dict[DocumentId, Document]) -> None: ...
+    def _add(self, document_id: DocumentId, added: dict[str, str]) -> None: ...
 
     def find_ids(self, fingerprint: str | None) -> list[DocumentId]:
         ids = self._all_ids()
@@ -241,8 +257,8 @@ class _Replacing(ABC):
         return document.id
 
     def add_metadata(self, changes: Changes) -> None:
-        held = self.read(list(changes))
-        self._replace({i: with_metadata(document, {**document.metadata, **changes[i]}) for i, document in held.items()})
+        for document_id, added in changes.items():
+            self._add(document_id, dict(added))
 
 
 class _InMemory(_Replacing):
@@ -256,9 +272,10 @@ class _InMemory(_Replacing):
         held = {i: self._entries[str(i)] for i in ids if i in self._entries}
         return {i: Document(entry["text"], id=entry["id"], metadata=entry["metadata"]) for i, entry in held.items()}
 
-    def _replace(self, documents: dict[DocumentId, Document]) -> None:
-        for i, document in documents.items():
-            self._entries[str(i)] = {**self._entries[str(i)], "metadata": document.metadata}
+    def _add(self, document_id: DocumentId, added: dict[str, str]) -> None:
+        # The entry that is there is changed: one that replaces it meanwhile stays. Its old metadata a query may still hold.
+        if entry := self._entries.get(str(document_id)):
+            entry["metadata"] = {**entry["metadata"], **added}
 
 
 class _Faiss(_Replacing):
@@ -269,15 +286,22 @@ class _Faiss(_Replacing):
             raise SettingsError(msg)
         self._docstore = store.docstore
 
+    @property
+    def _held(self) -> dict[DocumentId, Document]:
+        # A new one with every addition.
+        held: dict[DocumentId, Document] = self._docstore._dict  # noqa: SLF001
+        return held
+
     def _all_ids(self) -> list[DocumentId]:
-        return list(self._docstore._dict)  # noqa: SLF001
+        return list(self._held)
 
     def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, Document]:
-        held = self._docstore._dict  # noqa: SLF001
-        return {i: held[i] for i in ids if i in held}
+        return {i: self._held[i] for i in ids if i in self._held}
 
-    def _replace(self, documents: dict[DocumentId, Document]) -> None:
-        self._docstore._dict.update(documents)  # noqa: SLF001
+    def _add(self, document_id: DocumentId, added: dict[str, str]) -> None:
+        # A copy takes its place: queries are given the very object that is stored.
+        if document := self._held.get(document_id):
+            self._held[document_id] = with_metadata(document, {**document.metadata, **added})
 
 
 class _KeyValue(_Replacing):
@@ -297,8 +321,9 @@ class _KeyValue(_Replacing):
                 raise SettingsError(msg)
         return held
 
-    def _replace(self, documents: dict[DocumentId, Document]) -> None:
-        self._store.mset([(str(i), document) for i, document in documents.items()])
+    def _add(self, document_id: DocumentId, added: dict[str, str]) -> None:
+        for document in self.read([document_id]).values():
+            self._store.mset([(str(document_id), with_metadata(document, {**document.metadata, **added}))])
 
 
 # By name, so that no store's package is imported.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -24,7 +26,6 @@ from langchain_core.runnables import RunnableLambda, RunnablePassthrough
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_tests.integration_tests import RetrieversIntegrationTests
 from langchain_text_splitters import CharacterTextSplitter
-from pydantic import ValidationError
 from tools.langchain_helpers import TEXTS, CountingEmbeddings, make_documents
 
 from kalm_integrations import KalmReranker
@@ -176,12 +177,13 @@ def test_nothing_in_gives_nothing_out_without_opening_a_model():
 
 @pytest.mark.parametrize("top_n", [0, -1])
 def test_top_n_that_is_not_positive_is_refused_when_it_is_set(top_n: int):
-    with pytest.raises(ValidationError, match=r"top_n\n.*greater than 0"):
+    with pytest.raises(SettingsError, match="top_n must be a positive whole number"):
         KalmRerank(top_n=top_n)
     rerank = KalmRerank(model=FakeReranker())
-    with pytest.raises(ValidationError, match=r"top_n\n.*greater than 0"):
+    with pytest.raises(SettingsError, match="top_n must be a positive whole number"):
         rerank.top_n = top_n
-    with pytest.raises(SettingsError, match="top_k must be a positive whole number"):
+    assert rerank.top_n == 3
+    with pytest.raises(SettingsError, match="top_n must be a positive whole number"):
         rerank.compress_documents(make_documents(), QUERY, top_n=top_n)
 
 
@@ -190,11 +192,11 @@ def test_top_n_that_is_not_positive_is_refused_when_it_is_set(top_n: int):
     [
         ({"model": 42}, "model must be an alias, a hub id, a folder or a reranker, but got int"),
         ({"model_kwargs": {"device": "cpu"}}, "model_kwargs must not repeat fields, but got device"),
-        ({"topn": 3}, "Extra inputs are not permitted"),
+        ({"topn": 3}, "must be out of .* but got 'topn'; did you mean 'top_n'"),
     ],
 )
 def test_bad_settings_are_refused_at_construction(settings: dict[str, Any], message: str):
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(SettingsError, match=message):
         KalmRerank(**settings)
 
 
@@ -293,7 +295,9 @@ def test_children_of_an_encoded_parent_do_not_use_its_encoding(make_reranker: Ma
 def test_missing_encodings_can_be_an_error():
     documents = [*encoded_documents()[:2], *make_documents()[2:]]
     rerank = KalmRerank(model=FakeReranker(), on_missing="error")
-    with pytest.raises(EncodingError, match=r"but 3 of 5 do not; encode them with KalmPassageEncoder or backfill"):
+    with pytest.raises(
+        EncodingError, match=r"but 3 of 5 do not, the first being .*missing.*; encode them at ingest or run backfill"
+    ):
         rerank.compress_documents(documents, QUERY)
     assert len(rerank.compress_documents(encoded_documents(), QUERY)) == 3
 
@@ -417,6 +421,51 @@ def test_the_key_encoder_sees_text_and_the_users_metadata_only():
         kalm_key_encoder(Document("a", metadata={"a": object()}))
 
 
+@pytest.mark.parametrize("encoding_key", ["kalm_encoding", "vec"])
+def test_the_key_encoder_leaves_out_exactly_what_the_encoder_of_that_key_adds(encoding_key: str):
+    theirs = {"kalm_fpath": "/a.pdf", "kalm_encoding_date": "2026", "vec_norm": 2}
+    plain = Document("a", metadata={**theirs, "source": "s"})
+    [encoded] = KalmPassageEncoder(model=FakeReranker(), encoding_key=encoding_key).transform_documents([plain])
+    key_encoder = partial(kalm_key_encoder, encoding_key=encoding_key)
+    assert key_encoder(encoded) == key_encoder(plain)
+    for name in theirs:
+        changed = plain.model_copy(update={"metadata": {**plain.metadata, name: "other"}})
+        assert key_encoder(changed) != key_encoder(plain)
+    with pytest.raises(SettingsError, match="encoding_key must be"):
+        kalm_key_encoder(plain, "")
+
+
+CYCLE: dict[str, Any] = {}
+CYCLE["itself"] = CYCLE
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{("a",): 1}, {1: "a", "b": 2}, {"a": {None: 1, "b": 2}}, {"a": {1}}, {"a": b"x"}, CYCLE, {"a": object()}],
+    ids=["tuple key", "mixed keys", "mixed nested keys", "set", "bytes", "cycle", "object"],
+)
+def test_metadata_that_has_no_lasting_text_form_is_refused_by_the_key_encoder(metadata: dict[Any, Any]):
+    with pytest.raises(SettingsError, match="metadata must be made of JSON types"):
+        kalm_key_encoder(Document("a", metadata=metadata))
+
+
+class PineconeVectorStore(InMemoryVectorStore):
+    """Named like the store that takes 40,960 bytes of metadata, the text among them."""
+
+
+def test_what_belongs_to_the_document_leaves_less_for_its_encoding(make_reranker: MakeReranker):
+    store = PineconeVectorStore(CountingEmbeddings())
+    document = Document("a long passage about wings " * 60, metadata={"note": "n" * 20_000})
+    settings = {"storage_codec": "fp32", "compression_ratio": 1}
+    with pytest.raises(EncodingTooLargeError, match=r"40960 bytes of metadata, .* take 21\d\d\d, .* document 1 ") as caught:
+        KalmPassageEncoder(model=make_reranker(**settings), store=store).transform_documents([Document("a"), document])
+    assert caught.value.index == 1
+    advised = int(re.search(r"max_inline_bytes=(\d+)", str(caught.value)).group(1))
+    encoder = KalmPassageEncoder(model=make_reranker(**settings, max_inline_bytes=advised), store=store)
+    [encoded] = encoder.transform_documents([document])
+    assert len(json.dumps({**encoded.metadata, "text": encoded.page_content})) <= 40_960
+
+
 # Inside LangChain
 
 
@@ -502,7 +551,7 @@ def test_the_retriever_takes_an_instruction_per_query(make_reranker: MakeReranke
     assert len(plain) == len(instructed) == 2
     assert scores(plain) != scores(instructed)
     assert asyncio.run(retriever.ainvoke(QUERY, instruction="Given a claim, find the opposite")) == instructed
-    with pytest.raises(ValidationError, match="greater than 0"):
+    with pytest.raises(SettingsError, match="k must be a positive whole number"):
         KalmRetriever(base_retriever=make_retriever([]), k=0)
 
 
@@ -519,6 +568,27 @@ def test_as_a_runnable_in_a_chain():
     assert len(step.invoke({"query": QUERY, "documents": make_documents()}, top_n=1)) == 1
     with pytest.raises(SettingsError, match=r"the input must have query and documents, .* but has question, documents"):
         step.invoke({"question": QUERY, "documents": []})
+
+
+def test_the_runnable_passes_other_keys_by():
+    step = KalmRerank(model=FakeReranker(), top_n=5).as_runnable()
+    given = {"query": QUERY, "documents": encoded_documents(), "history": ["..."], "user": 7}
+    assert step.invoke({**given, "top_n": 1}) == step.invoke(given)[:1]
+    with pytest.raises(SettingsError, match="must have query and documents"):
+        step.invoke({"question": QUERY, "documents": []})
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_runnable_works_as_a_tool(is_async: bool):
+    """Its arguments are described, and come as JSON or as documents."""
+    tool = KalmRerank(model=FakeReranker(), top_n=1).as_runnable().as_tool(name="rerank", description="Find the best.")
+    assert {"query", "documents", "instruction", "top_n"} == set(tool.args)
+    for documents in (make_documents(), [{"page_content": d.page_content} for d in make_documents()]):
+        arguments = {"query": QUERY, "documents": documents}
+        [best] = asyncio.run(tool.ainvoke(arguments)) if is_async else tool.invoke(arguments)
+        assert (
+            best.page_content == KalmRerank(model=FakeReranker()).compress_documents(make_documents(), QUERY)[0].page_content
+        )
 
 
 @pytest.mark.parametrize("retriever_kind", ["compression", "kalm"])

@@ -28,12 +28,14 @@ from kalm_integrations.errors import SettingsError
 from kalm_integrations.langchain import (
     BackfillReport,
     ByteStorePayloads,
+    DocumentAccess,
     KalmPassageEncoder,
     KalmRerank,
     backfill,
     kalm_key_encoder,
     write_back_to,
 )
+from kalm_integrations.langchain.stores import access_to
 from kalm_integrations.testing import FakeReranker
 
 QUERY = "what did the Panthers do"
@@ -62,6 +64,9 @@ class VectorHost:
 
     def add(self, documents: list[Document]) -> None:
         self.store.add_documents(documents, ids=[document.id for document in documents])
+
+    def delete(self, ids: list[str | None]) -> None:
+        self.store.delete(ids=ids)
 
     def retrieve(self, k: int = 20) -> list[Document]:
         return self.store.similarity_search(QUERY, k=k)
@@ -154,6 +159,9 @@ class DocstoreHost(VectorHost):
     def add(self, documents: list[Document]) -> None:
         self.store.mset([(str(document.id), document) for document in documents])
 
+    def delete(self, ids: list[str | None]) -> None:
+        self.store.mdelete(ids)
+
     def retrieve(self, k: int = 20) -> list[Document]:
         return self.store.mget(sorted(self.store.yield_keys()))[:k]
 
@@ -244,7 +252,7 @@ def test_write_back_passes_over_documents_that_are_gone_or_have_no_id(host: Vect
 
     write_back_to(host.store)([*encoded, encoded[0]])
 
-    assert "1 of 8 encodings were not written back" in caplog.text
+    assert "2 of 7 encodings were not written back: 1 gone, 1 have no id" in caplog.text
     held = host.retrieve()
     assert sorted(document.page_content for document in held) == sorted(TEXTS)
     assert all("kalm_encoding" in document.metadata for document in held)
@@ -261,8 +269,8 @@ def test_backfill_encodes_what_is_missing_or_stale(host: VectorHost, embeddings:
 
     encoder = KalmPassageEncoder(model=reranker)
     report = backfill(host.store, encoder, batch_size=2, show_progress=False)
-    assert report == BackfillReport(n_checked=3, n_missing=2, n_stale=1)
-    assert backfill(host.store, encoder, show_progress=False) == BackfillReport(0, 0, 0)
+    assert report == BackfillReport(n_checked=5, n_missing=2, n_stale=1)
+    assert backfill(host.store, encoder, show_progress=False) == BackfillReport(5, 0, 0)
     assert reranker.stats.passages_encoded == len(TEXTS)
     host.restart()
 
@@ -273,26 +281,26 @@ def test_backfill_encodes_what_is_missing_or_stale(host: VectorHost, embeddings:
     assert embeddings.n_documents == n_embedded
 
 
-def test_backfill_finds_texts_that_changed_under_their_encoding_if_asked(host: VectorHost):
-    """`kalm_fp` alone cannot tell: it is right, only the text is another."""
+def test_backfill_believes_the_fingerprint_key_only_if_asked(host: VectorHost):
+    """`kalm_fp` alone cannot tell: here it is right, only the text is another."""
     [document] = KalmPassageEncoder(model=FakeReranker()).transform_documents(make_documents()[:1])
     host.add([document.model_copy(update={"page_content": "another text"})])
     encoder = KalmPassageEncoder(model=FakeReranker())
-    assert backfill(host.store, encoder, show_progress=False) == BackfillReport(0, 0, 0)
-    assert backfill(host.store, encoder, check_texts=True, show_progress=False) == BackfillReport(1, 0, 1)
-    assert backfill(host.store, encoder, check_texts=True, show_progress=False) == BackfillReport(1, 0, 0)
+    assert backfill(host.store, encoder, check_texts=False, show_progress=False) == BackfillReport(0, 0, 0)
+    assert backfill(host.store, encoder, show_progress=False) == BackfillReport(1, 0, 1)
+    assert backfill(host.store, encoder, show_progress=False) == BackfillReport(1, 0, 0)
     [held] = host.retrieve()
     assert FakeReranker().find_unencoded([_passage(held)]) == []
 
 
-def test_backfill_labels_sound_encodings_that_lack_the_fingerprint_key(host: VectorHost):
-    """Otherwise every run would look at them again."""
+def test_backfill_labels_valid_encodings_that_lack_the_fingerprint_key(host: VectorHost):
+    """Otherwise a run that believes the key would look at them again."""
     [document] = KalmPassageEncoder(model=FakeReranker()).transform_documents(make_documents()[:1])
     del document.metadata["kalm_fp"]
     host.add([document])
     encoder = KalmPassageEncoder(model=FakeReranker())
     assert backfill(host.store, encoder, show_progress=False) == BackfillReport(1, 0, 0)
-    assert backfill(host.store, encoder, show_progress=False) == BackfillReport(0, 0, 0)
+    assert backfill(host.store, encoder, check_texts=False, show_progress=False) == BackfillReport(0, 0, 0)
     assert encoder.reranker.stats.passages_encoded == 0
 
 
@@ -308,7 +316,7 @@ def test_backfill_draws_a_progress_bar(embeddings: CountingEmbeddings, capsys: p
     store = InMemoryVectorStore(embeddings)
     store.add_documents(make_documents())
     backfill(store, KalmPassageEncoder(model=FakeReranker()), batch_size=2)
-    assert "Encoding documents: 100%" in capsys.readouterr().err
+    assert "Encoding: 100%" in capsys.readouterr().err
 
 
 def test_backfill_refuses_a_batch_of_nothing(embeddings: CountingEmbeddings):
@@ -349,8 +357,90 @@ def test_a_store_of_ones_own_needs_four_methods():
 
     shelf, encoder = Shelf(), KalmPassageEncoder(model=FakeReranker())
     write_back_to(shelf)(encoder.transform_documents(make_documents()[:2]))
-    assert backfill(shelf, encoder, show_progress=False) == BackfillReport(3, 3, 0)
-    assert backfill(shelf, encoder, check_texts=True, show_progress=False) == BackfillReport(5, 0, 0)
+    assert backfill(shelf, encoder, check_texts=False, show_progress=False) == BackfillReport(3, 3, 0)
+    assert backfill(shelf, encoder, show_progress=False) == BackfillReport(5, 0, 0)
+
+
+class Interrupted:
+    """A store that others change once, right after it was read for the nth time."""
+
+    def __init__(self, access: DocumentAccess, after: int, change: Callable[[], object]) -> None:
+        self._access, self._left, self._change = access, after, change
+        self.find_ids, self.id_of, self.add_metadata = access.find_ids, access.id_of, access.add_metadata
+
+    def read(self, ids: Any) -> dict[Any, Document]:
+        held = {i: document.model_copy() for i, document in self._access.read(ids).items()}
+        self._left -= 1
+        if self._left == 0:
+            self._change()
+        return held
+
+
+def rewrite_and_delete(host: VectorHost, documents: list[Document]) -> Callable[[], None]:
+    """Return what another client does: the first document gets another text and owner, the second is deleted."""
+
+    def change() -> None:
+        host.delete([documents[0].id, documents[1].id])
+        host.add([documents[0].model_copy(update={"page_content": "NEW TEXT", "metadata": {"source": "new"}})])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("way", "after"),
+    [("backfill", 1), ("backfill", 2), ("write-back", 1)],
+    ids=["while backfill encodes", "right before backfill writes", "right before write-back"],
+)
+def test_what_others_write_meanwhile_is_never_undone(host: VectorHost, way: str, after: int):
+    """Texts that others changed and documents that they deleted stay so; the rest gets its encodings."""
+    documents = make_documents()
+    host.add(documents)
+    access = Interrupted(access_to(host.store), after, rewrite_and_delete(host, documents))
+    if way == "backfill":
+        report = backfill(access, KalmPassageEncoder(model=FakeReranker()), show_progress=False)
+        if after == 1:
+            assert report == BackfillReport(len(TEXTS), len(TEXTS), 0, n_gone=1, n_changed=1)
+    else:
+        encoded = KalmPassageEncoder(model=FakeReranker()).transform_documents(host.retrieve())
+        write_back_to(access)(encoded)
+    held = {document.page_content: document for document in host.retrieve()}
+    assert sorted(held) == sorted(["NEW TEXT", *TEXTS[2:]])
+    assert held["NEW TEXT"].metadata["source"] == "new"
+    assert FakeReranker().find_unencoded([_passage(held[text]) for text in TEXTS[2:]]) == []
+
+
+def test_write_back_counts_documents_that_changed_since_they_were_retrieved(
+    host: VectorHost, caplog: pytest.LogCaptureFixture
+):
+    documents = make_documents()
+    host.add(documents)
+    encoded = KalmPassageEncoder(model=FakeReranker()).transform_documents(host.retrieve())
+    rewrite_and_delete(host, documents)()
+    write_back_to(host.store)(encoded)
+    assert "2 of 5 encodings were not written back: 1 gone, 1 have another text now" in caplog.text
+
+
+def test_a_document_that_a_store_refuses_keeps_no_other_out(embeddings: CountingEmbeddings, caplog: pytest.LogCaptureFixture):
+    store = InMemoryVectorStore(embeddings)
+    ids = store.add_documents(make_documents())
+
+    class Picky(Interrupted):
+        def __init__(self, access: DocumentAccess) -> None:
+            super().__init__(access, 0, lambda: None)
+            self.add_metadata = self.refuse_first
+
+        def refuse_first(self, changes: Any) -> None:
+            if ids[0] in changes:
+                msg = "too large"
+                raise ValueError(msg)
+            access.add_metadata(changes)
+
+    access = access_to(store)
+    report = backfill(Picky(access), KalmPassageEncoder(model=FakeReranker()), show_progress=False)
+    assert report == BackfillReport(len(TEXTS), len(TEXTS), 0, n_failed=1)
+    assert "1 of 5 encodings" in caplog.text
+    assert "too large" in caplog.text
+    assert sum("kalm_encoding" in entry["metadata"] for entry in store.store.values()) == len(TEXTS) - 1
 
 
 def test_chroma_upsert_that_keeps_the_old_encoding_is_seen_through(tmp_path: Path, make_reranker: Callable[..., KalmReranker]):

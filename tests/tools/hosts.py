@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from haystack import Document as HaystackDocument
 from langchain_core.documents import Document as LangChainDocument
@@ -18,6 +19,10 @@ class Host(Protocol):
     """What the contract needs of a host. `Any` is the host's own kind of document."""
 
     name: str
+    top: str
+    """What the host calls the number of results."""
+    z_score: dict[str, Any]
+    """What else a component needs for fusion by z-scores."""
 
     def document(self, key: str, text: str, metadata: dict[str, Any]) -> Any: ...
     def retrieved(self, document: Any, score: float | None) -> Any: ...
@@ -28,11 +33,18 @@ class Host(Protocol):
     def ingest(self, model: Any, documents: Sequence[Any]) -> list[Any]: ...
     def rerank(self, model: Any, query: str, documents: Sequence[Any], top: int, **settings: Any) -> list[Any]: ...
     def fuse(self, model: Any, query: str, retrieved: Sequence[Any], **settings: Any) -> list[Any]: ...
+    def reranker(self, **settings: Any) -> Any: ...
+    def encoder(self, **settings: Any) -> Any: ...
+    def use(self, component: Any, query: str, documents: Any) -> list[Any]: ...
+    def encode(self, component: Any, documents: Any) -> list[Any]: ...
+    def dump(self, component: Any) -> dict[str, Any]: ...
     async def arerank(self, model: Any, query: str, documents: Sequence[Any], top: int) -> list[Any]: ...
 
 
 class LangChain:
     name = "langchain"
+    top = "top_n"
+    z_score: ClassVar = {"first_stage_score_key": "bm25"}
 
     def document(self, key, text, metadata):
         return LangChainDocument(id=key, page_content=text, metadata=metadata)
@@ -62,12 +74,29 @@ class LangChain:
         key = "bm25" if settings["fusion"] == "z_score" else None
         return self.rerank(model, query, retrieved, None, first_stage_score_key=key, **settings)
 
+    def reranker(self, **settings):
+        return langchain.KalmRerank(**settings)
+
+    def encoder(self, **settings):
+        return langchain.KalmPassageEncoder(**settings)
+
+    def use(self, component, query, documents):
+        return list(component.compress_documents(documents, query))
+
+    def encode(self, component, documents):
+        return list(component.transform_documents(documents))
+
+    def dump(self, component):
+        return json.loads(component.model_dump_json())
+
     async def arerank(self, model, query, documents, top):
         return list(await langchain.KalmRerank(model=model, top_n=top).acompress_documents(documents, query))
 
 
 class LlamaIndex:
     name = "llama_index"
+    top = "top_n"
+    z_score: ClassVar = {}
 
     def document(self, key, text, metadata):
         # Metadata out of the text, which the other hosts do not put into it either.
@@ -98,6 +127,24 @@ class LlamaIndex:
     def fuse(self, model, query, retrieved, **settings):
         return llama_index.KalmRerank(model, top_n=None, **settings).postprocess_nodes(retrieved, QueryBundle(query))
 
+    def reranker(self, **settings):
+        return llama_index.KalmRerank(**settings)
+
+    def encoder(self, **settings):
+        return llama_index.KalmPassageEncoder(**settings)
+
+    def use(self, component, query, documents):
+        if isinstance(documents, Iterable) and not isinstance(documents, (str, dict, TextNode)):
+            # One by one, so that a generator stays one.
+            documents = (NodeWithScore(node=node, score=0.5) if isinstance(node, TextNode) else node for node in documents)
+        return component.postprocess_nodes(documents, QueryBundle(query))
+
+    def encode(self, component, documents):
+        return list(component(documents))
+
+    def dump(self, component):
+        return json.loads(component.to_json())
+
     async def arerank(self, model, query, documents, top):
         nodes = [NodeWithScore(node=node, score=0.5) for node in documents]
         return await llama_index.KalmRerank(model, top_n=top).apostprocess_nodes(nodes, QueryBundle(query))
@@ -105,6 +152,8 @@ class LlamaIndex:
 
 class Haystack:
     name = "haystack"
+    top = "top_k"
+    z_score: ClassVar = {}
 
     def document(self, key, text, metadata):
         return HaystackDocument(id=key, content=text, meta=metadata)
@@ -132,6 +181,21 @@ class Haystack:
 
     def fuse(self, model, query, retrieved, **settings):
         return self.rerank(model, query, retrieved, 10, **settings)
+
+    def reranker(self, **settings):
+        return haystack.KalmRanker(**settings)
+
+    def encoder(self, **settings):
+        return haystack.KalmDocumentEncoder(progress_bar=False, **settings)
+
+    def use(self, component, query, documents):
+        return component.run(query, documents)["documents"]
+
+    def encode(self, component, documents):
+        return component.run(documents)["documents"]
+
+    def dump(self, component):
+        return json.loads(json.dumps(component.to_dict()))
 
     async def arerank(self, model, query, documents, top):
         return (await haystack.KalmRanker(model=model, top_k=top).run_async(query, list(documents)))["documents"]

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from kalm_integrations.errors import CheckpointNotFoundError, SettingsError
 
+logger = logging.getLogger(__name__)
+
 BUILT_IN = Path(__file__).parents[2] / "checkpoints"
 
 
@@ -100,10 +102,12 @@ def published_max_ratio(model: str | os.PathLike[str]) -> int | None:
 
 def _fetch(repository: str, revision: str | None, token: str | None) -> Path:
     """Return the snapshot folder of a hub repository, from the cache if it is there."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        if not isinstance(try_to_load_from_cache(repository, "config.json", revision=revision), str):
+            logger.info("fetching %s from the hub", repository)
         with _quiet_retries():
             return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=list(FILES)))
     except HFValidationError as error:
