@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kalm_integrations.core.base import Reranker as Reranker
     from kalm_integrations.core.passages.encoding import EncodedPassage as EncodedPassage
     from kalm_integrations.core.reranker import KalmReranker as KalmReranker
     from kalm_integrations.core.types import Passage as Passage
     from kalm_integrations.core.types import RankedPassage as RankedPassage
     from kalm_integrations.core.types import Ranking as Ranking
     from kalm_integrations.core.types import Reading as Reading
-    from kalm_integrations.core.types import Reranker as Reranker
     from kalm_integrations.core.types import RuntimeStats as RuntimeStats
 
 __version__ = "0.1.0"
@@ -27,7 +27,7 @@ _HOMES = {
     "RankedPassage": "kalm_integrations.core.types",
     "Ranking": "kalm_integrations.core.types",
     "Reading": "kalm_integrations.core.types",
-    "Reranker": "kalm_integrations.core.types",
+    "Reranker": "kalm_integrations.core.base",
     "RuntimeStats": "kalm_integrations.core.types",
 }
 

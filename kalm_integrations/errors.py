@@ -60,9 +60,10 @@ class StaleEncodingError(EncodingError):
 class EncodingTooLargeError(EncodingError):
     """Even the coarsest ratio does not fit into `max_inline_bytes`, or into what a store or a reader takes."""
 
-    def __init__(self, message: str, *, index: int | None = None) -> None:
+    def __init__(self, reason: str, *, index: int | None = None) -> None:
         """Say what is too large; `index` is the passage's place in the input, where there are several."""
-        super().__init__(message)
+        super().__init__(reason if index is None else f"passage {index}: {reason}")
+        self.reason = reason
         self.index = index
 
 

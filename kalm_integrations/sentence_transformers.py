@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.pairs import score_pairs
-from kalm_integrations.core.types import Passage, RankedPassage, Reranker
+from kalm_integrations.core.types import Passage, RankedPassage
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting import as_reranker
 

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 
-from kalm_integrations.core.ranking import RankRules, check_first_stages, sigmoid
+from kalm_integrations.core.base import Reranker
+from kalm_integrations.core.ranking import RankRules, sigmoid
 from kalm_integrations.core.types import (
     ENCODING_KEY,
     FINGERPRINT_KEY,
     AnyPassage,
-    FusionMethod,
     Metadata,
     Passage,
     Ranking,
@@ -25,7 +25,7 @@ from kalm_integrations.core.types import (
 from kalm_integrations.errors import SettingsError
 
 
-class FakeReranker:
+class FakeReranker(Reranker):
     """Scores by the share of the query's words that a passage has, and counts encodes as a real reranker does.
 
     Deterministic and without torch. Its encodings are strings that only a fake of the same `name` accepts, so that a test can
@@ -34,8 +34,18 @@ class FakeReranker:
 
     def __init__(self, name: str = "fake") -> None:
         """Make a fake; another `name` stands for another checkpoint."""
-        self.fingerprint = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
-        self.stats = RuntimeStats()
+        self._fingerprint = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+        self._stats = RuntimeStats()
+
+    @property
+    def fingerprint(self) -> str:
+        """What its encodings carry."""
+        return self._fingerprint
+
+    @property
+    def stats(self) -> RuntimeStats:
+        """A snapshot of the counters."""
+        return self._stats
 
     def warm_up(self, *, encoder: bool = True, decoder: bool = True) -> None:
         """Do nothing: there are no weights."""
@@ -57,61 +67,21 @@ class FakeReranker:
         tally: Counter[str] = Counter(status for status, _ in rows)
         return Reading(statuses, texts, texts, found, self.fingerprint, tally)
 
-    def find_unencoded(self, passages: Iterable[Passage]) -> list[int]:
-        """Return the indices of the passages whose encoding this fake has not made for this text."""
-        return self.read(passages).not_stored
-
-    def score(self, query: str, passages: Iterable[AnyPassage] | Reading, instruction: str | None = None) -> list[float]:
-        """Return a score for each passage, in order; those without a valid encoding count as encoded."""
-        ranking = self.rank(query, passages, instruction=instruction)
-        return [passage.score for passage in sorted(ranking, key=lambda passage: passage.index)]
-
-    def rank(
+    def rank_lists(
         self,
-        query: str,
-        passages: Iterable[AnyPassage] | Reading,
-        top_k: int | None = None,
-        score_threshold: float | None = None,
-        instruction: str | None = None,
-        *,
-        first_stage_scores: Sequence[float] | None = None,
-        fusion: FusionMethod | None = None,
-        fusion_weight: float | None = None,
-    ) -> Ranking:
-        """Return passages, best first; ties keep their order. Fusion works as in `KalmReranker.rank`."""
-        first_stages = None if first_stage_scores is None else [first_stage_scores]
-        return self.rank_many(
-            [query],
-            [passages],
-            top_k,
-            score_threshold,
-            instruction,
-            first_stage_scores=first_stages,
-            fusion=fusion,
-            fusion_weight=fusion_weight,
-        )[0]
-
-    def rank_many(
-        self,
-        queries: Iterable[str],
-        passages: Iterable[Iterable[AnyPassage] | Reading],
-        top_k: int | None = None,
-        score_threshold: float | None = None,
-        instruction: str | None = None,
-        *,
-        first_stage_scores: Sequence[Sequence[float]] | None = None,
-        fusion: FusionMethod | None = None,
-        fusion_weight: float | None = None,
+        queries: Sequence[str],
+        lists: Sequence[list[AnyPassage] | Reading],
+        rules: RankRules,
+        instruction: str | None,
+        first_stages: Sequence[list[float] | None],
     ) -> list[Ranking]:
-        """Return the ranking of each query's passages."""
+        """Return the ranking of each query's passages by the words that they share."""
         del instruction
-        rules = RankRules(top_k, score_threshold, fusion, fusion_weight)
-        readings = [given if isinstance(given, Reading) else self.read(given) for given in passages]
-        first_stages = check_first_stages(first_stage_scores, readings, fusion)
+        readings = [given if isinstance(given, Reading) else self.read(given) for given in lists]
         rows = zip(queries, readings, first_stages, strict=True)
-        return [self._rank(query, reading, rules, first_stage) for query, reading, first_stage in rows]
+        return [self._rank_reading(query, reading, rules, first_stage) for query, reading, first_stage in rows]
 
-    def _rank(self, query: str, reading: Reading, rules: RankRules, first_stage: list[float] | None) -> Ranking:
+    def _rank_reading(self, query: str, reading: Reading, rules: RankRules, first_stage: list[float] | None) -> Ranking:
         missing, n_stored = set(reading.unencoded), reading.tally.get("stored", 0)
         self._count(
             passages_encoded=len(missing),
@@ -146,8 +116,8 @@ class FakeReranker:
         return f"kalm1.{self.fingerprint}.{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
 
     def _count(self, **increments: int) -> None:
-        counted = {name: getattr(self.stats, name) + n for name, n in increments.items()}
-        self.stats = replace(self.stats, **counted)
+        counted = {name: getattr(self._stats, name) + n for name, n in increments.items()}
+        self._stats = replace(self._stats, **counted)
 
 
 def _to_passage(passage: AnyPassage) -> Passage:

@@ -38,3 +38,19 @@ def make_reranker(tiny_checkpoint: Path) -> Callable[..., KalmReranker]:
         return KalmReranker.from_pretrained(model, **settings)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def cross_encoder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a random cross-encoder of sentence-transformers."""
+    from tools.peers import make_cross_encoder
+
+    return make_cross_encoder(tiny_checkpoint, tmp_path_factory.mktemp("peer"))
+
+
+@pytest.fixture(scope="session")
+def bi_encoder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a random bi-encoder of sentence-transformers."""
+    from tools.peers import make_bi_encoder
+
+    return make_bi_encoder(tiny_checkpoint, tmp_path_factory.mktemp("peer"))

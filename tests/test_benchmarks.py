@@ -3,57 +3,38 @@
 from __future__ import annotations
 
 import json
-import math
-import random
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from benchmarks import early_exit, floor, int8, plan, steps, trials, windows
+from benchmarks import floor, plan, steps, trials, windows
 from benchmarks.__main__ import PARTS, main
 from benchmarks.bars import BARS
 from benchmarks.parts import FUNCTIONS, REST
 from benchmarks.render import RESULTS, make_page
 from benchmarks.results import Results
 from benchmarks.rows import BUILDERS, Models
+from benchmarks.stacks import draw_embedding, draw_stack, make_config
 from benchmarks.ways import DTYPES, POOLED, PREFIX, WAYS
 from benchmarks.workload import Workload, make_workload_checkpoint
 from tools.parity import TOLERANCE
 
 from kalm_integrations import KalmReranker
+from kalm_integrations.core.model.encoder import encode
 
 
 @pytest.fixture(scope="module")
-def results_path(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+def results_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("docs") / "benchmarks" / "results.json"
     main(["measure", "--shape", "toy", "--results", str(path)])
-    folder = write_beir(tmp_path_factory.mktemp("words"))
-    small = ["--model", str(tiny_checkpoint), "--candidates", "5"]
     steps.main(["--shape", "toy", "--candidates", "3", "--rounds", "1", "--output", str(path.with_name("steps.json"))])
-    toy_products = ["--shape", "toy", "--rounds", "1", "--rate-seconds", "0.001"]
     toy_blocks = ["--shape", "toy", "--passages", "2", "--rounds", "1", "--blocks", "4"]
     windows.main([*toy_blocks, "--output", str(path.with_name("windows.json"))])
-    int8.main([str(folder), *small, *toy_products, "--output", str(path.with_name("int8.json"))])
-    early_exit.main([str(folder), *small, "--gaps", "2", "--output", str(path.with_name("early_exit.json"))])
     main(["render", "--results", str(path)])
     return path
-
-
-def write_beir(folder: Path) -> Path:
-    """Save twelve passages and six queries of random words, with one judgement for each query."""
-    draw = random.Random(0)
-    words = ["wing", "drag", "lift", "bowl", "team", "league", "jazz", "river"]
-    for name, n, length in (("corpus", 12, 8), ("queries", 6, 2)):
-        lines = (json.dumps({"_id": str(i), "text": " ".join(draw.choices(words, k=length))}) for i in range(n))
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    (folder / "qrels").mkdir()
-    judgements = "".join(f"{i}\t{draw.randrange(12)}\t1\n" for i in range(6))
-    (folder / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judgements}")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +85,7 @@ def test_all_exact_rows_score_alike(run: dict[str, Any]):
 
 
 class Recording(Models):
-    """Remembers the rerankers that rows make."""
+    """Keeps the rerankers that rows make."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -205,12 +186,16 @@ def test_floor_of_nano():
 
 
 def test_windows_cut_the_floor():
-    """An encoder layer with a window counts the pairs that its mask lets through."""
-    from kalm_integrations.core.model.encoder import _mask
-
-    widths = floor.Widths(("sliding_attention",), 9, 4, 4, 4, 4)
-    mask = _mask("sliding_attention", torch.tensor([30]), 30, 9)
-    assert floor.encoder_multiply_adds(widths, 1, 30)["attention"] == 2 * 4 * int(mask.sum())
+    """An encoder layer with a window counts the pairs of tokens of which one really depends on the other."""
+    draw = torch.Generator().manual_seed(0)
+    config = replace(make_config("toy"), layer_types=("sliding_attention",))
+    weights, embedding = draw_stack(config, torch.float32, draw), draw_embedding(config, draw)
+    n = 30
+    embedding.tokens.requires_grad_(True)
+    states = encode(torch.arange(n)[None], torch.tensor([n]), embedding, weights, config)[0]
+    seen = [torch.autograd.grad(state.sum(), embedding.tokens, retain_graph=True)[0][:n].any(dim=1) for state in states]
+    widths = floor.Widths(("sliding_attention",), config.sliding_window, 4, 4, 4, 4)
+    assert floor.encoder_multiply_adds(widths, 1, n)["attention"] == 2 * 4 * int(torch.stack(seen).sum())
 
 
 def test_every_step_is_switched_off_and_margins_stay(results_path: Path):
@@ -255,38 +240,6 @@ def test_switched_off_steps_compute_something_else():
                 made.margins("prefix", replace(way, replaced=(module, name, count)), 2)
             assert calls
             assert getattr(module, name) is own
-
-
-def test_int8_is_near_float32_but_not_float32(results_path: Path):
-    """The quantized decoder is what scores: close to the exact margins, never equal."""
-    measured = json.loads(results_path.with_name("int8.json").read_text())
-    rows = {row["name"]: row for row in measured["rows"]}
-    assert rows["float32"]["max_difference"] == 0
-    assert 0 < rows["int8"]["max_difference"] < 0.2
-    assert all(min(rate["rates"].values()) > 0 for rate in measured["rates"])
-
-
-def test_early_exit_drops_what_is_a_gap_below_the_kth():
-    """What is dropped saves its later layers, keeps out of the order, and the rest is ordered by the last layer."""
-    margins = np.array([[4.0, 3.0, 2.0, 0.0], [1.0, 2.0, 4.0, 9.0], [1.0, 2.0, 3.0, 9.0]])
-    asked = early_exit.Asked(list("abcd"), margins, np.array([[5, 4, 1]] * 4))
-    assert asked.rank([math.inf, math.inf], 2) == (["d", "c"], 0)
-    assert asked.rank([1.0, math.inf], 2) == (["c", "b"], 5 / 40)
-    assert asked.rank([1.0, 0.5], 2) == (["c", "b"], 6 / 40)
-
-
-def test_early_exit_reads_the_scores_of_the_last_layer(tiny_checkpoint: Path):
-    """The last of a query's margins are the reranker's own, and the costs of a query add up to the floor's arithmetic."""
-    reranker = KalmReranker.from_pretrained(tiny_checkpoint)
-    encodings = reranker.encode_passages(["wing drag lift", "river", "bowl team league jazz"])
-    asked = early_exit.ask(reranker, "wing lift", list("abc"), encodings)
-    own = sorted(reranker.rank("wing lift", encodings), key=lambda passage: passage.index)
-    assert asked.margins[-1] == pytest.approx([passage.margin for passage in own], abs=1e-5)
-    kinds = ("sliding_attention", "full_attention", "sliding_attention")
-    widths = floor.Widths(kinds, 9, hidden_width=4, query_width=8, kv_width=2, mlp_width=6)
-    costs = early_exit.layer_costs(widths, 7, 53, 12)
-    expected = floor.decoder_multiply_adds(widths, 5, 7, 53, 12)
-    assert 5 * sum(costs) + 12 * 4 * (8 + 2 * 2) == sum(expected.values())
 
 
 def test_committed_page_is_rendered_from_committed_results():

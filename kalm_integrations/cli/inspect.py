@@ -1,68 +1,103 @@
-"""What stored encodings hold, added up, and how long they would be at other ratios and codecs."""
+"""`kalm inspect`."""
 
 from __future__ import annotations
 
-from collections import Counter
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from kalm_integrations.core.passages.codecs import CODECS
-from kalm_integrations.core.passages.encoding import EncodedPassage
-from kalm_integrations.core.settings import poolable_ratios
+import typer
 
-FACTS = ("fingerprint", "ratio", "codec", "width")
+from kalm_integrations.cli import options
+from kalm_integrations.cli.inputs import report_bad
+from kalm_integrations.cli.streams import STREAM, name_of, open_lines
+from kalm_integrations.cli.terminal import print_facts, print_json, print_table
+from kalm_integrations.core.types import ENCODING_KEY
+from kalm_integrations.corpora.jsonl import parse_lines, parse_object
+from kalm_integrations.errors import SettingsError
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-@dataclass
-class EncodingSummary:
-    """Sums over encodings, which themselves are not kept."""
-
-    n_encodings: int = 0
-    n_tokens: int = 0
-    n_characters: int = 0
-    values: dict[str, Counter[str | int]] = field(default_factory=lambda: {name: Counter() for name in FACTS})
-    """How many encodings have which value, for each of FACTS."""
-    totals: Counter[tuple[int, str]] = field(default_factory=Counter)
-    """Characters of all encodings at a ratio and codec."""
-    n_at_ratio: Counter[int] = field(default_factory=Counter)
-    """Encodings that can be pooled to a ratio."""
-    _lengths: dict[tuple[int, int, int], dict[tuple[int, str], int]] = field(default_factory=dict)
-
-    def add(self, length: int, encoding: EncodedPassage) -> None:
-        """Add an encoding whose metadata string has `length` characters."""
-        self.n_encodings += 1
-        self.n_tokens += encoding.n_tokens
-        self.n_characters += length
-        ratio, width = encoding.compression_ratio, encoding.states.shape[1]
-        facts: tuple[str | int, ...] = (encoding.fingerprint, ratio, encoding.codec, width)
-        for counter, value in zip(self.values.values(), facts, strict=True):
-            counter[value] += 1
-        # Lengths follow from these three (states that overflow a codec aside), and most files have few different ones.
-        key = (encoding.n_tokens, ratio, width)
-        if key not in self._lengths:
-            self._lengths[key] = dict(_lengths(encoding))
-        self.totals.update(self._lengths[key])
-        self.n_at_ratio.update({ratio for ratio, _ in self._lengths[key]})
-
-    def facts(self) -> dict[str, object]:
-        """Return what the encodings have in common, or how many have what; at least one must have been added."""
-        values = {name: _describe(counter) for name, counter in self.values.items()}
-        return {"encodings": self.n_encodings, **values, "tokens": self.n_tokens, "characters": self.n_characters}
-
-    def lengths(self) -> dict[int, dict[str, float]]:
-        """Return the mean length by ratio and codec, for the ratios that every encoding can be pooled to."""
-        ratios = sorted(ratio for ratio, n in self.n_at_ratio.items() if n == self.n_encodings)
-        return {ratio: {codec: self.totals[ratio, codec] / self.n_encodings for codec in CODECS} for ratio in ratios}
+    from kalm_integrations.core.passages.encoding import EncodedPassage
 
 
-def _lengths(encoding: EncodedPassage) -> Iterable[tuple[tuple[int, str], int]]:
-    for ratio in poolable_ratios(encoding.compression_ratio):
-        pooled = encoding.pool(ratio)
-        for codec in CODECS:
-            yield (ratio, codec), replace(pooled, codec=codec).metadata_length()
+def inspect(
+    value: Annotated[
+        str,
+        typer.Argument(
+            metavar="ENCODING|FILE",
+            help="An encoding, or a file (gzipped or not; - for standard input) whose lines are encodings or JSONL rows with "
+            "`kalm_encoding`.",
+        ),
+    ] = str(STREAM),
+    payload_store: options.PayloadStore = None,
+    skip_bad: options.SkipBad = False,
+    as_json: options.Json = False,
+) -> None:
+    """Show what encodings hold, and their size.
+
+    The size is given for every codec and for every ratio that all of them can be pooled to, in characters of the metadata
+    string; of several encodings it is the mean.
+    """
+    from kalm_integrations.cli.summary import EncodingSummary
+    from kalm_integrations.core.passages.encoding import EncodedPassage
+    from kalm_integrations.core.passages.stores import LmdbPayloadStore
+
+    folder = options.existing(payload_store)
+    store = None if folder is None else LmdbPayloadStore(folder)
+    summary = EncodingSummary()
+
+    def parse(line: str) -> tuple[int, EncodedPassage]:
+        encoding = _encoding_of(line)
+        return len(encoding), EncodedPassage.from_metadata(encoding, store)
+
+    def read(lines: Iterable[bytes], source: str) -> None:
+        for _, (length, encoding) in parse_lines(lines, source, parse, report_bad if skip_bad else None):
+            summary.add(length, encoding)
+
+    if value.startswith(("kalm1", "{")):
+        read([os.fsencode(value)], "argument")
+    else:
+        with open_lines(Path(value)) as lines:
+            read(lines, name_of(Path(value)))
+    n = summary.n_encodings
+    if not n:
+        msg = f"there must be an encoding to inspect, but {name_of(Path(value))} holds none"
+        raise SettingsError(msg)
+    lengths = summary.lengths()
+    if as_json:
+        print_json({**summary.facts(), "lengths": lengths})
+        return
+    means = {
+        name: f"{total:,} ({total / n:,.1f} on average)" if n > 1 else f"{total:,}"
+        for name, total in (("tokens", summary.n_tokens), ("characters", summary.n_characters))
+    }
+    print_facts({**summary.facts(), **means})
+    if lengths:
+        print()
+        print_table(_to_table(lengths))
 
 
-def _describe(counter: Counter[str | int]) -> str | int:
-    if len(counter) == 1:
-        return next(iter(counter))
-    return ", ".join(f"{value} ({count:,})" for value, count in counter.most_common())
+def _encoding_of(line: str) -> str:
+    """Return the encoding in a line: the line itself, or a field of a JSON row."""
+    if not line.startswith("{"):
+        return line.strip()
+    encoding = parse_object(line).get(ENCODING_KEY)
+    if not isinstance(encoding, str):
+        msg = f"a row must have an encoding under {ENCODING_KEY!r}, but this one has none"
+        raise SettingsError(msg)
+    return encoding
+
+
+def _to_table(lengths: dict[int, dict[str, float]]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("ratio", justify="right")
+    for codec in next(iter(lengths.values())):
+        table.add_column(codec, justify="right")
+    for ratio, by_codec in lengths.items():
+        table.add_row(str(ratio), *(f"{length:,.0f}" for length in by_codec.values()))
+    return table

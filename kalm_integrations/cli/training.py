@@ -1,7 +1,4 @@
-"""The commands `kalm train`, `kalm mine` and `kalm average`.
-
-Heavy imports stand inside the commands, so that help comes at once.
-"""
+"""`kalm train`, `kalm mine` and `kalm average`."""
 
 from __future__ import annotations
 
@@ -12,9 +9,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from kalm_integrations.cli.streams import STREAM, open_output
+from kalm_integrations.cli.terminal import note
 from kalm_integrations.corpora.jsonl import to_json
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.terminal import STREAM, note, open_output
 
 
 def train(
@@ -23,7 +21,7 @@ def train(
     """Train a reranker from a TOML file.
 
     The folder of the checkpoint is printed at the end. A run that was interrupted goes on where its newest saved step was. To
-    use several GPUs: torchrun --nproc-per-node N -m kalm_integrations.cli train CONFIG.
+    use several GPUs: torchrun --nproc-per-node N -m kalm_integrations train CONFIG.
     """
     from kalm_integrations.training.config import TrainConfig
     from kalm_integrations.training.trainer import train as run
@@ -36,12 +34,14 @@ def train(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[handler])
     folder = run(settings)
     if is_first:
-        typer.echo(folder)
+        print(folder)
 
 
 def mine(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A BEIR folder, or JSON lines of training data.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file to write, or - for standard output.")] = STREAM,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="JSONL file to write, gzipped if it is named .gz; - is standard output.")
+    ] = STREAM,
     method: Annotated[
         Literal["bm25", "bi-encoder", "same-title"],
         typer.Option(
@@ -117,4 +117,4 @@ def average(
     """
     from kalm_integrations.training.exporting import average_checkpoints
 
-    typer.echo(average_checkpoints(models, output))
+    print(average_checkpoints(models, output))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from kalm_integrations.core.types import AnyPassage, RankedPassage, Reranker
+from kalm_integrations.core.base import Reranker
+from kalm_integrations.core.types import AnyPassage, RankedPassage
 
 QUERIES_PER_BLOCK = 128
 """Queries that are scored together at most; what they share is read once."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
+from kalm_integrations.core.base import check_instruction, checked_passages
 from kalm_integrations.core.opening import Parts
 from kalm_integrations.core.passages.encoding import EncodedPassage
-from kalm_integrations.core.ranking import RankRules, check_first_stages, sigmoid
+from kalm_integrations.core.ranking import RankRules, sigmoid
 from kalm_integrations.core.reading import Reader
 from kalm_integrations.core.scoring import Scorer
-from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading, checked_list
+from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading
 from kalm_integrations.core.writing import Writer
-from kalm_integrations.errors import SettingsError
 
 MAX_PASSAGES_AT_ONCE = 4096
 """Passages that are worked on at a time: what bounds the encodings in memory, beside the caches and the rankings."""
@@ -30,26 +30,15 @@ class Ranker:
         self.scorer = Scorer(parts.runtime, self.reader, query, allows_special, parts.prefix_store)
         self._calibration = parts.calibration
 
-    def rank_many(
+    def rank_lists(
         self,
-        queries: Iterable[str],
-        passages: Iterable[Iterable[AnyPassage] | Reading],
+        queries: Sequence[str],
+        lists: Sequence[list[AnyPassage] | Reading],
         rules: RankRules,
         instruction: str | None,
-        first_stage_scores: Sequence[Sequence[float]] | None,
+        first_stages: Sequence[list[float] | None],
     ) -> list[Ranking]:
-        """Return the ranking of each query's passages; see `KalmReranker.rank_many`."""
-        queries = checked_list(queries, "queries")
-        lists = [_checked(given) for given in checked_list(passages, "passages")]
-        if len(queries) != len(lists):
-            msg = f"rank_many needs a list of passages for each query, but got {len(queries)} queries and {len(lists)} lists"
-            raise SettingsError(msg)
-        for query in queries:
-            if not isinstance(query, str):
-                msg = f"query must be a string, but got {type(query).__name__}"
-                raise SettingsError(msg)
-        _check_instruction(instruction)
-        first_stages = check_first_stages(first_stage_scores, lists, rules.fusion)
+        """Return the ranking of each query's passages."""
         rankings: list[Ranking] = []
         for part in _slices(lists, MAX_PASSAGES_AT_ONCE):
             readings = self._read(lists[part])
@@ -71,9 +60,10 @@ class Ranker:
         self, passages: Iterable[AnyPassage] | Reading, instruction: str | None, *, show_progress: bool = False
     ) -> None:
         """Compute the prefix states of passages; see `KalmReranker.prepare`."""
-        _check_instruction(instruction)
-        given = _checked(passages)
-        parts = [given] if isinstance(given, Reading) else _batches(given, MAX_PASSAGES_AT_ONCE)
+        check_instruction(instruction)
+        given = checked_passages(passages)
+        size = MAX_PASSAGES_AT_ONCE
+        parts = [given] if isinstance(given, Reading) else [given[i : i + size] for i in range(0, len(given), size)]
         for part in parts:
             reading = self.reader.use(part)
             encodings = {**reading.encodings, **self._encode([reading], reading.encodings)}
@@ -112,16 +102,6 @@ class Ranker:
         return [sigmoid(margin) for margin in margins]
 
 
-def _checked(passages: Any) -> Any:
-    """Return passages as a list, or their reading."""
-    return passages if isinstance(passages, Reading) else checked_list(passages, "passages")
-
-
-def _batches(passages: list[AnyPassage], size: int) -> Iterator[list[AnyPassage]]:
-    for start in range(0, len(passages), size):
-        yield passages[start : start + size]
-
-
 def _slices(lists: Sequence[Sequence[object]], limit: int) -> Iterator[slice]:
     """Cut lists into runs of at most `limit` items together; a longer list makes a run of its own."""
     start, n_items = 0, 0
@@ -131,9 +111,3 @@ def _slices(lists: Sequence[Sequence[object]], limit: int) -> Iterator[slice]:
             start, n_items = index, 0
         n_items += len(items)
     yield slice(start, len(lists))
-
-
-def _check_instruction(instruction: object) -> None:
-    if instruction is not None and not isinstance(instruction, str):
-        msg = f"instruction must be a string or None, but got {type(instruction).__name__}"
-        raise SettingsError(msg)

@@ -7,20 +7,21 @@ import os
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.opening import Parts, open_parts, travelling
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.ranker import Ranker
 from kalm_integrations.core.ranking import RankRules
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.core.settings import Calibration
-from kalm_integrations.core.types import AnyPassage, FusionMethod, Metadata, Passage, Ranking, Reading, RuntimeStats
+from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading, RuntimeStats
 from kalm_integrations.errors import SettingsError
 
 if TYPE_CHECKING:
     import torch
 
 
-class KalmReranker:
+class KalmReranker(Reranker):
     """Scores passages for a query with a KaLM-Reranker-V1 model, encoding each passage once.
 
     Make one with `from_pretrained`. All methods may be called from any thread. A copy is the same reranker; a pickle opens the
@@ -208,100 +209,16 @@ class KalmReranker:
         """
         return self._ranker.reader.read(passages)
 
-    def find_unencoded(self, passages: Iterable[Passage]) -> list[int]:
-        """Return the indices of the passages whose encoding is missing, corrupt, or of another text or model."""
-        return self.read(passages).not_stored
-
-    def score(self, query: str, passages: Iterable[AnyPassage] | Reading, instruction: str | None = None) -> list[float]:
-        """Return P(yes) for each passage, in order.
-
-        Args:
-            query: the query.
-            passages: texts, encodings, or `Passage`s (a text with the metadata string of its encoding, which is used if it
-                is valid and otherwise made anew, and counted in `stats`); or their reading.
-            instruction: replaces the reranker's instruction for this call.
-
-        Raises:
-            SettingsError: an argument has the wrong type.
-            StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
-            NonFiniteScoreError: the model produced NaN or infinite logits.
-        """
-        ranking = self.rank(query, passages, instruction=instruction)
-        return [passage.score for passage in sorted(ranking, key=lambda passage: passage.index)]
-
-    def rank(
+    def rank_lists(
         self,
-        query: str,
-        passages: Iterable[AnyPassage] | Reading,
-        top_k: int | None = None,
-        score_threshold: float | None = None,
-        instruction: str | None = None,
-        *,
-        first_stage_scores: Sequence[float] | None = None,
-        fusion: FusionMethod | None = None,
-        fusion_weight: float | None = None,
-    ) -> Ranking:
-        """Return passages, best first; ties keep the order of `passages`.
-
-        Args:
-            query: the query.
-            passages: see `score`.
-            top_k: how many to return at most; None returns all.
-            score_threshold: passages that score less are left out, before `top_k` is applied.
-            instruction: replaces the reranker's instruction for this call.
-            first_stage_scores: what the retriever gave the passages, higher is better; for `fusion`.
-            fusion: order by both stages instead of by the reranker alone: "z_score" adds the scores, each scaled over the
-                passages of this call; "reciprocal_rank" adds the reciprocal ranks, and without `first_stage_scores` takes
-                the order of `passages` as the first stage's. `score` stays P(yes), and so does what `score_threshold` cuts
-                by; `fused` has the value that decides.
-            fusion_weight: the reranker's share in it, from 0 to 1; None takes the method's default.
-
-        Returns:
-            A list of `RankedPassage`s that also says what was learned on the way: `counts`, and in `made` the metadata to
-            store of what had to be encoded.
-
-        Raises:
-            SettingsError: an argument has the wrong type or breaks a rule: `top_k` is not positive, `fusion` lacks the
-                scores that it needs, or one of them is not finite.
-            StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
-            NonFiniteScoreError: the model produced NaN or infinite logits.
-        """
-        rules = RankRules(top_k, score_threshold, fusion, fusion_weight)
-        first_stages = None if first_stage_scores is None else [first_stage_scores]
-        return self._ranker.rank_many([query], [passages], rules, instruction, first_stages)[0]
-
-    def rank_many(
-        self,
-        queries: Iterable[str],
-        passages: Iterable[Iterable[AnyPassage] | Reading],
-        top_k: int | None = None,
-        score_threshold: float | None = None,
-        instruction: str | None = None,
-        *,
-        first_stage_scores: Sequence[Sequence[float]] | None = None,
-        fusion: FusionMethod | None = None,
-        fusion_weight: float | None = None,
+        queries: Sequence[str],
+        lists: Sequence[list[AnyPassage] | Reading],
+        rules: RankRules,
+        instruction: str | None,
+        first_stages: Sequence[list[float] | None],
     ) -> list[Ranking]:
-        """Return the ranking of each query's passages: what `rank` returns for each, in less time.
-
-        A passage that several queries share is read or encoded once, and its prefix states are computed once. For evaluation
-        and offline jobs. A ranking keeps the encodings that were made for it: drop what is done with.
-
-        Args:
-            queries: the queries.
-            passages: for each query, its passages or their reading; see `score`.
-            top_k: how many to return at most per query; this and the rest as in `rank`.
-            score_threshold: see `rank`.
-            instruction: see `rank`.
-            first_stage_scores: for each query, its passages' scores.
-            fusion: see `rank`.
-            fusion_weight: see `rank`.
-
-        Raises:
-            SettingsError: there are not as many lists as queries; and what `rank` raises.
-        """
-        rules = RankRules(top_k, score_threshold, fusion, fusion_weight)
-        return self._ranker.rank_many(queries, passages, rules, instruction, first_stage_scores)
+        """See `Reranker.rank_many`; the arguments are checked."""
+        return self._ranker.rank_lists(queries, lists, rules, instruction, first_stages)
 
     def prepare(
         self, passages: Iterable[AnyPassage] | Reading, instruction: str | None = None, show_progress: bool = False

@@ -1,11 +1,11 @@
-"""Values that go in and out of a reranker, and the protocol that every reranker (and the fake) follows. Without torch."""
+"""Values that go in and out of a reranker. Without torch."""
 
 from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from kalm_integrations.errors import SettingsError
 
@@ -231,70 +231,6 @@ class RuntimeStats:
     def to_dict(self) -> dict[str, int | float]:
         """Return the counters, for JSON."""
         return asdict(self)
-
-
-@runtime_checkable
-class Reranker(Protocol):
-    """What adapters need of a reranker; `KalmReranker` and `testing.FakeReranker` have it."""
-
-    @property
-    def fingerprint(self) -> str:
-        """What made an encoding: checkpoint and encoder settings."""
-
-    @property
-    def stats(self) -> RuntimeStats:
-        """A snapshot of the counters."""
-
-    def warm_up(self, *, encoder: bool = True, decoder: bool = True) -> None:
-        """Load weights now instead of when they are first needed."""
-
-    def encode_to_metadata(self, texts: Iterable[str], show_progress: bool = False) -> list[Metadata]:
-        """Encode passages and return for each, in order, the metadata to store: `kalm_encoding` and `kalm_fp`."""
-
-    def read(self, passages: Iterable[AnyPassage]) -> Reading:
-        """Return what is known of the passages' encodings, with nothing encoded yet."""
-
-    def find_unencoded(self, passages: Iterable[Passage]) -> list[int]:
-        """Return the indices of the passages whose encoding is missing, corrupt, or of another text or model."""
-
-    def score(self, query: str, passages: Iterable[AnyPassage] | Reading, instruction: str | None = None) -> list[float]:
-        """Return P(yes) of each passage, in order."""
-
-    def rank(
-        self,
-        query: str,
-        passages: Iterable[AnyPassage] | Reading,
-        top_k: int | None = None,
-        score_threshold: float | None = None,
-        instruction: str | None = None,
-        *,
-        first_stage_scores: Sequence[float] | None = None,
-        fusion: FusionMethod | None = None,
-        fusion_weight: float | None = None,
-    ) -> Ranking:
-        """Return passages, best first."""
-
-    def rank_many(
-        self,
-        queries: Iterable[str],
-        passages: Iterable[Iterable[AnyPassage] | Reading],
-        top_k: int | None = None,
-        score_threshold: float | None = None,
-        instruction: str | None = None,
-        *,
-        first_stage_scores: Sequence[Sequence[float]] | None = None,
-        fusion: FusionMethod | None = None,
-        fusion_weight: float | None = None,
-    ) -> list[Ranking]:
-        """Return the ranking of each query's passages."""
-
-
-def is_reranker(value: object) -> bool:
-    """Return whether a value can stand in for a reranker.
-
-    Unlike `isinstance(value, Reranker)` this reads no property: for the fingerprint a whole checkpoint may have to be hashed.
-    """
-    return all(hasattr(type(value), name) for name in ("rank", "read", "encode_to_metadata"))
 
 
 def checked_list(values: Iterable[Any], name: str) -> list[Any]:

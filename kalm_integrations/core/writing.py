@@ -67,7 +67,7 @@ class Writer:
         fitting: dict[int, EncodedPassage] = {}
         for index, encoding in enumerate(encodings):
             if id(encoding) not in fitting:
-                fitting[id(encoding)] = self._fit(encoding, index, len(encodings))
+                fitting[id(encoding)] = self._fit(encoding, index)
         return [fitting[id(encoding)] for encoding in encodings]
 
     def to_metadata(self, encodings: Sequence[EncodedPassage]) -> list[Metadata]:
@@ -106,7 +106,7 @@ class Writer:
             for key, ids, rows in zip(texts, token_ids, states, strict=True)
         }
 
-    def _fit(self, encoding: EncodedPassage, index: int, n_passages: int) -> EncodedPassage:
+    def _fit(self, encoding: EncodedPassage, index: int) -> EncodedPassage:
         limit = self._storage.max_inline_bytes
         if limit is None:
             return encoding
@@ -117,7 +117,7 @@ class Writer:
         if self._reader.payload_store is not None and self._storage.storage_mode == "auto":
             return encoding
         msg = (
-            f"an encoding must fit max_inline_bytes={limit}, but passage {index} of {n_passages} takes "
+            f"an encoding must fit max_inline_bytes={limit}, but this one takes "
             f"{pooled.metadata_length()} characters even at ratio {pooled.compression_ratio}; raise max_inline_bytes, use a "
             "smaller storage_codec, or give a payload_store"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 from kalm_integrations.errors import KalmError, SettingsError
 
 Row = dict[str, Any]
+Item = TypeVar("Item")
 Parsed = TypeVar("Parsed")
 
 
@@ -36,40 +38,79 @@ class PassageFields:
         return f"{_checked(title, self.title)} {text}".strip() if title else text
 
 
+def parse_each(
+    items: Iterable[tuple[int, Item]],
+    source: str,
+    parse: Callable[[Item], Parsed | None],
+    report: Callable[[str], None] | None = None,
+) -> Iterator[tuple[int, Parsed]]:
+    """Parse item by item, naming bad ones by their place.
+
+    Args:
+        items: each behind its number.
+        source: how messages name their origin, up to the number.
+        parse: makes a value of an item, or None to leave it out; raises `KalmError` for a bad one.
+        report: takes the message about a bad item, which is then left out. None stops at the first.
+
+    Yields:
+        Each item's number and its value.
+
+    Raises:
+        SettingsError: an item is bad, and there is no `report`.
+    """
+    for number, item in items:
+        try:
+            parsed = parse(item)
+        except KalmError as error:
+            msg = f"{source}{number}: {error}"
+            if report is None:
+                raise SettingsError(msg) from error
+            report(msg)
+        else:
+            if parsed is not None:
+                yield number, parsed
+
+
 def parse_lines(
     lines: Iterable[bytes],
     source: str,
     parse: Callable[[str], Parsed],
     report: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, Parsed]]:
-    """Parse line by line, leaving out blank lines.
+    """Parse UTF-8 line by line, leaving out blank lines; otherwise as `parse_each`.
 
-    Args:
-        lines: UTF-8, with or without line ends.
-        source: what to call their origin in messages.
-        parse: makes a value of a line's text without its line end; raises `KalmError` for a bad one.
-        report: takes the message about a bad line, which is then left out. None stops at the first.
+    `source` is the input's name, and `parse` is given a line's text without its line end. Numbers count from 1.
+    """
+    return parse_each(enumerate(without_mark(lines), 1), f"{source}:", lambda line: parse_line(line, parse), report)
 
-    Yields:
-        Each line's number, counted from 1, and its value.
+
+def parse_line(line: bytes, parse: Callable[[str], Parsed]) -> Parsed | None:
+    """Parse the text of a line without its line end; None if it is blank.
 
     Raises:
-        SettingsError: a line is bad, and there is no `report`.
+        SettingsError: it is not UTF-8; and what `parse` raises.
     """
-    for number, line in enumerate(lines, 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            if not text.strip():
-                continue
-            parsed = parse(text)
-        except (KalmError, UnicodeDecodeError) as error:
-            reason = f"a line must be UTF-8, but is not ({error})" if isinstance(error, UnicodeDecodeError) else str(error)
-            msg = f"{source}:{number}: {reason}"
-            if report is None:
-                raise SettingsError(msg) from error
-            report(msg)
-        else:
-            yield number, parsed
+    text = decode(line).rstrip("\r\n")
+    return parse(text) if text.strip() else None
+
+
+def without_mark(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Return lines without the byte order mark that some programs write before UTF-8."""
+    for number, line in enumerate(lines):
+        yield line if number else line.removeprefix(codecs.BOM_UTF8)
+
+
+def decode(line: bytes) -> str:
+    """Decode UTF-8.
+
+    Raises:
+        SettingsError: it is something else.
+    """
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        msg = f"a line must be UTF-8, but is not ({error})"
+        raise SettingsError(msg) from error
 
 
 def parse_object(line: str) -> Row:
@@ -83,12 +124,23 @@ def parse_object(line: str) -> Row:
     except (ValueError, RecursionError) as error:
         # json's own text speaks of "line 1" of what is some other line of the file.
         reason = f"{error.msg}: character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
-        msg = f"a line must be a JSON object, but it cannot be parsed ({reason})"
+        # What an object over several lines begins with.
+        remedy = "; jq -c . writes each object on a line of its own" if line.strip() == "{" else ""
+        msg = f"a line must be a JSON object, but it cannot be parsed ({reason}){remedy}"
         raise SettingsError(msg) from error
-    if not isinstance(row, dict):
-        msg = f"a line must be a JSON object, but has type {type(row).__name__}"
+    return check_object(row, "a line")
+
+
+def check_object(value: Any, what: str) -> Row:
+    """Return a value of JSON that is an object.
+
+    Raises:
+        SettingsError: it is something else.
+    """
+    if not isinstance(value, dict):
+        msg = f"{what} must be a JSON object, but has type {type(value).__name__}"
         raise SettingsError(msg)
-    return row
+    return value
 
 
 def to_json(value: Any, indent: int | None = None) -> bytes:

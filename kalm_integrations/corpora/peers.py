@@ -1,4 +1,4 @@
-"""Other rerankers and retrievers, to compare with. The one file of the evaluation that knows sentence-transformers."""
+"""Other rerankers and retrievers, by sentence-transformers: first stages, teachers, and what a reranker is compared with."""
 
 from __future__ import annotations
 

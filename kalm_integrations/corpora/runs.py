@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kalm_integrations.corpora.jsonl import parse_lines
 from kalm_integrations.errors import SettingsError
+from kalm_integrations.files import written_beside
 
 Run = dict[str, list[tuple[str, float]]]
 """Query id -> passage ids with their scores, best first."""
@@ -47,7 +48,7 @@ def read_run(path: Path) -> Run:
 def write_run(path: Path, tag: str, rankings: Mapping[str, Sequence[str]]) -> None:
     """Write rankings, best first. The scores are falling whole numbers, so that every reader finds the same order."""
     name = "".join(character if character.isalnum() or character in "-_.+" else "_" for character in tag)
-    with path.open("w", encoding="utf-8") as file:
+    with written_beside(path) as part, part.open("w", encoding="utf-8") as file:
         for query_id, passage_ids in rankings.items():
             for rank, passage_id in enumerate(passage_ids, 1):
                 file.write(f"{query_id} Q0 {passage_id} {rank} {len(passage_ids) - rank} {name}\n")

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
 from typing import Literal
 
 Part = Literal["reranking", "frameworks"]
@@ -35,9 +33,6 @@ def main(model: str | os.PathLike[str] = "pico", part: Part | None = None) -> No
     from kalm_integrations.demo.reranking import show_reranking
     from kalm_integrations.samples import XQUAD_EN
 
-    if isinstance(sys.stdout, TextIOWrapper):
-        # A terminal that lacks a character gets a question mark instead of a traceback.
-        sys.stdout.reconfigure(errors="replace")
     console = Console(highlight=False)
     console.width = min(console.width, WIDTH)
     with _only_errors_logged():

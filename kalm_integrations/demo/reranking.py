@@ -18,9 +18,9 @@ from kalm_integrations.core.ranking import fuse
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.corpora.bm25 import BM25
+from kalm_integrations.corpora.measures import ndcg_at_10
 from kalm_integrations.demo.layout import columns, heading, plain, seconds, shortened
 from kalm_integrations.demo.stage import N_CANDIDATES
-from kalm_integrations.evaluation.metrics import ndcg_at_10
 
 N_RANDOM, SEED = 100, 0
 

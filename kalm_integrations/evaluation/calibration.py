@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.checkpoint.locate import ALIASES, BUILT_IN_ALIASES, DEFAULTS_FILE
 from kalm_integrations.core.settings import Calibration
-from kalm_integrations.core.types import Reranker
 from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.corpora.jsonl import PassageFields, parse_lines, parse_object, to_json
 from kalm_integrations.errors import MissingExtraError, SettingsError
 from kalm_integrations.evaluation.candidates import Candidates
+from kalm_integrations.evaluation.differences import load_scipy
+from kalm_integrations.files import written_beside
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -170,8 +172,10 @@ def calibrate(
 
     Raises:
         SettingsError: there are fewer than two queries, or the labels of all or of half of them determine no calibration.
+        MissingExtraError: scipy is not installed.
         NonFiniteScoreError: the model produced NaN or infinite logits.
     """
+    load_scipy("special")
     if len(judged) < 2:
         msg = f"a calibration needs two queries at least, one to fit to and one to measure on, but got {len(judged)}"
         raise SettingsError(msg)
@@ -239,12 +243,13 @@ def _newton(x: np.ndarray, signs: np.ndarray) -> np.ndarray:
     """
     design = np.stack([x, np.ones_like(x)], axis=1)
     weights = np.zeros(2)
+    expit = load_scipy("special").expit
 
     def loss(weights: np.ndarray) -> float:
         return float(np.logaddexp(0, -signs * (design @ weights)).mean())
 
     while True:
-        wrong = _sigmoid(-signs * (design @ weights))
+        wrong = expit(-signs * (design @ weights))
         gradient = -(design * (signs * wrong)[:, None]).mean(axis=0)
         hessian = (design * (wrong * (1 - wrong))[:, None]).T @ design / len(x)
         # The ridge keeps it solvable where every pair is certain.
@@ -268,7 +273,7 @@ def measure_reliability(margins: Sequence[float], is_relevant: Sequence[bool], c
     """
     logits = np.array([calibration.apply(margin) for margin in margins], dtype=np.float64)
     labels = np.asarray(is_relevant, dtype=np.float64)
-    scores = _sigmoid(logits)
+    scores = load_scipy("special").expit(logits)
     places = np.minimum((scores * N_BINS).astype(int), N_BINS - 1)
     groups = [places == place for place in range(N_BINS) if (places == place).any()]
     bins = tuple(Bin(int(g.sum()), float(scores[g].mean()), float(labels[g].mean())) for g in groups)
@@ -278,10 +283,6 @@ def measure_reliability(margins: Sequence[float], is_relevant: Sequence[bool], c
         calibration_error=sum(b.n_pairs * abs(b.mean_score - b.share_relevant) for b in bins) / len(labels),
         bins=bins,
     )
-
-
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(logits / 2))
 
 
 def check_savable(model: str | os.PathLike[str]) -> Path:
@@ -320,12 +321,11 @@ def save_calibration(model: str | os.PathLike[str], calibration: Calibration) ->
         try:
             fields = json.loads(path.read_bytes())
         except ValueError as error:
-            msg = f"{path} must be JSON, but cannot be parsed ({error}); mend or delete it"
+            msg = f"{path} must be JSON, but cannot be parsed ({error}); correct it or delete it"
             raise SettingsError(msg) from error
         if not isinstance(fields, dict):
-            msg = f"{path} must be a JSON object, but has type {type(fields).__name__}; mend or delete it"
+            msg = f"{path} must be a JSON object, but has type {type(fields).__name__}; correct it or delete it"
             raise SettingsError(msg)
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(to_json(fields | {"calibration": calibration.model_dump()}, indent=2) + b"\n")
-    part.replace(path)
+    with written_beside(path) as part:
+        part.write_bytes(to_json(fields | {"calibration": calibration.model_dump()}, indent=2) + b"\n")
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,9 +9,11 @@ from statistics import fmean, median
 from typing import Any
 
 from kalm_integrations.core.passages.encoding import EncodedPassage
+from kalm_integrations.core.ranking import sigmoid
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.core.types import Passage
 from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.measures import ndcg_at_10
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.candidates import (
     BM25_NAME,
@@ -24,8 +25,7 @@ from kalm_integrations.evaluation.candidates import (
     order,
     score_settings,
 )
-from kalm_integrations.evaluation.metrics import bootstrap_intervals, kendall_tau, ndcg_at_10
-from kalm_integrations.evaluation.report import Difference
+from kalm_integrations.evaluation.differences import Difference, check_comparable, kendall_tau, mean_differences
 
 EXACT = "fp32"
 N_TIMED = 100
@@ -125,6 +125,7 @@ def measure_costs(
         raise SettingsError(msg)
     ratios, codecs = sorted({1, *ratios}), list(dict.fromkeys((EXACT, *codecs)))
     check_ratios_and_codecs(reranker, ratios, codecs)
+    check_comparable()
     candidates = find_candidates(collection, first_stage, top_k, n_queries, seed)
     encoded = encode_candidates(reranker, collection, candidates, show_progress)
     scored = list(score_settings(reranker, candidates, encoded, ratios, codecs, show_progress))
@@ -138,7 +139,7 @@ def measure_costs(
     exact = {setting.ratio: setting for setting in scored if setting.codec == EXACT}
     gains = [[by_query[q] - baseline[q] for q in candidates] for by_query in values]
     costs = []
-    for setting, by_query, gain, interval in zip(scored, values, gains, bootstrap_intervals(gains, seed), strict=True):
+    for setting, by_query, difference in zip(scored, values, mean_differences(gains, seed), strict=True):
         changes = _score_changes(uncompressed, setting)
         costs.append(
             Cost(
@@ -146,7 +147,7 @@ def measure_costs(
                 codec=setting.codec,
                 mean_bytes=setting.mean_bytes,
                 ndcg=fmean(by_query.values()),
-                difference=Difference(fmean(gain), *interval),
+                difference=difference,
                 max_score_change=max(changes),
                 mean_score_change=fmean(changes),
                 rank_agreement=fmean(kendall_tau(uncompressed.margins[q], setting.margins[q]) for q in candidates),
@@ -197,14 +198,10 @@ def _decode_seconds(
 def _score_changes(first: Scored, second: Scored) -> list[float]:
     """Return how much the probability of each candidate of each query differs."""
     return [
-        abs(_sigmoid(a) - _sigmoid(b))
+        abs(sigmoid(a) - sigmoid(b))
         for query_id, margins in first.margins.items()
         for a, b in zip(margins, second.margins[query_id], strict=True)
     ]
-
-
-def _sigmoid(margin: float) -> float:
-    return 0.5 * (1 + math.tanh(margin / 2))
 
 
 def recommend(collections: Sequence[CollectionCosts]) -> dict[str, tuple[int, str]]:
@@ -285,8 +282,6 @@ def to_markdown(report: Mapping[str, Any]) -> str:
 
 
 def _row(cost: Mapping[str, Any]) -> str:
-    difference = cost["difference"]
-    gain = f"{difference['mean']:+.3f} ({difference['low']:+.3f} to {difference['high']:+.3f})"
     ndcg = f"**{cost['ndcg']:.3f}**" if cost["is_pareto"] else f"{cost['ndcg']:.3f}"
     changes = (f"{cost[name]:.1g}" for name in ("max_score_change", "mean_score_change"))
     cells = (
@@ -294,7 +289,7 @@ def _row(cost: Mapping[str, Any]) -> str:
         f"`{cost['codec']}`",
         f"{cost['mean_bytes']:,.0f}",
         ndcg,
-        gain,
+        str(Difference(**cost["difference"])),
         *changes,
         f"{cost['rank_agreement']:.3f}",
         f"{cost['codec_score_change']:.1g}",

@@ -14,6 +14,7 @@ from kalm_integrations.core.ranking import RankRules, check_fusion
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.core.types import FusionMethod
 from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.measures import ndcg_at_10
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.candidates import (
     BM25_NAME,
@@ -22,8 +23,7 @@ from kalm_integrations.evaluation.candidates import (
     find_candidates,
     score_candidates,
 )
-from kalm_integrations.evaluation.metrics import bootstrap_intervals, ndcg_at_10
-from kalm_integrations.evaluation.report import Difference
+from kalm_integrations.evaluation.differences import Difference, check_comparable, mean_differences
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,8 +79,8 @@ class FusionReport:
         table.add_row(self.first_stage, "", f"{self.first_stage_ndcg:.3f}")
         table.add_row("reranker", "", f"{self.reranker_ndcg:.3f}")
         for fused in self.orders:
-            differences = (f"{d.mean:+.3f} ({d.low:+.3f}…{d.high:+.3f})" for d in (fused.to_first_stage, fused.to_reranker))
-            table.add_row(fused.method, f"{fused.weight:g}", f"{fused.ndcg:.3f}", *differences)
+            differences = (fused.to_first_stage, fused.to_reranker)
+            table.add_row(fused.method, f"{fused.weight:g}", f"{fused.ndcg:.3f}", *map(str, differences))
         return table
 
 
@@ -116,6 +116,7 @@ def compare_fusions(
         raise SettingsError(msg)
     for weight in weights:
         check_fusion(METHODS[0], weight)
+    check_comparable()
     candidates = find_candidates(collection, first_stage, top_k, n_queries, seed)
     encoded = encode_candidates(reranker, collection, candidates, show_progress)
     with tqdm(total=count_pairs(candidates), desc="Scoring", unit="pair", disable=not show_progress) as progress:
@@ -135,12 +136,10 @@ def compare_fusions(
     alone = measure()
     settings = [(method, weight) for method in METHODS for weight in weights]
     values = [measure(*setting) for setting in settings]
-    differences = [[a - b for a, b in zip(fused, baseline, strict=True)] for fused in values for baseline in (first, alone)]
-    intervals = iter(zip(map(fmean, differences), bootstrap_intervals(differences, seed), strict=True))
+    gains = [[a - b for a, b in zip(fused, baseline, strict=True)] for fused in values for baseline in (first, alone)]
+    differences = iter(mean_differences(gains, seed))
     orders = [
-        FusedOrder(
-            method, weight, fmean(fused), *(Difference(mean, *ends) for mean, ends in (next(intervals), next(intervals)))
-        )
+        FusedOrder(method, weight, fmean(fused), next(differences), next(differences))
         for (method, weight), fused in zip(settings, values, strict=True)
     ]
     return FusionReport(

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from tqdm.auto import tqdm
 
+from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.pairs import score_pairs
 from kalm_integrations.core.settings import StorageSettings, make_settings
-from kalm_integrations.core.types import AnyPassage, Reranker
+from kalm_integrations.core.types import AnyPassage
 from kalm_integrations.errors import MissingExtraError, SettingsError
 from kalm_integrations.evaluation.stored import StoredEncodings
 from kalm_integrations.hosting import as_reranker

@@ -19,7 +19,7 @@ MARKERS = {"fp32": "o", "fp16": "s", "bf16": "D", "int8": "^", "int4": "v"}
 def plot_costs(report: Mapping[str, Any], path: Path) -> None:
     """Draw nDCG@10 against bytes per passage, a panel for each collection, with the Pareto line.
 
-    The digest of the report is in the file, see `digest`, so that a plot of other figures can be told.
+    The file holds the report's digest (see `digest`), which tells whether plot and figures belong together.
 
     Args:
         report: of `compression.to_report`.

@@ -12,6 +12,7 @@ from kalm_integrations.core.ranking import fuse
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.corpora import peers
 from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.measures import measure
 from kalm_integrations.corpora.runs import write_run
 from kalm_integrations.evaluation.candidates import (
     BM25_NAME,
@@ -22,21 +23,12 @@ from kalm_integrations.evaluation.candidates import (
     order,
     score_settings,
 )
-from kalm_integrations.evaluation.metrics import bootstrap_intervals, check_measures, measure
+from kalm_integrations.evaluation.differences import Difference, check_comparable, mean_differences
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 DEFAULT_MEASURE = "nDCG@10"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean difference of a measure over queries, with its 95 % interval (paired bootstrap)."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -88,13 +80,9 @@ class Report:
             table.add_column(name, justify="right")
         for system in self.systems:
             means = (f"{system.means[name]:.3f}" for name in self.measures)
-            differences = (_format(system.differences.get(name)) for name in (first_stage.name, *baselines))
+            differences = (str(system.differences.get(name, "")) for name in (first_stage.name, *baselines))
             table.add_row(system.name, *means, *differences)
         return table
-
-
-def _format(difference: Difference | None) -> str:
-    return f"{difference.mean:+.3f} ({difference.low:+.3f}…{difference.high:+.3f})" if difference else ""
 
 
 def evaluate(
@@ -137,7 +125,7 @@ def evaluate(
         MissingExtraError: the extra `eval` is not installed, or what a peer needs.
     """
     check_ratios_and_codecs(reranker, ratios, codecs)
-    check_measures(measures)
+    check_comparable(measures)
     candidates = find_candidates(collection, first_stage, top_k, n_queries, seed)
     first_name = first_stage if first_stage == BM25_NAME else Path(first_stage).name
     orders: dict[str, dict[str, list[str]]] = {first_name: {q: found.ids for q, found in candidates.items()}}
@@ -199,10 +187,7 @@ def _measure_systems(
     first = {name: list(by_measure[measures[0]].values()) for name, by_measure in values.items()}
     pairs = [(name, baseline) for name in orders for baseline in baselines if baseline != name]
     gains = [[a - b for a, b in zip(first[name], first[baseline], strict=True)] for name, baseline in pairs]
-    differences = {
-        pair: Difference(fmean(gain), *interval)
-        for pair, gain, interval in zip(pairs, gains, bootstrap_intervals(gains, seed), strict=True)
-    }
+    differences = dict(zip(pairs, mean_differences(gains, seed), strict=True))
     systems = []
     for name, by_measure in values.items():
         means = {m: fmean(by_query.values()) for m, by_query in by_measure.items()}

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kalm_integrations.core.base import Reranker, is_reranker
 from kalm_integrations.core.passages.stores import check_store, check_travels
 from kalm_integrations.core.settings import SETTING_NAMES, build_settings, check_names
-from kalm_integrations.core.types import Reranker, is_reranker
 from kalm_integrations.errors import SettingsError
 
 logger = logging.getLogger(__name__)

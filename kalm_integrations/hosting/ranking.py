@@ -7,16 +7,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from kalm_integrations.core.types import (
-    ENCODING_KEY,
-    FINGERPRINT_KEY,
-    FusionMethod,
-    Metadata,
-    Passage,
-    Ranking,
-    Reading,
-    Reranker,
-)
+from kalm_integrations.core.base import Reranker
+from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, FusionMethod, Metadata, Passage, Ranking, Reading
 from kalm_integrations.errors import EncodingError, SettingsError
 
 logger = logging.getLogger(__name__)

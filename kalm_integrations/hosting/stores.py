@@ -13,7 +13,8 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from tqdm.auto import tqdm
 
-from kalm_integrations.core.types import FINGERPRINT_KEY, Passage, Reranker
+from kalm_integrations.core.base import Reranker
+from kalm_integrations.core.types import FINGERPRINT_KEY, Passage
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import under_key
 
@@ -222,9 +223,10 @@ def backfill(
                 held[index][0]: Addition(held[index][1], under_key(metadata, kind.encoding_key))
                 for index, metadata in zip(missing, made, strict=True)
             }
+            # The encoding too: a host may have to hide both keys.
             labels = {
-                document_id: Addition(document, {FINGERPRINT_KEY: fingerprint})
-                for (document_id, document), status in zip(held, reading, strict=True)
+                document_id: Addition(document, {kind.encoding_key: passage.encoding or "", FINGERPRINT_KEY: fingerprint})
+                for (document_id, document), passage, status in zip(held, passages, reading, strict=True)
                 if status == "stored" and kind.metadata(document).get(FINGERPRINT_KEY) != fingerprint
             }
             written += add_encodings(access, kind, additions)

@@ -44,7 +44,7 @@ def check_store_takes(store: VectorStore, documents: Sequence[Document], encodin
             rule = f"{limit} characters in a metadata value"
         if length > limit:
             msg = (
-                f"{name} takes at most {rule}, but the encoding of document {index} has {length}; set "
+                f"{name} takes at most {rule}, but this encoding has {length}; set "
                 f"max_inline_bytes={limit} or less, a smaller storage_codec, or storage_mode='reference' with a payload_store"
             )
             raise EncodingTooLargeError(msg, index=index)

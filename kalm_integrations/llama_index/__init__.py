@@ -11,10 +11,19 @@ except ImportError as error:
     msg = 'kalm_integrations.llama_index needs llama-index-core; run: pip install "kalm-integrations[llama-index]"'
     raise MissingExtraError(msg) from error
 
-from kalm_integrations.hosting.stores import BackfillReport
-from kalm_integrations.llama_index.encoder import KalmPassageEncoder
+from kalm_integrations.hosting.stores import BackfillReport, DocumentAccess
+from kalm_integrations.llama_index.encode import KalmPassageEncoder
 from kalm_integrations.llama_index.payloads import KVPayloadStore
 from kalm_integrations.llama_index.rerank import KalmRerank, WriteBack
 from kalm_integrations.llama_index.stores import backfill, write_back_to
 
-__all__ = ["BackfillReport", "KVPayloadStore", "KalmPassageEncoder", "KalmRerank", "WriteBack", "backfill", "write_back_to"]
+__all__ = [
+    "BackfillReport",
+    "DocumentAccess",
+    "KVPayloadStore",
+    "KalmPassageEncoder",
+    "KalmRerank",
+    "WriteBack",
+    "backfill",
+    "write_back_to",
+]

@@ -1,20 +1,68 @@
-"""Nodes with and without encodings. Every function returns copies; the nodes that it is given stay as they are."""
+"""Nodes and passages. What returns a node returns a copy that shares no metadata; nodes that are given stay as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from llama_index.core.schema import BaseNode, MetadataMode, RelatedNodeInfo
 
-from kalm_integrations.core.types import FINGERPRINT_KEY, FUSED_SCORE_KEY, Passage
+from kalm_integrations.core.types import FUSED_SCORE_KEY, Metadata, Passage
+from kalm_integrations.hosting.documents import RETRIEVAL_SCORE_KEY, encoding_keys, under_key, without_encodings
+from kalm_integrations.hosting.fields import EncodingFields, assigned
+from kalm_integrations.hosting.stores import DocumentKind
 
-RETRIEVAL_SCORE_KEY = "retrieval_score"
-"""Where rerankers of LlamaIndex keep the score that a node came with."""
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-def attach(node: BaseNode, metadata: Mapping[str, str], encoding_key: str) -> BaseNode:
-    """Return a copy with `metadata` (an encoding and its fingerprint), which neither prompts nor embeddings will show."""
-    return with_hidden_metadata(strip(node, encoding_key), metadata)
+class NodeFields(EncodingFields):
+    """The fields of a component that reads encodings from nodes or writes them into nodes."""
+
+    metadata_mode: MetadataMode = MetadataMode.EMBED
+    """Which metadata belongs to a passage's text."""
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
+        """Return what `to_dict` was called on.
+
+        Raises:
+            SettingsError: a setting is unknown or breaks a rule.
+        """
+        values = {name: value for name, value in {**data, **kwargs}.items() if name != "class_name"}
+        # Not by the constructor: settings that were assigned one by one may include one without effect.
+        return assigned(cls, values, cls.__name__)
+
+
+def to_passage(node: BaseNode, encoding_key: str, metadata_mode: MetadataMode) -> Passage:
+    """Return what is encoded of a node, with the encoding that it carries.
+
+    The text is that of the node without what rerankers add to it: it is the same before ingest, after retrieval, and behind
+    another reranker that keeps the retrieval score or fuses it.
+    """
+    added = encoding_keys(encoding_key) | {FUSED_SCORE_KEY, RETRIEVAL_SCORE_KEY}
+    plain = node.model_copy(update={"metadata": {key: value for key, value in node.metadata.items() if key not in added}})
+    return Passage(plain.get_content(metadata_mode=metadata_mode), node.metadata.get(encoding_key))
+
+
+def stripped(node: BaseNode, encoding_key: str) -> BaseNode:
+    """Return a copy without encodings, its own or those of related nodes."""
+    ours = encoding_keys(encoding_key)
+
+    def without(related: RelatedNodeInfo) -> RelatedNodeInfo:
+        return related.model_copy(update={"metadata": without_encodings(related.metadata, encoding_key)})
+
+    return node.model_copy(
+        update={
+            "metadata": without_encodings(node.metadata, encoding_key),
+            "excluded_embed_metadata_keys": [key for key in node.excluded_embed_metadata_keys if key not in ours],
+            "excluded_llm_metadata_keys": [key for key in node.excluded_llm_metadata_keys if key not in ours],
+            "relationships": {
+                kind: [without(r) for r in related] if isinstance(related, list) else without(related)
+                for kind, related in node.relationships.items()
+            },
+        }
+    )
 
 
 def with_hidden_metadata(node: BaseNode, metadata: Mapping[str, object]) -> BaseNode:
@@ -28,36 +76,23 @@ def with_hidden_metadata(node: BaseNode, metadata: Mapping[str, object]) -> Base
     )
 
 
-def strip(node: BaseNode, encoding_key: str) -> BaseNode:
-    """Return a copy without encoding, its own or those of related nodes."""
-    return _without(node, {encoding_key, FINGERPRINT_KEY})
+def with_encoding(node: BaseNode, encoding: Metadata, encoding_key: str) -> BaseNode:
+    """Return a copy with what `Reranker.encode_to_metadata` made of it, out of sight, and no other encoding."""
+    return with_hidden_metadata(stripped(node, encoding_key), under_key(encoding, encoding_key))
 
 
-def to_passage(node: BaseNode, encoding_key: str, metadata_mode: MetadataMode) -> Passage:
-    """Return what is encoded of a node, with the encoding that it carries.
-
-    The text is that of the node without what rerankers add to it: it is the same before ingest, after retrieval, and behind
-    another reranker that keeps the retrieval score or fuses it.
-    """
-    clean = _without(node, {encoding_key, FINGERPRINT_KEY, FUSED_SCORE_KEY, RETRIEVAL_SCORE_KEY})
-    return Passage(clean.get_content(metadata_mode=metadata_mode), node.metadata.get(encoding_key))
-
-
-def _without(node: BaseNode, keys: set[str]) -> BaseNode:
-    def is_kept(key: str) -> bool:
-        return key not in keys
-
-    def clean(related: RelatedNodeInfo) -> RelatedNodeInfo:
-        return related.model_copy(update={"metadata": {k: v for k, v in related.metadata.items() if is_kept(k)}})
-
-    return node.model_copy(
-        update={
-            "metadata": {key: value for key, value in node.metadata.items() if is_kept(key)},
-            "excluded_embed_metadata_keys": list(filter(is_kept, node.excluded_embed_metadata_keys)),
-            "excluded_llm_metadata_keys": list(filter(is_kept, node.excluded_llm_metadata_keys)),
-            "relationships": {
-                kind: [clean(r) for r in related] if isinstance(related, list) else clean(related)
-                for kind, related in node.relationships.items()
-            },
-        }
+def node_kind(encoding_key: str, metadata_mode: MetadataMode = MetadataMode.EMBED) -> DocumentKind[BaseNode]:
+    """Return how write-back and backfill read nodes."""
+    return DocumentKind(
+        to_passage=lambda node: to_passage(node, encoding_key, metadata_mode),
+        metadata=lambda node: node.metadata,
+        has_text_of=_has_text_of,
+        encoding_key=encoding_key,
     )
+
+
+def _has_text_of(held: BaseNode, encoded: BaseNode) -> bool:
+    text = encoded.get_content(MetadataMode.NONE)
+    # Small-to-big retrieval (MetadataReplacementPostProcessor) encodes a text that a node has in its metadata.
+    texts = [held.get_content(MetadataMode.NONE), *(value for value in held.metadata.values() if isinstance(value, str))]
+    return text in texts

@@ -1,198 +1,261 @@
-"""Writing encodings into stores that hold nodes already: write-back at query time, and backfill."""
+"""Encodings into nodes that a store has already, without embedding a text again: write-back at query time, and backfill."""
 
 from __future__ import annotations
 
-import logging
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any, TypeVar
 
+from llama_index.core.constants import DATA_KEY
 from llama_index.core.schema import BaseNode
-from llama_index.core.storage.docstore.types import BaseDocumentStore
-from llama_index.core.vector_stores.utils import node_to_metadata_dict
-from tqdm.auto import tqdm
+from llama_index.core.storage.docstore.keyval_docstore import KVDocumentStore
 
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.hosting.stores import BackfillReport
-from kalm_integrations.llama_index.encoder import KalmPassageEncoder
-from kalm_integrations.llama_index.nodes import attach
+from kalm_integrations.hosting import stores as hosting
+from kalm_integrations.hosting.documents import check_encoding_key
+from kalm_integrations.hosting.stores import BackfillReport, Changes, DocumentAccess, DocumentId
+from kalm_integrations.llama_index.encode import KalmPassageEncoder
+from kalm_integrations.llama_index.nodes import node_kind
 from kalm_integrations.llama_index.rerank import WriteBack
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_CONTENT = "_node_content"
+"""Payload key of the JSON that vector stores read a node from; the metadata beside it serve filters only."""
 
 
 def write_back_to(store: Any, encoding_key: str = ENCODING_KEY) -> WriteBack:
     """Return a `write_back` for `KalmRerank` that writes encodings into a store, without embedding anything again.
 
     Only the encoding goes into the store: what other postprocessors made of a node's text and metadata does not. Nodes that
-    the store does not have are left out.
+    are gone or have another text by now are passed over; how many, is logged.
 
     Args:
-        store: the document store that the index reads its nodes from (`index.docstore`: simple, Redis, Postgres or any other),
-            a `ChromaVectorStore`, or a `QdrantVectorStore`.
+        store: the document store that the index reads its nodes from (`index.docstore`: simple, Redis, Postgres or another
+            one over a key-value store), a `ChromaVectorStore`, a `QdrantVectorStore`, or a `DocumentAccess`.
         encoding_key: that of the reranker.
 
     Raises:
-        SettingsError: it is another kind of store.
+        SettingsError: it is another kind of store, or `encoding_key` is one of our other keys.
     """
-    opened = _open(store)
+    access, kind = access_to(store), node_kind(check_encoding_key(encoding_key))
 
     def write_back(nodes: Sequence[BaseNode]) -> None:
-        if not nodes:
-            return
-        metadata = {n.node_id: {key: n.metadata[key] for key in (encoding_key, FINGERPRINT_KEY)} for n in nodes}
-        stored = opened.read(list(metadata))
-        if len(stored) < len(metadata):
-            logger.warning("%d of %d nodes to write back are not in the store", len(metadata) - len(stored), len(metadata))
-        if stored:
-            opened.write([attach(node, metadata[node.node_id], encoding_key) for node in stored])
+        hosting.write_encodings(access, kind, {node.node_id: node for node in nodes})
 
     return write_back
 
 
 def backfill(
     store: Any,
-    encoder: KalmPassageEncoder,
+    encoder: KalmPassageEncoder | None = None,
     *,
-    batch_size: int = 64,
-    check_texts: bool = False,
+    check_texts: bool = True,
+    batch_size: int = hosting.DEFAULT_BATCH_SIZE,
     show_progress: bool = True,
 ) -> BackfillReport:
-    """Encode the nodes of a store that have no encoding of the encoder's fingerprint, and write the encodings into it.
+    """Encode the nodes of a store that a query would have to encode, in place and without embedding them again.
+
+    Each batch is written when it is done, so a run that was stopped is continued by the next one.
 
     Args:
         store: as in `write_back_to`.
-        encoder: the encoder of the ingestion pipeline.
-        batch_size: nodes that are read, encoded and written at once.
-        check_texts: check every encoding, which also finds damaged ones and those of a text that has changed since;
-            otherwise the fingerprint beside it (`kalm_fp`) is believed.
+        encoder: the encoder of the ingestion pipeline; `KalmPassageEncoder()` for None.
+        check_texts: read every node. False believes `kalm_fp`: fewer nodes are read, but an encoding that is damaged or of
+            another text is not found.
+        batch_size: nodes read, encoded and written at a time.
         show_progress: draw a progress bar.
 
     Raises:
         SettingsError: it is another kind of store, or `batch_size` is not positive.
-        EncodingTooLargeError: a passage does not fit the encoder's `max_inline_bytes`.
+        EncodingTooLargeError: an encoding does not fit the encoder's `max_inline_bytes`.
     """
-    if batch_size < 1:
-        msg = f"batch_size must be a positive whole number, but got {batch_size!r}"
-        raise SettingsError(msg)
-    opened = _open(store)
-    ids = opened.ids(None if check_texts else encoder.reranker.fingerprint)
-    missing = stale = 0
-    with tqdm(total=len(ids), desc="encoding", unit="node", disable=not show_progress) as progress:
-        for start in range(0, len(ids), batch_size):
-            nodes = opened.read(ids[start : start + batch_size])
-            changed = [(old, new) for old, new in zip(nodes, encoder(nodes), strict=True) if old.metadata != new.metadata]
-            if changed:
-                opened.write([new for _, new in changed])
-            values = [(old.metadata.get(encoder.encoding_key), new.metadata[encoder.encoding_key]) for old, new in changed]
-            missing += sum(old is None for old, _ in values)
-            stale += sum(old is not None and old != new for old, new in values)
-            progress.update(len(nodes))
-    return BackfillReport(len(ids), missing, stale)
+    access = access_to(store)
+    encoder = KalmPassageEncoder() if encoder is None else encoder
+    kind, reranker = node_kind(encoder.encoding_key, encoder.metadata_mode), encoder.reranker
+    return hosting.backfill(
+        access, kind, reranker, check_texts=check_texts, batch_size=batch_size, show_progress=show_progress
+    )
 
 
-class _Store(ABC):
-    """What write-back and backfill need of a store."""
+def access_to(store: Any) -> DocumentAccess[BaseNode]:
+    """Return the access to a store.
 
+    Raises:
+        SettingsError: there is none.
+    """
+    if isinstance(store, DocumentAccess):
+        return store
+    if isinstance(store, KVDocumentStore):
+        return _DocumentStore(store)
+    if kind := _known(store, _VECTOR_STORES):
+        return kind(store)
+    msg = (
+        f"store must be a document store over a key-value store, {', '.join(_VECTOR_STORES)} or a DocumentAccess, but got "
+        f"{type(store).__name__}; write a DocumentAccess for it, or pass a function of your own as write_back"
+    )
+    raise SettingsError(msg)
+
+
+class _DocumentStore:
+    """Changes entries of the key-value store below.
+
+    `add_documents` would replace whole nodes, and write anew what the store knows of their source documents and the hashes by
+    which pipelines know what they have ingested.
+    """
+
+    def __init__(self, store: KVDocumentStore) -> None:
+        self._store = store
+        self._kvstore: Any = store._kvstore  # noqa: SLF001
+        self._collection = store._node_collection  # noqa: SLF001
+        self._change = _known(self._kvstore, _ENTRY_CHANGES) or _change_entry
+
+    def find_ids(self, fingerprint: str | None) -> list[DocumentId]:
+        entries: dict[str, Any] = self._kvstore.get_all(collection=self._collection)
+        if fingerprint is None:
+            return list(entries)
+        return [i for i, entry in entries.items() if entry[DATA_KEY].get("metadata", {}).get(FINGERPRINT_KEY) != fingerprint]
+
+    def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, BaseNode]:
+        return {node.node_id: node for node in self._store.get_nodes([str(i) for i in ids], raise_error=False)}
+
+    def add_metadata(self, changes: Changes) -> None:
+        for document_id, added in changes.items():
+            self._change(self._kvstore, self._collection, str(document_id), added)
+
+
+def _change_entry(kvstore: Any, collection: str, key: str, added: Mapping[str, str]) -> None:
+    # All that the interface of key-value stores offers.
+    if entry := kvstore.get(key, collection=collection):
+        _add(entry[DATA_KEY], added)
+        kvstore.put(key, entry, collection=collection)
+
+
+def _change_in_memory(kvstore: Any, collection: str, key: str, added: Mapping[str, str]) -> None:
+    # `get` returns a new dict with the node that is stored. Nothing is put, so an entry that has taken its place stays.
+    if entry := kvstore.get(key, collection=collection):
+        _add(entry[DATA_KEY], added)
+
+
+_REDIS_SET_IF_SAME = """
+if redis.call('hget', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+redis.call('hset', KEYS[1], ARGV[1], ARGV[3])
+return 1
+"""
+
+
+def _change_in_redis(kvstore: Any, collection: str, key: str, added: Mapping[str, str]) -> None:
+    client = kvstore._redis_client  # noqa: SLF001
+    while (held := client.hget(collection, key)) is not None:
+        entry = json.loads(held)
+        _add(entry[DATA_KEY], added)
+        if client.eval(_REDIS_SET_IF_SAME, 1, collection, key, held, json.dumps(entry)):
+            return
+
+
+def _change_in_postgres(kvstore: Any, collection: str, key: str, added: Mapping[str, str]) -> None:
+    with kvstore._session() as session, session.begin():  # noqa: SLF001
+        rows = session.query(kvstore._table_class).filter_by(namespace=collection, key=key)  # noqa: SLF001
+        for row in rows.with_for_update():
+            node = dict(row.value[DATA_KEY])
+            _add(node, added)
+            row.value = {**row.value, DATA_KEY: node}
+
+
+_ENTRY_CHANGES: dict[str, Callable[[Any, str, str, Mapping[str, str]], None]] = {
+    "SimpleKVStore": _change_in_memory,
+    "RedisKVStore": _change_in_redis,
+    "PostgresKVStore": _change_in_postgres,
+}
+
+
+class _VectorStore:
     def __init__(self, store: Any) -> None:
         self._store = store
 
-    @abstractmethod
-    def ids(self, fingerprint: str | None) -> list[str]:
-        """Return the ids of the nodes that do not have this fingerprint, or of all."""
-
-    def read(self, ids: list[str]) -> list[BaseNode]:
-        """Return those of the nodes that the store has; `ids` must not be empty, which some stores take for all."""
-        nodes: list[BaseNode] = self._store.get_nodes(ids)
-        return nodes
-
-    @abstractmethod
-    def write(self, nodes: Sequence[BaseNode]) -> None:
-        """Replace the metadata of stored nodes."""
+    def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, BaseNode]:
+        return {node.node_id: node for node in self._store.get_nodes(list(ids))}
 
 
-class _DocumentStore(_Store):
-    def ids(self, fingerprint: str | None) -> list[str]:
-        nodes = self._store.docs
-        # An ingestion pipeline keeps its source documents here too; nobody retrieves those.
-        sources = {node.ref_doc_id for node in nodes.values()}
-        return [
-            node_id
-            for node_id, node in nodes.items()
-            if node_id not in sources and (fingerprint is None or node.metadata.get(FINGERPRINT_KEY) != fingerprint)
-        ]
-
-    def read(self, ids: list[str]) -> list[BaseNode]:
-        nodes: list[BaseNode] = self._store.get_nodes(ids, raise_error=False)
-        return nodes
-
-    def write(self, nodes: Sequence[BaseNode]) -> None:
-        # A document that was not split is known to pipelines by the hash it came with; the encoding must not change that.
-        unsplit = [node.node_id for node in nodes if node.ref_doc_id is None]
-        hashes = {node_id: self._store.get_document_hash(node_id) for node_id in unsplit}
-        self._store.add_documents(nodes, allow_update=True)
-        self._store.set_document_hashes({node_id: known for node_id, known in hashes.items() if known is not None})
-
-
-class _ChromaStore(_Store):
-    def ids(self, fingerprint: str | None) -> list[str]:
+class _Chroma(_VectorStore):
+    def find_ids(self, fingerprint: str | None) -> list[DocumentId]:
         where = None if fingerprint is None else {FINGERPRINT_KEY: {"$ne": fingerprint}}
-        ids: list[str] = self._store.client.get(where=where, include=[])["ids"]
-        return ids
+        return list(self._store.client.get(where=where, include=[])["ids"])
 
-    def write(self, nodes: Sequence[BaseNode]) -> None:
-        # Nodes are read from `_node_content`, a copy of the metadata that the framework stores beside it: both are written.
-        metadata = [node_to_metadata_dict(node, remove_text=True, flat_metadata=self._store.flat_metadata) for node in nodes]
-        filled = [{key: "" if value is None else value for key, value in entry.items()} for entry in metadata]
-        self._store.client.update([node.node_id for node in nodes], metadatas=filled)
+    def add_metadata(self, changes: Changes) -> None:
+        # Chroma writes nothing on a condition, so what it holds is read at the last moment.
+        held = self._store.client.get(ids=list(changes), include=["metadatas"])
+        payloads = [_payload(payload or {}, changes[i]) for i, payload in zip(held["ids"], held["metadatas"], strict=True)]
+        if payloads:
+            self._store.client.update(held["ids"], metadatas=payloads)
 
 
-class _QdrantStore(_Store):
-    def ids(self, fingerprint: str | None) -> list[str]:
-        from qdrant_client import models
+class _Qdrant(_VectorStore):
+    def __init__(self, store: Any) -> None:
+        super().__init__(store)
+        self._models: Any = import_module("qdrant_client.models")
 
-        chosen = None
+    def find_ids(self, fingerprint: str | None) -> list[DocumentId]:
+        outdated = None
         if fingerprint is not None:
-            match = models.MatchValue(value=fingerprint)
-            chosen = models.Filter(must_not=[models.FieldCondition(key=FINGERPRINT_KEY, match=match)])
-        ids: list[str] = []
+            outdated = self._models.Filter(must_not=[self._holds(FINGERPRINT_KEY, fingerprint)])
+        ids: list[DocumentId] = []
         offset = None
         while True:
             points, offset = self._store.client.scroll(
-                self._store.collection_name, scroll_filter=chosen, limit=1000, offset=offset, with_payload=False
+                self._store.collection_name, outdated, limit=1000, offset=offset, with_payload=False
             )
             ids += [str(point.id) for point in points]
             if offset is None:
                 return ids
 
-    def write(self, nodes: Sequence[BaseNode]) -> None:
-        from qdrant_client import models
-
-        operations = [
-            models.SetPayloadOperation(
-                set_payload=models.SetPayload(
-                    payload=node_to_metadata_dict(node, remove_text=False, flat_metadata=self._store.flat_metadata),
-                    points=[node.node_id],
-                )
+    def add_metadata(self, changes: Changes) -> None:
+        models, client, collection = self._models, self._store.client, self._store.collection_name
+        # Strict mode, which is Qdrant Cloud's default, refuses conditions on what has no index.
+        strict = client.get_collection(collection).config.strict_mode_config
+        is_conditional = strict is None or not strict.enabled or strict.unindexed_filtering_update is not False
+        operations = []
+        for point in client.retrieve(collection, list(changes)):
+            conditions = [models.HasIdCondition(has_id=[point.id])]
+            if is_conditional and _CONTENT in point.payload:
+                conditions.append(self._holds(_CONTENT, point.payload[_CONTENT]))
+            change = models.SetPayload(
+                payload=_payload(point.payload, changes[str(point.id)]), filter=models.Filter(must=conditions)
             )
-            for node in nodes
-        ]
-        self._store.client.batch_update_points(self._store.collection_name, operations)
+            operations.append(models.SetPayloadOperation(set_payload=change))
+        if operations:
+            client.batch_update_points(collection, operations)
+
+    def _holds(self, key: str, value: str) -> Any:
+        return self._models.FieldCondition(key=key, match=self._models.MatchValue(value=value))
 
 
-_VECTOR_STORES: dict[str, type[_Store]] = {"ChromaVectorStore": _ChromaStore, "QdrantVectorStore": _QdrantStore}
+_VECTOR_STORES: dict[str, Callable[[Any], DocumentAccess[BaseNode]]] = {
+    "ChromaVectorStore": _Chroma,
+    "QdrantVectorStore": _Qdrant,
+}
 
 
-def _open(store: Any) -> _Store:
-    if isinstance(store, BaseDocumentStore):
-        return _DocumentStore(store)
-    # By name: this package does not need theirs.
-    for kind in type(store).__mro__:
-        if kind.__name__ in _VECTOR_STORES:
-            return _VECTOR_STORES[kind.__name__](store)
-    msg = (
-        f"store must be a document store, {' or '.join(_VECTOR_STORES)}, but got {type(store).__name__}; for another one pass "
-        "a function of your own as write_back"
-    )
-    raise SettingsError(msg)
+def _known(store: object, kinds: Mapping[str, T]) -> T | None:
+    """Look up a store's class by name: this package does not need those of the stores."""
+    return next((kinds[base.__name__] for base in type(store).__mro__ if base.__name__ in kinds), None)
+
+
+def _payload(held: Mapping[str, Any], added: Mapping[str, str]) -> dict[str, Any]:
+    """Return what to merge into a vector store's payload of a node."""
+    if _CONTENT not in held:
+        # Not written by the framework, which then reads the payload itself as metadata.
+        return dict(added)
+    node = json.loads(held[_CONTENT])
+    _add(node, added)
+    return {**added, _CONTENT: json.dumps(node, ensure_ascii=False)}
+
+
+def _add(node: dict[str, Any], added: Mapping[str, str]) -> None:
+    """Add metadata to a node's JSON; what is hidden from prompts and embeddings is hidden before it is there."""
+    for hidden in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys"):
+        node[hidden] = list(dict.fromkeys([*node[hidden], *added]))
+    # A new dict: a reader may be going through the old one.
+    node["metadata"] = {**node["metadata"], **added}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from kalm_integrations.core.checkpoint import prompts
@@ -252,14 +253,12 @@ class Collator:
         n_prefix = min(n_shared(min(all_prompts), max(all_prompts)), min(map(len, all_prompts)) - 1)
         rests = [prompt[n_prefix:] for prompt in all_prompts]
         passages = [passage for cluster in clusters for passage in cluster.passages]
-        width = max(len(candidates) for cluster in clusters for candidates in cluster.candidates)
         rows, margins = [], []
         offset = 0
         for cluster in clusters:
             for candidates, taught in zip(cluster.candidates, cluster.margins, strict=True):
-                padding = width - len(candidates)
-                rows.append([*(offset + position for position in candidates), *[-1] * padding])
-                margins.append([*(taught or [float("nan")] * len(candidates)), *[float("nan")] * padding])
+                rows.append(torch.tensor(candidates) + offset)
+                margins.append(torch.tensor(taught or [float("nan")] * len(candidates)))
             offset += len(cluster.passages)
         ratios = self.phase.compression_ratios
         if self.phase.ratios_per_step == "one":
@@ -271,8 +270,8 @@ class Collator:
             "prefix": torch.tensor(all_prompts[0][:n_prefix]),
             "queries": pad_token_ids(rests),
             "last": torch.tensor([len(rest) - 1 for rest in rests]),
-            "candidates": torch.tensor(rows),
-            "teacher": torch.tensor(margins),
+            "candidates": pad_sequence(rows, batch_first=True, padding_value=-1),
+            "teacher": pad_sequence(margins, batch_first=True, padding_value=float("nan")),
             "compression_ratios": ratios,
         }
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from kalm_integrations.corpora.bm25 import BM25
 from kalm_integrations.corpora.peers import embed, load_bi_encoder
+from kalm_integrations.files import written_beside
 from kalm_integrations.training.config import TeacherConfig
 from kalm_integrations.training.sources import TrainingSet
 
@@ -58,9 +59,8 @@ def embed_training_set(texts: TrainingSet, config: TeacherConfig, folder: Path, 
                 "queries": embed(model, [query.text for query in texts.queries], "query").half(),
             }
         folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        save_file(embeddings, part)
-        part.replace(path)
+        with written_beside(path) as part:
+            save_file(embeddings, part)
     return ClusterTeacher(texts, **load_file(path))
 
 

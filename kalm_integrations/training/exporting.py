@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from kalm_integrations.core.checkpoint.locate import TOKENIZER_FILES, resolve
+from kalm_integrations.core.checkpoint.folders import check_target, checkpoint_written_beside, copy_files
+from kalm_integrations.core.checkpoint.locate import resolve
 from kalm_integrations.core.checkpoint.opened import Checkpoint
 from kalm_integrations.errors import SettingsError
 
@@ -25,10 +25,13 @@ def export_checkpoint(start: Path, weights: Mapping[str, torch.Tensor], folder: 
     Args:
         start: checkpoint that gives configuration, tokenizer and the tensors that are not text.
         weights: tensors by their names in `start`.
-        folder: where to write; replaced if it exists.
+        folder: where to write; a checkpoint that is there is replaced.
 
     Returns:
         `folder`.
+
+    Raises:
+        SettingsError: `folder` holds anything else, or is, holds or lies in `start`.
     """
     opened = Checkpoint.open(start)
     embedding_name = opened.text_names()[0]
@@ -39,15 +42,9 @@ def export_checkpoint(start: Path, weights: Mapping[str, torch.Tensor], folder: 
             tensors[name] = weights[name].detach().to("cpu", DTYPE).contiguous()
         elif tensor.shape != embedding.shape or not torch.equal(tensor, embedding):
             tensors[name] = tensor.to(DTYPE)
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for path in start.iterdir():
-        if path.is_file() and (path.suffix == ".json" or path.name in TOKENIZER_FILES) and ".index." not in path.name:
-            shutil.copy(path, part / path.name)
-    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-    shutil.rmtree(folder, ignore_errors=True)
-    part.replace(folder)
+    with checkpoint_written_beside(folder, [start]) as part:
+        copy_files(start, part, weights=False)
+        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -56,22 +53,21 @@ def average_checkpoints(models: Sequence[str], folder: Path) -> Path:
 
     Args:
         models: two or more aliases, hub ids or folders; the first one gives configuration and tokenizer.
-        folder: where to write.
+        folder: where to write; a checkpoint that is there is replaced.
 
     Returns:
         `folder`.
 
     Raises:
-        SettingsError: there are not two, they are not of one shape, or their tokenizers differ.
+        SettingsError: there are not two, they are not of one shape, their tokenizers differ, or `folder` holds anything
+            but a checkpoint, or is, holds or lies in one of them.
         CheckpointError: one cannot be used.
     """
     if len(models) < 2:
         msg = f"a mean is of two checkpoints or more, but got {len(models)}"
         raise SettingsError(msg)
     folders = [resolve(model) for model in models]
-    if folder.exists() and any(folder.resolve() == each.resolve() for each in folders):
-        msg = f"the output must be another folder than those that are averaged, but is {folder}; choose another"
-        raise SettingsError(msg)
+    check_target(folder, folders)
     first, *others = [Checkpoint.open(each) for each in folders]
     names = first.text_names()
     for model, other in zip(models[1:], others, strict=True):

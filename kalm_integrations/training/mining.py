@@ -68,12 +68,12 @@ def mine(
         if teacher is None:
             line["negatives"] = [texts.passages[p] for p in drawn[: settings.n_negatives]]
         else:
-            line |= _taught(teacher, line, [texts.passages[p] for p in drawn], settings)
+            line |= _with_margins(teacher, line, [texts.passages[p] for p in drawn], settings)
         if line["negatives"]:
             yield line
 
 
-def _taught(teacher: Teacher, line: dict[str, Any], candidates: list[str], settings: MiningSettings) -> dict[str, Any]:
+def _with_margins(teacher: Teacher, line: dict[str, Any], candidates: list[str], settings: MiningSettings) -> dict[str, Any]:
     """Return negatives, and the teacher's margins."""
     if settings.below_positive is None:
         candidates = candidates[: settings.n_negatives]

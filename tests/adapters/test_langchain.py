@@ -457,7 +457,7 @@ def test_what_belongs_to_the_document_leaves_less_for_its_encoding(make_reranker
     store = PineconeVectorStore(CountingEmbeddings())
     document = Document("a long passage about wings " * 60, metadata={"note": "n" * 20_000})
     settings = {"storage_codec": "fp32", "compression_ratio": 1}
-    with pytest.raises(EncodingTooLargeError, match=r"40960 bytes of metadata, .* take 21\d\d\d, .* document 1 ") as caught:
+    with pytest.raises(EncodingTooLargeError, match=r"40960 bytes of metadata, .* take 21\d\d\d, ") as caught:
         KalmPassageEncoder(model=make_reranker(**settings), store=store).transform_documents([Document("a"), document])
     assert caught.value.index == 1
     advised = int(re.search(r"max_inline_bytes=(\d+)", str(caught.value)).group(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib
 import json
 import logging
@@ -11,7 +12,7 @@ import sys
 import threading
 
 import pytest
-from llama_index.core import VectorStoreIndex
+from llama_index.core import VectorStoreIndex, get_response_synthesizer
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
 from llama_index.core.ingestion import IngestionCache, IngestionPipeline
@@ -22,6 +23,7 @@ from llama_index.core.llms import MockLLM
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.postprocessor import MetadataReplacementPostProcessor
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import BaseRetriever, QueryFusionRetriever
 from llama_index.core.schema import (
     Document,
@@ -31,6 +33,7 @@ from llama_index.core.schema import (
     NodeRelationship,
     NodeWithScore,
     QueryBundle,
+    RelatedNodeInfo,
     TextNode,
     TransformComponent,
 )
@@ -131,7 +134,10 @@ def test_metadata_mode_decides_the_text(make_reranker, mode):
 
 
 def test_inputs_are_untouched_and_outputs_are_copies_of_the_same_type_and_id():
-    nodes = [*make_nodes(), ImageNode(id_="image", text="the picture"), IndexNode(id_="index", text="an index", index_id="i")]
+    before_it = {NodeRelationship.PREVIOUS: RelatedNodeInfo(node_id="p", metadata={"authors": ["me"]})}
+    shared = {"metadata": {"authors": ["me"]}, "relationships": before_it}
+    nodes = [TextNode(id_="text", text="a text", **shared), ImageNode(id_="image", text="the picture", **shared)]
+    nodes += [IndexNode(id_="index", text="an index", index_id="i", **shared), Document(id_="all", text="the whole", **shared)]
     nodes = KalmPassageEncoder(FakeReranker())(nodes)
     given = scored(nodes)
     before = [node.model_dump_json() for node in given]
@@ -140,6 +146,8 @@ def test_inputs_are_untouched_and_outputs_are_copies_of_the_same_type_and_id():
         ranked = postprocessor.postprocess_nodes(given, query_str=QUERY)
         for out in ranked:
             out.node.metadata["later"] = "change"
+            out.node.metadata["authors"].append("change")
+            out.node.prev_node.metadata["authors"].append("change")
         assert [node.model_dump_json() for node in given] == before
         assert {(type(r.node), r.node_id) for r in ranked} == {(type(n), n.node_id) for n in nodes}
 
@@ -172,9 +180,26 @@ def test_no_nodes_give_no_nodes_no_events_and_load_nothing(event_log):
     assert KalmPassageEncoder("there is no such checkpoint")([]) == []
 
 
-def test_no_query_is_the_frameworks_error():
-    with pytest.raises(ValueError, match=r"Missing query bundle in extra info\."):
+def test_no_query_is_refused_in_the_frameworks_words():
+    with pytest.raises(SettingsError, match=r"Missing query bundle in extra info\..* pass query_str or query_bundle"):
         KalmRerank(FakeReranker()).postprocess_nodes(scored(make_nodes()))
+
+
+def test_nodes_may_come_from_a_generator(event_log):
+    """Also past the span that the framework draws around the call with its arguments."""
+    ranked = KalmRerank(FakeReranker()).postprocess_nodes((node for node in scored(make_nodes())), query_str=QUERY)
+    assert len(ranked) == len(event_log.named("ReRankStartEvent")[0].nodes) == len(TEXTS)
+    assert len(KalmPassageEncoder(FakeReranker())(node for node in make_nodes())) == len(TEXTS)
+
+
+def test_what_is_no_node_with_a_score_is_refused():
+    for given in (TEXTS, make_nodes(), scored(make_nodes())[0]):
+        with pytest.raises(SettingsError, match="KalmRerank takes a list of NodeWithScores, but got "):
+            KalmRerank(FakeReranker()).postprocess_nodes(given, query_str=QUERY)
+    with pytest.raises(
+        SettingsError, match="KalmPassageEncoder takes a list of BaseNodes, but got a NodeWithScore at place 0"
+    ):
+        KalmPassageEncoder(FakeReranker())(scored(make_nodes()))
 
 
 def test_instructions_may_differ_between_postprocessors_of_one_reranker(make_reranker):
@@ -243,7 +268,9 @@ def test_an_encoding_of_another_model_is_counted_and_made_anew(make_reranker, ot
 def test_on_missing_error_names_the_rule_and_the_node():
     nodes = make_nodes()
     [first] = KalmPassageEncoder(FakeReranker())(nodes[:1])
-    with pytest.raises(EncodingError, match=r"on_missing='error'.*but 4 of 5 .* n1; run backfill"):
+    with pytest.raises(
+        EncodingError, match=r"on_missing='error'.*but 4 of 5 .* n1 \(missing\); encode them at ingest or run backfill"
+    ):
         rerank(KalmRerank(FakeReranker(), on_missing="error"), [first, *nodes[1:]])
     assert rerank(KalmRerank(FakeReranker(), on_missing="error"), [first])
 
@@ -303,7 +330,7 @@ def test_stripping_gives_the_node_that_was_encoded():
     assert sorted((r.node for r in ranked), key=lambda node: node.node_id) == nodes
 
 
-def test_encoder_encodes_only_what_has_no_sound_encoding(make_reranker):
+def test_encoder_encodes_only_what_has_no_valid_encoding(make_reranker):
     reranker = make_reranker()
     encoder = KalmPassageEncoder(reranker)
     encoded = encoder(make_nodes())
@@ -331,9 +358,9 @@ async def test_async_calls_leave_the_event_loop_free(component):
 
         released = threading.Event()
 
-        def find_unencoded(self, passages):
+        def read(self, passages):
             assert self.released.wait(10), "the event loop was held up"
-            return super().find_unencoded(passages)
+            return super().read(passages)
 
     instance = component(Waiting())
     nodes = make_nodes()
@@ -606,15 +633,15 @@ def test_settings_reach_the_reranker(tiny_checkpoint, make_reranker):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_n": 0}, "top_n: Input should be greater than 0, but got 0"),
-        ({"top_n": -1}, "top_n: .*but got -1"),
-        ({"topn": 3}, "topn: Extra inputs are not permitted"),
+        ({"top_n": 0}, "top_n must be a positive whole number, or None for all, but got 0"),
+        ({"topn": 3}, "must be out of .*but got 'topn'; did you mean 'top_n'"),
         ({"on_missing": "skip"}, "on_missing: .*'encode' or 'error', but got 'skip'"),
         ({"metadata_mode": "some"}, "metadata_mode: "),
-        ({"model_kwargs": {"batch": 3}}, "model_kwargs must be out of .*encode_batch_size.*but got batch"),
+        ({"keep_retrieval_score": 2}, "keep_retrieval_score: "),
+        ({"model_kwargs": {"batch": 3}}, "model_kwargs must be out of .*encode_batch_size.*but got 'batch'"),
         ({"model_kwargs": {"device": "cpu"}}, "but got device"),
-        ({"model_kwargs": {"cache_bytes": object()}}, "JSON types.*object"),
-        ({"model": 3}, "model must be an alias, a folder or a reranker, but got int"),
+        ({"model_kwargs": {"cache_bytes": object()}}, "cache_bytes: .*object"),
+        ({"model": 3}, "model must be an alias, a hub id, a folder or a reranker, but got int"),
         ({"model": FakeReranker(), "dtype": "float32"}, "brings its own settings, but got dtype"),
     ],
 )
@@ -642,13 +669,35 @@ def test_components_survive_serialisation(tiny_checkpoint):
     settings = {"top_n": 2, "score_threshold": 0.1, "metadata_mode": "llm", "model_kwargs": {"cache_bytes": 0}}
     settings |= {"fusion": "z_score", "fusion_weight": 0.25, "calibration": {"temperature": 2.0, "bias": -1.0}}
     postprocessor = KalmRerank(tiny_checkpoint, write_back=print, **settings)
-    encoder = KalmPassageEncoder(tiny_checkpoint, compression_ratio=2, model_kwargs={"payload_store": {}})
+    encoder = KalmPassageEncoder(tiny_checkpoint, compression_ratio=2, metadata_mode="all", model_kwargs={"cache_bytes": 0})
     for component in (postprocessor, encoder):
-        copy = type(component).from_json(component.to_json())
-        assert copy.to_dict() == component.to_dict()
+        assert type(component).from_json(component.to_json()).to_dict() == component.to_dict()
         assert pickle.loads(pickle.dumps(component)).to_dict() == component.to_dict()
     assert KalmRerank.from_dict(postprocessor.to_dict()).model == str(tiny_checkpoint)
     assert json.loads(KalmRerank(FakeReranker()).to_json())["model"] == f"FakeReranker:{FakeReranker().fingerprint}"
+    postprocessor.fusion = None
+    assert KalmRerank.from_dict(postprocessor.to_dict()).to_dict() == postprocessor.to_dict()
+
+
+def test_copies_report_to_the_same_handlers():
+    """Handlers hold locks and connections; a copy of one would report to nobody."""
+    debug = LlamaDebugHandler(print_trace_on_end=False)
+    original = KalmRerank(FakeReranker(), callback_manager=CallbackManager([debug]))
+    for made in (copy.copy(original), copy.deepcopy(original), original.model_copy(deep=True)):
+        rerank(made, make_nodes())
+    assert len(debug.get_event_pairs(CBEventType.RERANKING)) == 3
+
+
+def test_a_query_engine_sets_the_callback_manager():
+    debug, postprocessor = LlamaDebugHandler(print_trace_on_end=False), KalmRerank(FakeReranker())
+    RetrieverQueryEngine(
+        WordRetriever(make_nodes()),
+        get_response_synthesizer(MockLLM()),
+        node_postprocessors=[postprocessor],
+        callback_manager=CallbackManager([debug]),
+    )
+    rerank(postprocessor, make_nodes())
+    assert debug.get_event_pairs(CBEventType.RERANKING)
 
 
 def test_one_reranker_is_opened_by_many_threads(tiny_checkpoint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import subprocess
@@ -15,10 +16,14 @@ from llama_index.core import Document, StorageContext, VectorStoreIndex, load_in
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.llms import MockLLM
+from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.postprocessor import MetadataReplacementPostProcessor
 from llama_index.core.schema import MetadataMode, NodeRelationship, NodeWithScore, RelatedNodeInfo, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
+from llama_index.core.storage.docstore.keyval_docstore import KVDocumentStore
+from llama_index.core.storage.docstore.types import BaseDocumentStore
 from llama_index.core.storage.kvstore import SimpleKVStore
+from llama_index.core.storage.kvstore.types import MutableMappingKVStore
 from llama_index.core.vector_stores import SimpleVectorStore
 from llama_index.storage.docstore.postgres import PostgresDocumentStore
 from llama_index.storage.docstore.redis import RedisDocumentStore
@@ -26,8 +31,8 @@ from llama_index.storage.kvstore.postgres import PostgresKVStore
 from llama_index.storage.kvstore.redis import RedisKVStore
 from llama_index.vector_stores.chroma import ChromaVectorStore
 from llama_index.vector_stores.qdrant import QdrantVectorStore
-from qdrant_client import QdrantClient
-from sqlalchemy import create_engine
+from qdrant_client import QdrantClient, models
+from sqlalchemy import create_engine, event
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
@@ -109,10 +114,14 @@ def reopen(request, tmp_path):
         opened["client"].close()
 
 
+def node_id(i):
+    return str(uuid.UUID(int=i))
+
+
 def make_nodes():
     source = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id="book")}
     return [
-        TextNode(id_=str(uuid.UUID(int=i)), text=text, metadata={"page": i, "author": None}, relationships=source)
+        TextNode(id_=node_id(i), text=text, metadata={"page": i, "author": None}, relationships=source)
         for i, text in enumerate(TEXTS)
     ]
 
@@ -205,9 +214,9 @@ def test_backfill_encodes_the_missing_and_the_stale_and_nothing_else(reopen, mak
     context, store = reopen()
     fresh = KalmPassageEncoder(make_reranker())
     report = backfill(store, fresh, batch_size=2, show_progress=False)
-    assert report == BackfillReport(n_checked=3, n_missing=2, n_stale=1)
+    assert report == BackfillReport(n_checked=5, n_missing=2, n_stale=1)
     assert fresh.reranker.stats.passages_encoded == 3
-    assert backfill(store, fresh, show_progress=False) == BackfillReport(0, 0, 0)
+    assert backfill(store, fresh, show_progress=False) == BackfillReport(n_checked=5, n_missing=0, n_stale=0)
     context, store = reopen()
     last = make_reranker()
     query(load_index(context), model=last, on_missing="error")
@@ -215,20 +224,197 @@ def test_backfill_encodes_the_missing_and_the_stale_and_nothing_else(reopen, mak
     assert embedding._count == len(TEXTS)
 
 
-def test_backfill_with_check_texts_finds_damage_behind_a_good_fingerprint(reopen):
+def test_backfill_finds_damage_behind_a_good_fingerprint_unless_told_to_believe_it(reopen):
     context, store = reopen()
     encoder = KalmPassageEncoder(FakeReranker())
     nodes = encoder(make_nodes())
     damaged = nodes[0].model_copy(update={"metadata": {**nodes[0].metadata, ENCODING_KEY: "kalm1.broken"}})
     make_index(context, [damaged, *nodes[1:]])
     context, store = reopen()
-    assert backfill(store, encoder, show_progress=False) == BackfillReport(0, 0, 0)
-    assert backfill(store, encoder, check_texts=True, show_progress=False) == BackfillReport(
-        n_checked=5, n_missing=0, n_stale=1
-    )
-    assert backfill(store, encoder, check_texts=True, show_progress=False) == BackfillReport(
-        n_checked=5, n_missing=0, n_stale=0
-    )
+    assert backfill(store, encoder, check_texts=False, show_progress=False) == BackfillReport(0, 0, 0)
+    assert backfill(store, encoder, show_progress=False) == BackfillReport(n_checked=5, n_missing=0, n_stale=1)
+    assert backfill(store, encoder, show_progress=False) == BackfillReport(n_checked=5, n_missing=0, n_stale=0)
+
+
+# What others write meanwhile.
+
+
+def change(store):
+    """What another client does: one node gets another text under its old id, one is deleted."""
+    new = TextNode(id_=node_id(0), text="a new text", metadata={"page": "new"}, embedding=[1.0, 0.0, 0.0])
+    if isinstance(store, BaseDocumentStore):
+        store.add_documents([new])
+        store.delete_document(node_id(1))
+    else:
+        store.delete_nodes([node_id(0), node_id(1)])
+        store.add([new])
+
+
+def read(store, *numbers):
+    settings = {"raise_error": False} if isinstance(store, BaseDocumentStore) else {}
+    return sorted(store.get_nodes([node_id(i) for i in numbers], **settings), key=lambda node: node.node_id)
+
+
+def is_as_changed(store):
+    """Whether all of what the other client wrote is there still."""
+    [new] = read(store, 0, 1)
+    others = {key: value for key, value in new.metadata.items() if key not in (ENCODING_KEY, FINGERPRINT_KEY)}
+    return (new.node_id, new.text, others) == (node_id(0), "a new text", {"page": "new"})
+
+
+def then(function, nth, what):
+    """Return a function after which, when it has returned the nth time, something else happens at once."""
+    calls = itertools.count(1)
+
+    def call(*args, **kwargs):
+        result = function(*args, **kwargs)
+        if next(calls) == nth:
+            what()
+        return result
+
+    return call
+
+
+def test_backfill_passes_over_what_others_changed_while_it_encoded(reopen):
+    context, store = reopen()
+    make_index(context, make_nodes())
+    fake = FakeReranker()
+    fake.encode_to_metadata = then(fake.encode_to_metadata, 1, lambda: change(store))
+    report = backfill(store, KalmPassageEncoder(fake), show_progress=False)
+    assert report == BackfillReport(n_checked=5, n_missing=5, n_stale=0, n_gone=1, n_changed=1)
+    assert is_as_changed(store)
+    assert [ENCODING_KEY in node.metadata for node in read(store, 0, 2, 3, 4)] == [False, True, True, True]
+    assert backfill(store, KalmPassageEncoder(fake), show_progress=False) == BackfillReport(4, 1, 0)
+
+
+def test_backfill_undoes_nothing_that_happens_after_its_last_look_at_the_texts(reopen, monkeypatch):
+    """The encoding that the new text may get then is known to be of another one."""
+    context, store = reopen()
+    make_index(context, make_nodes())
+    monkeypatch.setattr(type(store), "get_nodes", then(type(store).get_nodes, 2, lambda: change(store)))
+    encoder = KalmPassageEncoder(FakeReranker())
+    backfill(store, encoder, show_progress=False)
+    assert is_as_changed(store)
+    assert backfill(store, encoder, show_progress=False) == BackfillReport(n_checked=4, n_missing=0, n_stale=1)
+
+
+def test_write_back_passes_over_a_text_that_changed_since_it_was_retrieved(reopen, caplog):
+    context, store = reopen()
+    retrieved = make_index(context, make_nodes()).as_retriever(similarity_top_k=5).retrieve(QUERY)
+    change(store)
+    with caplog.at_level(logging.WARNING, logger="kalm_integrations"):
+        KalmRerank(FakeReranker(), write_back=write_back_to(store)).postprocess_nodes(retrieved, query_str=QUERY)
+    assert "2 of 5 encodings were not written back: 1 gone, 1 have another text now" in caplog.text
+    assert is_as_changed(store)
+    assert [ENCODING_KEY in node.metadata for node in read(store, 0, 2, 3, 4)] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("reopen", ["simple", "redis", "qdrant"], indirect=True)
+def test_nothing_is_undone_that_happens_between_reading_and_writing_an_entry(reopen, monkeypatch):
+    """Where the store can write on a condition, or the entry itself can be changed."""
+    context, store = reopen()
+    make_index(context, make_nodes())
+    encoded = KalmPassageEncoder(FakeReranker())(make_nodes()[:2])
+    # Document stores read two entries to look at the texts; the third read is for writing the first of them.
+    reader, name, nth = {
+        "SimpleDocumentStore": lambda: (store._kvstore, "get", 3),
+        "RedisDocumentStore": lambda: (store._kvstore._redis_client, "hget", 3),
+        "QdrantVectorStore": lambda: (store.client, "retrieve", 1),
+    }[type(store).__name__]()
+    monkeypatch.setattr(reader, name, then(getattr(reader, name), nth, lambda: change(store)))
+    write_back_to(store)(encoded)
+    assert is_as_changed(store)
+
+
+@pytest.mark.parametrize("reopen", ["postgres"], indirect=True)
+def test_postgres_locks_an_entry_from_reading_to_writing_it(reopen):
+    context, store = reopen()
+    make_index(context, make_nodes())
+    table = store._kvstore._table_class.__table__
+    entries = table.select().where(table.c.namespace == store._node_collection)
+    n_free = []
+
+    def look_from_outside(connection, cursor, statement, *_):
+        if statement.endswith("FOR UPDATE"):
+            with connection.engine.connect() as another:
+                n_free.append(len(another.execute(entries.with_for_update(skip_locked=True)).all()))
+
+    event.listen(store._kvstore._engine, "after_cursor_execute", look_from_outside)
+    write_back_to(store)(KalmPassageEncoder(FakeReranker())(make_nodes()[:1]))
+    assert n_free == [len(TEXTS) - 1]
+
+
+@pytest.mark.parametrize("reopen", ["simple", "redis", "postgres"], indirect=True)
+def test_document_stores_keep_what_they_know_of_sources_and_hashes(reopen):
+    """`add_documents` would write both anew, from nodes that may be old by then."""
+    context, store = reopen()
+    make_index(context, make_nodes())
+
+    def known():
+        return store.get_ref_doc_info("book").to_dict(), [store.get_document_hash(node_id(i)) for i in range(len(TEXTS))]
+
+    before = known()
+    assert backfill(store, KalmPassageEncoder(FakeReranker()), show_progress=False).n_missing == len(TEXTS)
+    assert known() == before
+
+
+def test_document_stores_over_any_key_value_store_are_known():
+    store = KVDocumentStore(MutableMappingKVStore(dict))
+    store.add_documents(make_nodes())
+    encoder = KalmPassageEncoder(FakeReranker())
+    assert backfill(store, encoder, show_progress=False) == BackfillReport(n_checked=5, n_missing=5, n_stale=0)
+    change(store)
+    write_back_to(store)(encoder(make_nodes()))
+    assert is_as_changed(store)
+    assert backfill(store, encoder, show_progress=False) == BackfillReport(n_checked=4, n_missing=1, n_stale=0)
+
+
+def test_a_collection_that_another_host_filled_gets_the_two_keys_and_no_more():
+    """LlamaIndex reads it too; a node in LlamaIndex' own form beside the metadata would hide what that host writes later."""
+    collection = chromadb.EphemeralClient().create_collection(f"kalm_{uuid.uuid4().hex}")
+    collection.add(ids=["a"], documents=["a text"], metadatas=[{"page": 1}], embeddings=[[1.0, 0.0]])
+    store, encoder = ChromaVectorStore(chroma_collection=collection), KalmPassageEncoder(FakeReranker())
+    assert backfill(store, encoder, show_progress=False) == BackfillReport(n_checked=1, n_missing=1, n_stale=0)
+    assert collection.get()["metadatas"][0].keys() == {"page", ENCODING_KEY, FINGERPRINT_KEY}
+    assert backfill(store, encoder, show_progress=False) == BackfillReport(n_checked=1, n_missing=0, n_stale=0)
+
+
+def test_qdrant_in_strict_mode_is_given_no_condition_that_needs_an_index(monkeypatch):
+    """Collections of Qdrant Cloud are strict unless told otherwise, and would refuse the write."""
+    store = QdrantVectorStore("strict", client=QdrantClient(":memory:"))
+    store.add([node.model_copy(update={"embedding": [1.0, 0.0, 0.0]}) for node in make_nodes()])
+    client, collection = store.client, store.client.get_collection("strict")
+    collection.config.strict_mode_config = models.StrictModeConfig(enabled=True, unindexed_filtering_update=False)
+    operations, write = [], client.batch_update_points
+    monkeypatch.setattr(client, "get_collection", lambda name: collection)
+    monkeypatch.setattr(client, "batch_update_points", lambda name, batch: (operations.extend(batch), write(name, batch)))
+    assert backfill(store, KalmPassageEncoder(FakeReranker()), show_progress=False).n_missing == len(TEXTS)
+    conditions = [condition for operation in operations for condition in operation.set_payload.filter.must]
+    assert [type(condition) for condition in conditions] == [models.HasIdCondition] * len(TEXTS)
+    assert all(ENCODING_KEY in node.metadata for node in read(store, *range(len(TEXTS))))
+
+
+def test_an_access_of_the_users_own_is_taken():
+    class Shelf:
+        def __init__(self):
+            self.nodes = {node.node_id: node for node in make_nodes()}
+
+        def find_ids(self, fingerprint):
+            return [i for i, node in self.nodes.items() if node.metadata.get(FINGERPRINT_KEY, "") != fingerprint]
+
+        def read(self, ids):
+            return {i: self.nodes[i] for i in ids if i in self.nodes}
+
+        def add_metadata(self, changes):
+            for i, added in changes.items():
+                self.nodes[i].metadata.update(added)
+
+    shelf, encoder = Shelf(), KalmPassageEncoder(FakeReranker())
+    write_back_to(shelf)(encoder(make_nodes()[:1]))
+    assert backfill(shelf, encoder, show_progress=False) == BackfillReport(n_checked=5, n_missing=4, n_stale=0)
+
+
+# Restarts, pipelines, reports.
 
 
 def test_a_persisted_index_is_queried_in_a_new_process_without_encoding(tmp_path, tiny_checkpoint):
@@ -268,7 +454,7 @@ def test_write_back_does_not_make_pipelines_ingest_again():
     nodes = pipeline.run(documents=documents)
     retrieved = [NodeWithScore(node=node, score=0.1) for node in nodes]
     KalmRerank(fake, write_back=write_back_to(docstore)).postprocess_nodes(retrieved, query_str=QUERY)
-    assert backfill(docstore, KalmPassageEncoder(fake), show_progress=False) == BackfillReport(0, 0, 0)
+    assert backfill(docstore, KalmPassageEncoder(fake), show_progress=False) == BackfillReport(5, 0, 0)
     assert pipeline.run(documents=documents) == []
 
 
@@ -284,13 +470,21 @@ def test_refresh_after_write_back_finds_nothing_new():
     assert len(docstore.docs) == len(documents) - 1
 
 
-def test_backfill_leaves_source_documents_alone():
-    docstore = SimpleDocumentStore()
-    document = Document(id_="book", text="the whole book")
-    docstore.add_documents([document, *make_nodes()])
-    encoder = KalmPassageEncoder(FakeReranker())
-    assert backfill(docstore, encoder, show_progress=False) == BackfillReport(n_checked=5, n_missing=5, n_stale=0)
-    assert docstore.get_node("book") == document
+def test_backfill_finds_every_node_and_pipelines_still_know_their_documents():
+    """Small-to-big retrieval returns what other nodes come from; a pipeline's docstore holds its source documents."""
+    docstore, encoder = SimpleDocumentStore(), KalmPassageEncoder(FakeReranker())
+    documents = [Document(id_=f"d{i}", text=" ".join(TEXTS)) for i in range(2)]
+    pipeline = IngestionPipeline(
+        transformations=[SentenceSplitter(chunk_size=12, chunk_overlap=0), MockEmbedding(embed_dim=3)],
+        docstore=docstore,
+        vector_store=SimpleVectorStore(),
+    )
+    docstore.add_documents(chunks := pipeline.run(documents=documents))
+    assert len(docstore.docs) == len(chunks) + len(documents)
+    assert backfill(docstore, encoder, show_progress=False).n_missing == len(docstore.docs)
+    retrieved = [NodeWithScore(node=node) for node in docstore.docs.values()]
+    assert KalmRerank(FakeReranker(), on_missing="error").postprocess_nodes(retrieved, query_str=QUERY)
+    assert pipeline.run(documents=documents) == []
 
 
 def test_bad_batch_size_is_refused():
@@ -313,13 +507,13 @@ def test_nodes_that_a_store_does_not_have_are_left_out_and_logged(caplog):
     retrieved = [NodeWithScore(node=node, score=0.1) for node in make_nodes()]
     with caplog.at_level(logging.WARNING, logger="kalm_integrations"):
         KalmRerank(FakeReranker(), write_back=write_back_to(docstore)).postprocess_nodes(retrieved, query_str=QUERY)
-    assert "3 of 5 nodes to write back are not in the store" in caplog.text
+    assert "3 of 5 encodings were not written back: 3 gone" in caplog.text
     assert [ENCODING_KEY in node.metadata for node in docstore.docs.values()] == [True, True]
 
 
 @pytest.mark.parametrize("function", [write_back_to, lambda store: backfill(store, KalmPassageEncoder(FakeReranker()))])
 def test_unknown_stores_are_refused_with_what_to_do(function):
-    with pytest.raises(SettingsError, match=r"store must be a document store, .*but got SimpleVectorStore; .*write_back"):
+    with pytest.raises(SettingsError, match=r"store must be .*but got SimpleVectorStore; .*DocumentAccess.*write_back"):
         function(SimpleVectorStore())
 
 
@@ -333,7 +527,7 @@ def test_jsonb_docstores_reorder_metadata_and_backfill_settles_it(postgres_uri):
     [stored] = docstore.get_nodes(["n"])
     assert stored.get_content(MetadataMode.EMBED) != node.get_content(MetadataMode.EMBED)
     encoder = KalmPassageEncoder(fake)
-    assert backfill(docstore, encoder, check_texts=True, show_progress=False).n_stale == 1
+    assert backfill(docstore, encoder, show_progress=False).n_stale == 1
     [ranked] = KalmRerank(fake, on_missing="error").postprocess_nodes(
         [NodeWithScore(node=node) for node in docstore.get_nodes(["n"])], query_str=QUERY
     )
@@ -348,7 +542,7 @@ def test_dates_come_back_in_another_form_and_backfill_settles_it():
     store.add([node])
     assert "2024-01-01T00:00:00" in store.get_nodes(None)[0].get_content(MetadataMode.EMBED)
     assert "2024-01-01 00:00:00" in node.get_content(MetadataMode.EMBED)
-    assert backfill(store, encoder, check_texts=True, show_progress=False).n_stale == 1
+    assert backfill(store, encoder, show_progress=False).n_stale == 1
     retrieved = [NodeWithScore(node=node) for node in store.get_nodes(None)]
     assert KalmRerank(fake, on_missing="error").postprocess_nodes(retrieved, query_str=QUERY)
 

@@ -10,9 +10,9 @@
 | curves.py, storage.py, memory.py | growth, bytes and read time of encodings, peak memory |
 | steps.py, ways.py | gain of each step of the decoder: `python -m benchmarks.steps` |
 | windows.py | what the encoder saves by blocks of queries: `python -m benchmarks.windows` |
-| stacks.py | layers of a real shape with random weights, for these two and int8.py |
-| int8.py, early_exit.py | what was tried and left out: `python -m benchmarks.int8 FOLDER`, `… early_exit FOLDER …` |
-| trials.py | options and tables that steps.py, windows.py, int8.py and early_exit.py share |
+| stacks.py | layers of a real shape with random weights, for these two |
+| trials.py | options and tables that these two share |
+| mep_ablation.py | what training on pooled states is worth: `python -m benchmarks.mep_ablation TRAIN TEST` |
 | machine.py | what the figures depend on |
 | render.py, bars.py, plots.py, tables.py, page.md | results to docs/benchmarks.md |
 """

@@ -1,9 +1,9 @@
 """The floor: the multiply-adds that an exact score cannot do without, at the rate of this machine's own matrix products.
 
 Widths: H hidden, Q all query heads, K all key (or value) heads, I the MLP. A passage has S pooled states. A prompt has T
-tokens to be read, after P that are remembered; C candidates; L layers. The products of one query:
+tokens to be read, after P whose prefix states are kept; C candidates; L layers. The products of one query:
 
-* what a passage contributes, unless the prompt prefix is remembered: L · C · S · H · 2K
+* what a passage contributes, unless prefix states are kept: L · C · S · H · 2K
 * query, key and value: T · H · (Q + 2K) in layer 0, which sees the same prompt for all candidates; C times that in each of the
   L - 2 layers between; C · T · H · 2K + C · H · Q in the last one, of which only the last position is read
 * attention: 2Q for each position that a token sees, S + P + 1 to S + P + T of them; the last layer for its last token only
@@ -59,17 +59,17 @@ def product_shapes(widths: Widths) -> dict[str, tuple[int, int]]:
     }
 
 
-def decoder_multiply_adds(widths: Widths, candidates: int, n_states: int, n_remembered: int, n_new: int) -> dict[str, int]:
-    """Return the multiply-adds of one query by product, for the formula above; `n_remembered` = 0 reads the passages too."""
+def decoder_multiply_adds(widths: Widths, candidates: int, n_states: int, n_cached: int, n_new: int) -> dict[str, int]:
+    """Return the multiply-adds of one query by product, for the formula above; `n_cached` = 0 reads the passages too."""
     size = {name: n_in * n_out for name, (n_in, n_out) in product_shapes(widths).items()}
     n_layers = len(widths.layer_types)
     token_passes = candidates * (n_new * (n_layers - 1) + 1)
     query_only = widths.hidden_width * widths.query_width
-    visible = [[n_states + _within(kind, widths, n_remembered + i + 1) for i in range(n_new)] for kind in widths.layer_types]
+    visible = [[n_states + _within(kind, widths, n_cached + i + 1) for i in range(n_new)] for kind in widths.layer_types]
     n_attended = sum(map(sum, visible[:-1])) + visible[-1][-1]
     return {
         "qkv": size["qkv"] * n_new * (1 + candidates * (n_layers - 2)) + candidates * query_only,
-        "kv": size["kv"] * candidates * (n_new + (0 if n_remembered else n_layers * n_states)),
+        "kv": size["kv"] * candidates * (n_new + (0 if n_cached else n_layers * n_states)),
         "out": size["out"] * token_passes,
         "gate_up": size["gate_up"] * token_passes,
         "down": size["down"] * token_passes,

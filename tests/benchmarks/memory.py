@@ -60,7 +60,7 @@ def _peak_here(task: dict[str, Any]) -> int:
         _run(spec, Workload(make_workload_checkpoint("toy", Path(folder))))
     before = read_memory("VmRSS")
     workload = Workload(Path(task["checkpoint"]))
-    workload.remember(spec.passage_tokens, [EncodedPassage.from_metadata(value) for value in task["encodings"]])
+    workload.take_over(spec.passage_tokens, [EncodedPassage.from_metadata(value) for value in task["encodings"]])
     _run(spec, workload)
     return read_memory("VmHWM") - before
 

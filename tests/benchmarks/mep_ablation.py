@@ -1,6 +1,6 @@
 """What training on pooled states is worth: two small models from nothing, one trained at ratio 1 alone, one at all ratios.
 
-`python tests/benchmarks/mep_ablation.py TRAIN TEST` takes two BEIR folders (squad-train and squad-dev for the table of
+`python -m benchmarks.mep_ablation TRAIN TEST` takes two BEIR folders (squad-train and squad-dev for the table of
 docs/training.md) and prints the table: nDCG@10 of BM25's candidates in the reranker's order, by ratio, with the 95 % interval
 of the difference that pooling in training makes (paired bootstrap over queries).
 """
@@ -17,12 +17,12 @@ import torch
 
 from kalm_integrations import KalmReranker
 from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.measures import ndcg_at_10
 from kalm_integrations.evaluation.candidates import encode_candidates, find_candidates, order, score_settings
-from kalm_integrations.evaluation.metrics import bootstrap_intervals, measure
+from kalm_integrations.evaluation.differences import mean_differences
 from kalm_integrations.training.config import ArchitectureConfig, CollectionConfig, PhaseConfig, TrainConfig
 from kalm_integrations.training.trainer import train
 
-MEASURE = "nDCG@10"
 RATIOS = (1, 2, 4, 8, 16, 32)
 TRAINED_RATIOS = {"without": (1,), "with": (1, 2, 4, 8, 16)}
 """Each step draws one of these."""
@@ -45,7 +45,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     collection = Collection.read(options.test, options.split)
     candidates = find_candidates(collection, top_k=TOP_K, n_queries=options.queries)
-    first_stage = measure(collection.qrels, {q: found.ids for q, found in candidates.items()}, [MEASURE])[MEASURE]
+    first_stage = ndcg_at_10(collection.qrels, {q: found.ids for q, found in candidates.items()})
     values: dict[str, dict[int, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, ratios in TRAINED_RATIOS.items():
@@ -55,7 +55,7 @@ def main() -> None:
             values[name] = {}
             for scored in score_settings(reranker, candidates, encoded, RATIOS, ["fp32"]):
                 orders = {q: order(found.ids, scored.margins[q]) for q, found in candidates.items()}
-                values[name][scored.ratio] = measure(collection.qrels, orders, [MEASURE])[MEASURE]
+                values[name][scored.ratio] = ndcg_at_10(collection.qrels, orders)
     print(table(values, fmean(first_stage.values())))
 
 
@@ -87,9 +87,9 @@ def table(values: dict[str, dict[int, dict[str, float]]], first_stage: float) ->
         "|---|---|---|---|",
     ]
     gains = [[values["with"][r][q] - values["without"][r][q] for q in values["with"][r]] for r in RATIOS]
-    for ratio, gain, (low, high) in zip(RATIOS, gains, bootstrap_intervals(gains), strict=True):
+    for ratio, difference in zip(RATIOS, mean_differences(gains), strict=True):
         means = [fmean(values[name][ratio].values()) for name in ("without", "with")]
-        lines.append(f"| {ratio} | {means[0]:.3f} | {means[1]:.3f} | {fmean(gain):+.3f} ({low:+.3f} to {high:+.3f}) |")
+        lines.append(f"| {ratio} | {means[0]:.3f} | {means[1]:.3f} | {difference} |")
     return "\n".join([*lines, f"| BM25's order | {first_stage:.3f} | {first_stage:.3f} | |"])
 
 

@@ -56,7 +56,7 @@ class Models:
         return self.reranker(prefix_cache_bytes=0, storage_codec="fp32")
 
     @cached_property
-    def rememberer(self) -> KalmReranker:
+    def with_prefixes(self) -> KalmReranker:
         """A reranker that keeps the prefix states of all rows."""
         return self.reranker(prefix_cache_bytes=PREFIX_CACHE_BYTES)
 
@@ -98,7 +98,7 @@ def _ours_pooled(models: Models, spec: RowSpec) -> Work:
 
 
 def _ours_prefix(models: Models, spec: RowSpec) -> Work:
-    return _after_another_query(models, spec, models.rememberer)
+    return _after_another_query(models, spec, models.with_prefixes)
 
 
 def _ours_half(models: Models, spec: RowSpec) -> Work:

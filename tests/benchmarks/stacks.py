@@ -9,7 +9,7 @@ from tools.checkpoints import TINY_TEXT
 from tools.real_shape import SHAPES
 from transformers import T5Gemma2DecoderConfig
 
-from kalm_integrations.core import checkpoint
+from kalm_integrations.core.checkpoint.t5gemma2 import stack_config, stack_weights, weight_shapes
 from kalm_integrations.core.model.layers import EmbeddingWeights, LayerWeights, StackConfig, StackWeights
 from kalm_integrations.core.model.packing import can_pack, pack
 
@@ -21,18 +21,18 @@ VOCABULARY = 2048
 def make_config(shape: str) -> StackConfig:
     """Return the configuration of the decoder; the encoder's is the same."""
     text = T5Gemma2DecoderConfig(**{**SHAPE_TEXTS[shape], "vocab_size": VOCABULARY})
-    return checkpoint._stack_config(text, VOCABULARY, Path())
+    return stack_config(text, VOCABULARY, Path())
 
 
 def draw_stack(config: StackConfig, dtype: torch.dtype, draw: torch.Generator) -> StackWeights:
     """Return random layers, not packed."""
-    shapes = checkpoint._weight_shapes(config)
+    shapes = weight_shapes(config)
 
     def draw_weight(name: str) -> torch.Tensor:
         size = shapes.get(name.split(".", 2)[-1], (config.hidden_width,))
         return torch.randn(size, generator=draw) * (size[-1] ** -0.5 if len(size) == 2 else 0.1)
 
-    return checkpoint.stack_weights(draw_weight, config, lambda weight: weight.to(dtype))
+    return stack_weights(draw_weight, config, lambda weight: weight.to(dtype))
 
 
 def draw_embedding(config: StackConfig, draw: torch.Generator) -> EmbeddingWeights:

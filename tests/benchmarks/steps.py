@@ -16,9 +16,8 @@ from benchmarks.plan import SHORT
 from benchmarks.rows import progress, timed
 from benchmarks.stacks import SHAPE_TEXTS, VOCABULARY, draw_embedding, draw_stack, make_config, pack_stack
 from benchmarks.ways import ALL_ON, DTYPES, POOLED, PREFIX, WAYS, Way
-from kalm_integrations.core.model import decoder
-from kalm_integrations.core.model import kv_cache as memories
-from kalm_integrations.core.model.kv_cache import GatheredKVCache, Memory, PrefixStates
+from kalm_integrations.core.model import decoder, kv_cache
+from kalm_integrations.core.model.kv_cache import GatheredKVCache, KVCache, PaddedKVCache, PrefixStates
 from kalm_integrations.core.model.layers import StackWeights
 
 WHOLE_VOCABULARY = 262_144
@@ -42,9 +41,9 @@ class Decoder:
         self.states = torch.randn(n, N_STATES, width, generator=draw)
         self.prefixes: list[PrefixStates] = []
         for states in self.states.split(Way.batch_size):
-            memory = self._remember(states, self.packed)
+            cache = self._project(states, self.packed)
             prefix = self.token_ids[:, : SHORT.n_prefix]
-            self.prefixes += decoder.extend(memory, prefix, self.embedding, self.packed, self.config).split(dtype)
+            self.prefixes += decoder.prefill(cache, prefix, self.embedding, self.packed, self.config).split(dtype)
 
     @cached_property
     def whole_head(self) -> torch.Tensor:
@@ -60,22 +59,22 @@ class Decoder:
                 stack.enter_context(patch.object(*way.replaced))
             for start in range(0, n, way.batch_size):
                 rows = slice(start, min(start + way.batch_size, n))
-                memory: Memory
+                cache: KVCache
                 if mode == POOLED or not way.are_passages_kept:
-                    memory = self._remember(self.states[rows], weights)
+                    cache = self._project(self.states[rows], weights)
                 if mode == PREFIX:
-                    with patch.object(memories, "_joins_at_once", lambda _: not way.is_joined_by_layer):
-                        memory = GatheredKVCache(self.prefixes[rows], SHORT.n_prefix, self.dtype, SHORT.n_new)
-                token_ids = self.token_ids[:, memory.n_prompt :]
+                    with patch.object(kv_cache, "gathers_at_once", lambda _: not way.is_gathered_by_layer):
+                        cache = GatheredKVCache(self.prefixes[rows], SHORT.n_prefix, self.dtype, SHORT.n_new)
+                token_ids = self.token_ids[:, cache.n_prompt :]
                 if not way.is_prompt_shared:
                     token_ids = token_ids.expand(rows.stop - rows.start, -1)
                 last = torch.tensor([token_ids.shape[1] - 1])
-                logits = decoder.answer_logits(memory, token_ids, last, self.embedding, weights, head, self.config)
+                logits = decoder.answer_logits(cache, token_ids, last, self.embedding, weights, head, self.config)
                 margins += (logits[:, 0] - logits[:, 1]).tolist()
         return margins
 
-    def _remember(self, states: torch.Tensor, weights: StackWeights) -> Memory:
-        return decoder.remember_passages(states, torch.full((len(states),), N_STATES), weights, self.config)
+    def _project(self, states: torch.Tensor, weights: StackWeights) -> PaddedKVCache:
+        return decoder.project_passages(states, torch.full((len(states),), N_STATES), weights, self.config)
 
 
 @torch.inference_mode()

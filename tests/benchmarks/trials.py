@@ -15,7 +15,7 @@ from benchmarks.tables import significant, table
 from benchmarks.ways import ALL_ON, POOLED, PREFIX
 
 FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
-NAMES = ("steps", "windows", "int8", "early_exit")
+NAMES = ("steps", "windows")
 NOT_MEASURED = "Not measured."
 
 
@@ -48,7 +48,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 def sections(measured: dict[str, Any]) -> dict[str, str]:
     """Return the text of each program's place on the page."""
-    makers = {"steps": _steps, "windows": _windows, "int8": _int8, "early_exit": _early_exit}
+    makers = {"steps": _steps, "windows": _windows}
     parts = _parts(measured["steps"]) if "steps" in measured else NOT_MEASURED
     made = {name: make(measured[name]) if name in measured else NOT_MEASURED for name, make in makers.items()}
     return {**made, "parts": parts}
@@ -111,58 +111,3 @@ def _windows(measured: dict[str, Any]) -> str:
         f"{measured['passages']} passages, windows of {measured['window']} tokens, {measured['machine']['threads']} threads"
     )
     return f"{about}, {n_rounds} rounds:\n\n{table(head, body)}"
-
-
-def _int8(measured: dict[str, Any]) -> str:
-    agreement = table(
-        ("decoder's matrices", "Kendall tau", "max \\|Δp\\|", "CPU s"),
-        [
-            (row["name"], f"{row['tau']:.4f}", f"{row['max_difference']:.4f}", significant(median(row["cpu"])))
-            for row in measured["rows"]
-        ],
-    )
-    rates = table(
-        ("product", "in → out", "rows", *(f"{name}, GFLOP/s" for name in measured["rates"][0]["rates"])),
-        [
-            (
-                rate["product"],
-                f"{rate['n_in']:,} → {rate['n_out']:,}",
-                rate["rows"],
-                *(f"{2 * r / 1e9:,.0f}" for r in rate["rates"].values()),
-            )
-            for rate in measured["rates"]
-        ],
-    )
-    tau, bar = next(row["tau"] for row in measured["rows"] if row["name"] == "int8"), measured["wanted_tau"]
-    verdict = "reaches" if tau >= bar else "misses"
-    about = f"{measured['model']}, {measured['n_queries']} queries of {measured['collection']}"
-    return (
-        f"{about}, the {measured['candidates']} best of BM25, whole prompts, {measured['machine']['threads']} threads. int8 "
-        f"{verdict} the tau of {bar} that was asked for:\n\n{agreement}\n\nProducts at the shapes of Nano:\n\n{rates}"
-    )
-
-
-def _early_exit(measured: dict[str, Any]) -> str:
-    bound, wanted = measured["tolerance"], measured["wanted_saving"]
-    rows = measured["rows"]
-    n_met = sum(row["change"] >= -bound and row["saved"] >= wanted for row in rows)
-    body = [
-        (
-            row["collection"],
-            row["n_queries"],
-            row["candidates"],
-            row["top_k"],
-            ", ".join("–" if gap is None else f"{gap:.2f}" for gap in row["gaps"]),
-            f"{row['calibration_change']:+.4f}",
-            f"{100 * row['calibration_saved']:.0f} %",
-            f"{row['change']:+.4f} ({row['interval'][0]:+.4f} to {row['interval'][1]:+.4f})",
-            f"{100 * row['saved']:.0f} %",
-        )
-        for row in rows
-    ]
-    head = ("collection", "queries", "candidates", "top_k", "gap after each layer")
-    halves = ("first half: nDCG@10", "saved", "second half: nDCG@10", "saved")
-    return (
-        f"{measured['model']}. On the second half of the queries, {n_met} of {len(rows)} settings save "
-        f"{100 * wanted:.0f} % of the multiply-adds and lose {bound:g} of nDCG@10 at most:\n\n{table((*head, *halves), body)}"
-    )

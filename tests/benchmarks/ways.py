@@ -9,28 +9,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kalm_integrations.core.model import decoder, layers
-from kalm_integrations.core.model.layers import LayerWeights
+from kalm_integrations.core.model import decoder, packing
+from kalm_integrations.core.model.layers import ACTIVATIONS
 from kalm_integrations.core.passes import BATCH_SIZES
 
 POOLED, PREFIX = "pooled", "prefix"
 DTYPES = ("float32", "bfloat16")
 
-_run, _attend = decoder._run, decoder.attend
+run_layers, attend = decoder.run_layers, decoder.attend
 
 
-def _gate_apart(x: torch.Tensor, weights: LayerWeights, activation: str) -> torch.Tensor:
-    return layers.ACTIVATIONS[activation](layers.linear(x, weights.gate)) * layers.linear(x, weights.up)
+def _gate_apart(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    return ACTIVATIONS[activation](packing.multiply(x, gate)) * packing.multiply(x, up)
 
 
-def _run_whole(memory: Any, token_ids: torch.Tensor, last: torch.Tensor, *weights: Any) -> torch.Tensor:
+def _run_whole(cache: Any, token_ids: torch.Tensor, last: torch.Tensor, *weights: Any) -> torch.Tensor:
     # Without an index of the last token no layer is cut short. Nothing is padded here: the last token is the last position.
-    return _run(memory, token_ids, None, *weights)[:, -1]
+    return run_layers(cache, token_ids, None, *weights)[:, -1]
 
 
 def _attend_repeated(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *options: Any) -> torch.Tensor:
     group = queries.shape[2] // keys.shape[1]
-    return _attend(queries, keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1), *options)
+    return attend(queries, keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1), *options)
 
 
 def _attend_fused(
@@ -52,7 +52,7 @@ class Way:
     is_packed: bool = True
     is_prompt_shared: bool = True
     are_passages_kept: bool = True
-    is_joined_by_layer: bool = True
+    is_gathered_by_layer: bool = True
     has_short_head: bool = True
     replaced: tuple[object, str, Callable[..., torch.Tensor]] | None = None
     """A function of a module, and what stands in for it."""
@@ -64,14 +64,14 @@ ALL_ON = "all steps on"
 WAYS = {
     ALL_ON: Way(),
     "plain matrices: not packed, gate not fused": Way(is_packed=False),
-    "gate's activation after its product": Way(replaced=(layers, "_gate", _gate_apart)),
+    "gate's activation after its product": Way(replaced=(packing, "multiply_gated", _gate_apart)),
     "layer 0 of the prompt for every candidate": Way(is_prompt_shared=False),
-    "last layer for all positions": Way(replaced=(decoder, "_run", _run_whole)),
+    "last layer for all positions": Way(replaced=(decoder, "run_layers", _run_whole)),
     "keys and values repeated for grouped heads": Way(replaced=(decoder, "attend", _attend_repeated)),
     "attention by PyTorch's fused operator": Way(replaced=(decoder, "attend", _attend_fused), dtypes=("bfloat16",)),
     "the whole vocabulary at the last position": Way(has_short_head=False),
     "passages' keys and values made anew": Way(are_passages_kept=False, modes=(PREFIX,)),
-    "prefix states of all layers put together at once": Way(is_joined_by_layer=False, modes=(PREFIX,)),
+    "prefix states of all layers put together at once": Way(is_gathered_by_layer=False, modes=(PREFIX,)),
     "batches of 16": Way(batch_size=16),
     "batches of 64": Way(batch_size=64),
 }

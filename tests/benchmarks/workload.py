@@ -85,7 +85,7 @@ class Workload:
             made.append(replace(original, states=states, text_hash=f"{index:032x}"))
         return made[:n]
 
-    def remember(self, n_tokens: int, encodings: list[EncodedPassage]) -> None:
+    def take_over(self, n_tokens: int, encodings: list[EncodedPassage]) -> None:
         """Take over encodings that another workload on the same checkpoint made."""
         self._encodings[n_tokens] = encodings
 

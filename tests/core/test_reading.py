@@ -288,7 +288,7 @@ def test_a_passage_that_does_not_fit_is_named_by_its_place(make_reranker):
     from kalm_integrations.errors import EncodingTooLargeError
 
     reranker = make_reranker(max_inline_bytes=600, storage_codec="fp32")
-    with pytest.raises(EncodingTooLargeError, match="passage 1 of 2") as caught:
+    with pytest.raises(EncodingTooLargeError, match="passage 1: an encoding must fit") as caught:
         reranker.encode_to_metadata(["a", "long " * 300])
     assert caught.value.index == 1
 

@@ -1,7 +1,6 @@
 """The demo runs without a network, fits a terminal, and tells the truth."""
 
 import io
-import json
 import re
 import subprocess
 import sys
@@ -10,13 +9,14 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from tools.corpora import write_collection
 
 from kalm_integrations import demo, samples
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.corpora.bm25 import BM25
+from kalm_integrations.corpora.measures import ndcg_at_10
 from kalm_integrations.demo import reranking, stage
-from kalm_integrations.evaluation.metrics import ndcg_at_10
 from kalm_integrations.testing import FakeReranker
 
 N_PASSAGES, N_QUESTIONS = 24, 40
@@ -26,16 +26,11 @@ N_PASSAGES, N_QUESTIONS = 24, 40
 def sample(tmp_path_factory) -> Path:
     """The beginnings of some of the sample's paragraphs, with their questions, for a tokenizer that knows few words."""
     whole = Collection.read(samples.XQUAD_EN)
-    folder = tmp_path_factory.mktemp("sample")
     passages = {i: text[:120] for i, text in list(whole.passages.items())[:N_PASSAGES]}
     fitting = [q for q, judged in whole.qrels.items() if set(judged) <= set(passages) and len(whole.queries[q]) <= 80]
     qrels = {q: whole.qrels[q] for q in fitting[:N_QUESTIONS]}
-    (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"_id": i, "text": t}) for i, t in passages.items()))
-    (folder / "queries.jsonl").write_text("\n".join(json.dumps({"_id": q, "text": whole.queries[q]}) for q in qrels))
-    (folder / "qrels").mkdir()
-    lines = [f"{q}\t{i}\t{grade}" for q, judged in qrels.items() for i, grade in judged.items()]
-    (folder / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]))
-    return folder
+    collection = Collection("sample", passages, {q: whole.queries[q] for q in qrels}, qrels)
+    return write_collection(collection, tmp_path_factory.mktemp("sample"))
 
 
 def run_demo(part: str, checkpoint: Path, sample: Path) -> str:

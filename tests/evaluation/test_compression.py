@@ -1,19 +1,20 @@
-"""What compression costs: the figures, the Pareto line, the recommendation, the plot; and the coarse-to-fine screen."""
+"""What compression costs: the figures, the Pareto line, the recommendation, the plot."""
 
 from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import pytest
+from tools.corpora import draw_collection
 
 from kalm_integrations import KalmReranker, Passage
 from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.measures import ndcg_at_10
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.candidates import find_candidates
 from kalm_integrations.evaluation.compression import (
@@ -25,21 +26,13 @@ from kalm_integrations.evaluation.compression import (
     to_markdown,
     to_report,
 )
-from kalm_integrations.evaluation.metrics import kendall_tau, ndcg_at_10
+from kalm_integrations.evaluation.differences import Difference, kendall_tau
 from kalm_integrations.evaluation.plots import digest, plot_costs
-from kalm_integrations.evaluation.report import Difference
-from kalm_integrations.evaluation.screen import ScreenTime, find_crossover, measure_quality, measure_times
-
-WORDS = ["wing", "drag", "lift", "bowl", "team", "league", "jazz", "river", "stone", "glass"]
 
 
 @pytest.fixture(scope="module")
 def collection() -> Collection:
-    draw = random.Random(0)
-    passages = {f"p{i}": " ".join(draw.choices(WORDS, k=12)) for i in range(30)}
-    queries = {f"q{i}": " ".join(draw.sample(WORDS, 3)) for i in range(5)}
-    qrels = {query_id: dict(zip(draw.sample(list(passages), 2), (1, 2), strict=True)) for query_id in queries}
-    return Collection("words", passages, queries, qrels)
+    return draw_collection(n_passages=30, n_queries=5, n_words=12, n_asked=3)
 
 
 @pytest.fixture(scope="module")
@@ -173,66 +166,3 @@ def test_plot_is_of_its_figures_and_reads_on_light_and_dark(
     assert digest(to_report("other", reranker, [costs])) != digest(report)
     assert "bytes per passage" in svg
     assert not {"#000000", "#ffffff"} & set(svg.replace(";", " ").replace('"', " ").split())
-
-
-def test_screen_keeps_what_its_ratio_ranks_high(collection: Collection, make_reranker: Callable[..., KalmReranker]) -> None:
-    """Recall is the share of the fine ranking's ten best that are kept, worked out here; the rest follows in coarse order."""
-    quality = measure_quality(
-        make_reranker(compression_ratio=2), collection, coarse_ratio=8, fine_ratio=2, n_kept=11, top_k=20
-    )
-    recalls, best, gains = [], [], []
-    for query_id, found in find_candidates(collection, top_k=20).items():
-        texts = [collection.passages[i] for i in found.ids]
-        fine, coarse = (
-            [found.ids[p.index] for p in make_reranker(compression_ratio=ratio).rank(found.query, texts)] for ratio in (2, 8)
-        )
-        kept = coarse[:11]
-        recalls.append(len(set(fine[:10]) & set(kept)) / 10)
-        best.append(fine[0] in kept)
-        screened = [i for i in fine if i in kept] + coarse[11:]
-        before, after = (ndcg_at_10(collection.qrels, {query_id: ids})[query_id] for ids in (fine, screened))
-        gains.append(after - before)
-    assert quality.recall == pytest.approx(fmean(recalls))
-    assert 0 < quality.recall < 1, "or this test tells nothing"
-    assert quality.best_kept == pytest.approx(fmean(best))
-    assert quality.difference.mean == pytest.approx(fmean(gains))
-
-
-def test_screen_scores_fewer_states(make_reranker: Callable[..., KalmReranker]) -> None:
-    """Timed without encoding anything, in the order of the lengths."""
-    reranker = make_reranker(compression_ratio=4)
-    times = measure_times(reranker, lengths=[64, 32], coarse_ratio=32, fine_ratio=4, n_kept=2, n_candidates=6, rounds=2)
-    assert [t.n_tokens for t in times] == [32, 64]
-    assert all(t.fine_seconds > 0 and t.screened_seconds > 0 for t in times)
-    assert reranker.stats.passages_encoded == 0
-    # Three rounds, one of them not counted: six candidates finely, and six coarsely and two finely.
-    assert reranker.stats.passages_scored == 3 * 2 * (6 + 6 + 2)
-
-
-@pytest.mark.parametrize(
-    ("times", "crossover"),
-    [
-        ([(100, 1.0, 1.2), (200, 1.4, 1.2)], 150),
-        ([(100, 1.0, 1.2), (200, 1.0, 1.1)], None),
-        ([(100, 1.2, 1.0), (200, 2.0, 1.0)], 100),
-        ([(100, 1.2, 1.0), (200, 1.0, 1.3), (400, 2.0, 1.7)], 300),
-    ],
-)
-def test_crossover_is_where_the_screen_begins_to_pay_for_good(
-    times: list[tuple[int, float, float]], crossover: int | None
-) -> None:
-    assert find_crossover([ScreenTime(*t) for t in times]) == crossover
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"coarse_ratio": 4}, "larger multiple of the fine one, but got 4 and 4"),
-        ({"coarse_ratio": 6}, "larger multiple of the fine one, but got 6 and 4"),
-        ({"n_kept": 100}, "fewer of the 100 candidates than all, and one at least, but got 100"),
-        ({"lengths": []}, r"lengths and rounds must be positive and one at least, but got \[\] and 3"),
-    ],
-)
-def test_screens_that_are_none_are_refused(reranker: KalmReranker, options: dict[str, object], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        measure_times(reranker, **{"lengths": [8], **options})

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import json
-import random
 import statistics
 from pathlib import Path
 
 import pytest
+from tools.corpora import draw_collection, write_collection
 from typer.testing import CliRunner
 
 from kalm_integrations import KalmReranker
 from kalm_integrations.cli import app
 from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.measures import ndcg_at_10
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.candidates import find_candidates
+from kalm_integrations.evaluation.differences import mean_differences
 from kalm_integrations.evaluation.fusion import WEIGHTS, FusionReport, compare_fusions
-from kalm_integrations.evaluation.metrics import bootstrap_interval, ndcg_at_10
-
-WORDS = ["wing", "drag", "lift", "bowl", "team", "league", "jazz", "river", "stone", "glass"]
 
 
 @pytest.fixture(scope="module")
 def collection() -> Collection:
-    draw = random.Random(0)
-    passages = {f"p{i}": " ".join(draw.choices(WORDS, k=8)) for i in range(12)}
-    queries = {f"q{i}": " ".join(draw.sample(WORDS, 2)) for i in range(8)}
-    qrels = {query_id: dict(zip(draw.sample(list(passages), 3), (1, 2, 1), strict=True)) for query_id in queries}
-    return Collection("words", passages, queries, qrels)
+    return draw_collection(n_queries=8)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +59,8 @@ def test_orders_are_those_that_ranking_gives(collection, reranker, report):
         expected = values(fusion=fused.method, fusion_weight=fused.weight)
         assert fused.ndcg == pytest.approx(statistics.fmean(expected.values()))
         for difference, baseline in ((fused.to_first_stage, first), (fused.to_reranker, alone)):
-            differences = [expected[q] - baseline[q] for q in expected]
-            assert difference.mean == pytest.approx(statistics.fmean(differences))
-            assert (difference.low, difference.high) == pytest.approx(bootstrap_interval(differences, 5))
+            [own] = mean_differences([[expected[q] - baseline[q] for q in expected]], seed=5)
+            assert (difference.mean, difference.low, difference.high) == pytest.approx((own.mean, own.low, own.high))
 
 
 def test_the_ends_of_the_scale_are_the_stages(report):
@@ -94,18 +88,8 @@ def test_bad_weights_are_refused_before_any_work(collection, make_reranker, weig
     assert reranker.stats.passages_encoded == 0
 
 
-def write(collection: Collection, folder: Path) -> Path:
-    (folder / "qrels").mkdir(parents=True)
-    for name, rows in (("corpus", collection.passages), ("queries", collection.queries)):
-        lines = (json.dumps({"_id": key, "text": text}) + "\n" for key, text in rows.items())
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-    rows = (f"{q}\t{p}\t{grade}\n" for q, grades in collection.qrels.items() for p, grade in grades.items())
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(rows))
-    return folder
-
-
 def test_the_command_prints_a_table_and_json(collection, tiny_checkpoint, tmp_path):
-    folder = write(collection, tmp_path / "words")
+    folder = write_collection(collection, tmp_path / "words")
     ask = ["eval", "fusion", str(folder), "--model", str(tiny_checkpoint), "--weights", "0.4", "--top-k", "4", "--ratio", "2"]
     result = CliRunner().invoke(app, ask)
     assert result.exit_code == 0, result.output

@@ -14,7 +14,9 @@ from kalm_integrations.evaluation.plots import digest
 
 @pytest.mark.parametrize("page", evaluation_pages.PAGES, ids=lambda page: page.name)
 def test_tables_are_those_of_the_figures(page: Path) -> None:
-    assert page.read_text(encoding="utf-8") == evaluation_pages.updated(page), "run: python tests/evaluation_pages.py"
+    assert page.read_text(encoding="utf-8") == evaluation_pages.updated(page), (
+        "run, from tests/: python -m tools.evaluation_pages"
+    )
 
 
 def test_plot_is_of_the_table_s_figures() -> None:

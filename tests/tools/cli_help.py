@@ -1,4 +1,4 @@
-"""The help of every command as Markdown, for docs/cli.md. Run this file to write it there."""
+"""The help of every command as Markdown, for docs/cli.md. Run in tests/, `python -m tools.cli_help` writes it there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kalm_integrations.cli import app
 from tools.paths import DOCS
 
 PAGE = DOCS / "cli.md"
-MARKER = "<!-- What follows is generated: python tests/cli_help.py -->\n"
+MARKER = "<!-- What follows is generated; in tests/: python -m tools.cli_help -->\n"
 
 
 def updated_page() -> str:

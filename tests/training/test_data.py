@@ -1,34 +1,25 @@
-"""Training data: what is read, what a cluster holds, what is mined; and the configuration's rules."""
+"""Training data: what is read, and what a cluster holds."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sentence_transformers import CrossEncoder, SentenceTransformer
-from tools.paths import DOCS
+from sentence_transformers import SentenceTransformer
 from tools.training_data import ARCHITECTURE, PASSAGES, QUERIES, examples, write_collection, write_lines
-from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
-from typer.testing import CliRunner
+from transformers import PreTrainedTokenizerFast
 
 from kalm_integrations import KalmReranker
-from kalm_integrations.cli import app
 from kalm_integrations.core.checkpoint import prompts
 from kalm_integrations.core.checkpoint.opened import Checkpoint
 from kalm_integrations.core.checkpoint.tokenization import PromptTokenizer
 from kalm_integrations.core.settings import INSTRUCTION, SYSTEM_INSTRUCTION
-from kalm_integrations.corpora.bm25 import BM25
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.training.config import (
-    ArchitectureConfig,
     CollectionConfig,
-    LoraConfig,
-    LossConfig,
     PhaseConfig,
     PseudoQueryConfig,
     TeacherConfig,
@@ -37,8 +28,7 @@ from kalm_integrations.training.config import (
 from kalm_integrations.training.data import Cluster, ClusterDataset, Collator, Source
 from kalm_integrations.training.distillation import fit_conditional_logit
 from kalm_integrations.training.initialize import token_embeddings
-from kalm_integrations.training.sources import Example, TrainingSet, read_training_set
-from kalm_integrations.training.teachers import SIMILARITY_SCALE
+from kalm_integrations.training.sources import TrainingSet, read_training_set
 from kalm_integrations.training.trainer import train
 
 INSTRUCTIONS = (SYSTEM_INSTRUCTION, INSTRUCTION)
@@ -47,24 +37,6 @@ INSTRUCTIONS = (SYSTEM_INSTRUCTION, INSTRUCTION)
 @pytest.fixture(scope="module")
 def tokenizer(tiny_checkpoint: Path) -> PromptTokenizer:
     return PromptTokenizer(Checkpoint.open(tiny_checkpoint).load_tokenizer())
-
-
-@pytest.fixture(scope="module")
-def bert(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Makes a random bi-encoder or cross-encoder of sentence-transformers."""
-    folder = tmp_path_factory.mktemp("bert")
-    fast = PreTrainedTokenizerFast.from_pretrained(tiny_checkpoint)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 400}
-    for kind, model in (
-        ("bi-encoder", BertModel(BertConfig(**shape))),
-        ("cross-encoder", BertForSequenceClassification(BertConfig(**shape, num_labels=1))),
-    ):
-        model.save_pretrained(folder / f"{kind}-parts")
-        fast.save_pretrained(folder / f"{kind}-parts")
-    SentenceTransformer(str(folder / "bi-encoder-parts")).save_pretrained(str(folder / "bi-encoder"))
-    CrossEncoder(str(folder / "cross-encoder-parts")).save_pretrained(str(folder / "cross-encoder"))
-    return lambda kind: str(folder / kind)
 
 
 def read(path: Path, **settings: Any) -> TrainingSet:
@@ -263,13 +235,13 @@ def test_the_weights_of_a_teacher_are_those_that_made_the_labels():
     assert fit_conditional_logit(rows) == pytest.approx((0.1, 8.0), rel=0.1)
 
 
-def test_a_run_with_a_teacher_semantic_start_and_pseudo_queries(tmp_path, bert):
+def test_a_run_with_a_teacher_semantic_start_and_pseudo_queries(tmp_path, bi_encoder):
     """As pico's: the parts work together, and the embeddings outlive an interruption."""
     config = TrainConfig(
         output=tmp_path / "run",
-        architecture=ARCHITECTURE.model_copy(update={"token_embeddings": bert("bi-encoder")}),
+        architecture=ARCHITECTURE.model_copy(update={"token_embeddings": bi_encoder}),
         collections=(CollectionConfig(path=write_collection(tmp_path / "beir")),),
-        teacher=TeacherConfig(bi_encoder=bert("bi-encoder"), max_tokens=16),
+        teacher=TeacherConfig(bi_encoder=bi_encoder, max_tokens=16),
         pseudo_queries=PseudoQueryConfig(),
         phases=(PhaseConfig(steps=2, passages_per_cluster=3),),
     )
@@ -278,12 +250,12 @@ def test_a_run_with_a_teacher_semantic_start_and_pseudo_queries(tmp_path, bert):
     assert (tmp_path / "run" / "teacher" / "beir.safetensors").is_file()
 
 
-def test_tokens_start_where_their_texts_are_alike(tiny_checkpoint, bert):
+def test_tokens_start_where_their_texts_are_alike(tiny_checkpoint, bi_encoder):
     """Cosines between starts follow the bi-encoder's, after centring; rows have length 1; control tokens stay random."""
-    model = SentenceTransformer(bert("bi-encoder"))
+    model = SentenceTransformer(bi_encoder)
     fast = PreTrainedTokenizerFast.from_pretrained(tiny_checkpoint)
     torch.manual_seed(0)
-    starts = token_embeddings(bert("bi-encoder"), tiny_checkpoint, width=64)
+    starts = token_embeddings(bi_encoder, tiny_checkpoint, width=64)
     assert not set(fast.all_special_ids) & set(starts)
     rows = torch.stack(list(starts.values()))
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
@@ -292,160 +264,3 @@ def test_tokens_start_where_their_texts_are_alike(tiny_checkpoint, bert):
     upper = torch.triu_indices(len(rows), len(rows), 1)
     cosines = torch.stack([(x @ x.T)[upper[0], upper[1]] for x in (rows, theirs)])
     assert torch.corrcoef(cosines)[0, 1] > 0.8
-
-
-# --- mining
-
-
-def mined(tmp_path: Path, source: Path, *options: object) -> list[dict[str, Any]]:
-    output = tmp_path / "mined.jsonl"
-    arguments = ["mine", str(source), "--output", str(output), *map(str, options)]
-    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
-    read(output)  # what is written is what the trainer reads
-    return [json.loads(line) for line in output.read_text().splitlines()]
-
-
-def test_bm25_negatives_are_the_best_found_but_not_the_positives(tmp_path):
-    folder = write_collection(tmp_path / "beir")
-    lines = mined(tmp_path, folder, "--negatives", 1, "--depth", 1)
-    assert [line["query"] for line in lines] == QUERIES
-    for i, line in enumerate(lines):
-        [(found, _)] = BM25(PASSAGES).search([QUERIES[i]], k=4)
-        assert line["positives"] == [PASSAGES[i]]
-        assert line["negatives"] == [PASSAGES[next(j for j in found if j != i)]]
-    skipping = mined(tmp_path, folder, "--skip", 1, "--depth", 4)
-    assert all(line["negatives"][0] not in other["negatives"] for line, other in zip(lines, skipping, strict=True))
-
-
-def test_bi_encoder_negatives_are_the_nearest(tmp_path, bert):
-    folder, model = write_collection(tmp_path / "beir"), bert("bi-encoder")
-    lines = mined(tmp_path, folder, "--method", "bi-encoder", "--encoder", model, "--negatives", 1, "--depth", 1)
-    encoder = SentenceTransformer(model)
-    similarities = encoder.similarity(encoder.encode(QUERIES), encoder.encode(PASSAGES))
-    for i, (line, row) in enumerate(zip(lines, similarities, strict=True)):
-        row[i] = -2
-        assert line["negatives"] == [PASSAGES[int(row.argmax())]]
-
-
-def test_same_title_negatives_are_other_passages_of_the_document(tmp_path):
-    folder = write_collection(tmp_path / "beir")
-    titles = ["fish", "river", "fish", "river"]
-    rows = [{"_id": f"corpus{i}", "title": t, "text": p} for i, (t, p) in enumerate(zip(titles, PASSAGES, strict=True))]
-    write_lines(folder / "corpus.jsonl", rows)
-    lines = mined(tmp_path, folder, "--method", "same-title")
-    assert [line["negatives"] for line in lines] == [[f"fish {PASSAGES[2]}"], [f"river {PASSAGES[3]}"]]
-
-
-@pytest.mark.parametrize("kind", ["kalm", "cross-encoder", "bi-encoder"])
-def test_a_teacher_s_margins_are_written(tmp_path, tiny_checkpoint, bert, kind):
-    model = str(tiny_checkpoint) if kind == "kalm" else bert(kind)
-    lines = mined(tmp_path, write_collection(tmp_path / "beir"), "--teacher", model, "--teacher-kind", kind)
-    for line in lines:
-        passages = [*line["positives"], *line["negatives"]]
-        if kind == "kalm":
-            ranked = KalmReranker.from_pretrained(model).rank(line["query"], passages)
-            expected = [p.margin for p in sorted(ranked, key=lambda p: p.index)]
-        elif kind == "cross-encoder":
-            pairs = [(line["query"], passage) for passage in passages]
-            expected = CrossEncoder(model, activation_fn=torch.nn.Identity()).predict(pairs).tolist()
-        else:
-            encoder = SentenceTransformer(model)
-            similarities = encoder.similarity(encoder.encode([line["query"]]), encoder.encode(passages))
-            expected = [SIMILARITY_SCALE * similarity for similarity in similarities[0].tolist()]
-        assert line["positive_scores"] + line["negative_scores"] == pytest.approx(expected, abs=1e-4)
-
-
-def test_candidates_that_the_teacher_finds_too_good_are_left_out(tmp_path, tiny_checkpoint):
-    folder = write_collection(tmp_path / "beir")
-    options = ("--teacher", tiny_checkpoint, "--below-positive")
-    everything = mined(tmp_path, folder, *options, -1000)
-    assert all(len(line["negatives"]) == 3 for line in everything)
-    margins = [s - line["positive_scores"][0] for line in everything for s in line["negative_scores"]]
-    limit = sorted(margins)[len(margins) // 2]
-    kept = [
-        s - line["positive_scores"][0] for line in mined(tmp_path, folder, *options, -limit) for s in line["negative_scores"]
-    ]
-    assert sorted(kept) == pytest.approx([m for m in sorted(margins) if m <= limit + 1e-6])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--below-positive", "1"), "there is no --teacher"),
-        (("--method", "bi-encoder"), "--encoder and --method bi-encoder come together"),
-        (("--encoder", "x"), "--encoder and --method bi-encoder come together"),
-    ],
-)
-def test_mining_options_that_need_each_other(tmp_path, options, message):
-    result = CliRunner().invoke(app, ["mine", str(write_collection(tmp_path / "beir")), *options])
-    assert result.exit_code == 2
-    assert message in result.stderr
-
-
-# --- the configuration
-
-
-def toml(path: Path, text: str) -> TrainConfig:
-    path.write_text(text)
-    return TrainConfig.read(path)
-
-
-MINIMAL = 'output = "run"\n[[collections]]\npath = "data/beir"\n[[phases]]\nsteps = 1\n'
-
-
-def test_paths_count_from_the_file_s_folder(tmp_path, monkeypatch):
-    (tmp_path / "models" / "mine").mkdir(parents=True)
-    text = 'model = "models/mine"\n' + MINIMAL + '[teacher]\nbi_encoder = "models/mine"\n'
-    config = toml(tmp_path / "t.toml", text)
-    assert config.output == tmp_path / "run"
-    assert config.collections[0].path == tmp_path / "data" / "beir"
-    assert config.collections[0].name == "beir"
-    assert config.model == config.teacher.bi_encoder == str(tmp_path / "models" / "mine")
-    monkeypatch.chdir(tmp_path / "models")
-    assert TrainConfig.read(Path("../t.toml")).output.is_absolute()
-    assert toml(tmp_path / "t.toml", 'model = "nano"\n' + MINIMAL).model == "nano"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("output = ", "must be TOML"),
-        (MINIMAL.replace("steps = 1", "step = 1"), "phases.0.step: Extra inputs are not permitted"),
-        (MINIMAL.replace("steps = 1", ""), "phases.0: a phase must have either steps or epochs"),
-        (MINIMAL + "epochs = 1\n", "phases.0: a phase must have either steps or epochs"),
-        (MINIMAL + 'collections = ["other"]\n', "collections must be among beir, but got other"),
-        (MINIMAL + '[[collections]]\npath = "beir"\n', "must have different names, but have beir, beir"),
-        (MINIMAL + '[[collections]]\npath = "b"\nweight = 1.0\n', "either all collections have a weight or none"),
-        (MINIMAL + "[lora]\nrank = 8\n", "there is no `model` to start from"),
-        ('model = "nano"\n' + MINIMAL + "[architecture]\nn_layers = 2\n", "from `model` or from `architecture`"),
-        (MINIMAL + "[phases.losses]\nnll = 0.0\n", "one of softmax, nll and distillation must be above 0"),
-    ],
-)
-def test_a_configuration_that_breaks_a_rule_says_which(tmp_path, text, message):
-    with pytest.raises(SettingsError, match=message):
-        toml(tmp_path / "t.toml", text)
-
-
-@pytest.mark.parametrize("name", ["training.toml", "continued.toml"])
-def test_pico_s_own_configurations_are_valid(name):
-    from kalm_integrations.core.checkpoint.locate import BUILT_IN
-
-    config = TrainConfig.read(BUILT_IN / "pico" / name)
-    assert all(phase.steps for phase in config.phases)
-
-
-# --- the page
-
-PAGE = (DOCS / "training.md").read_text(encoding="utf-8")
-
-
-def test_every_setting_is_documented():
-    sections = (ArchitectureConfig, CollectionConfig, LoraConfig, LossConfig, PhaseConfig, PseudoQueryConfig, TeacherConfig)
-    names = {name for section in (*sections, TrainConfig, Example) for name in section.model_fields}
-    assert {name for name in names if f"`{name}`" not in PAGE and f"[{name}]" not in PAGE} == set()
-
-
-def test_the_published_recipe_of_the_page_is_valid(tmp_path):
-    [text] = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
-    config = toml(tmp_path / "t.toml", text)
-    assert [phase.losses.distillation for phase in config.phases] == [0, 0, 1]

@@ -43,7 +43,7 @@ def prefill(
 ) -> PaddedKVCache:
     """Read prompt tokens (batch or 1, n_new) that later calls continue; no hidden state of them is kept."""
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-    _run(cache, token_ids, None, embedding, weights, config, pairs)
+    run_layers(cache, token_ids, None, embedding, weights, config, pairs)
     keys, values = zip(*pairs, strict=True)
     return PaddedKVCache(cache.width, cache.n_prompt + token_ids.shape[1], keys, values, cache.n_states)
 
@@ -71,7 +71,7 @@ def answer_logits(
     Returns:
         float32 logits. Shape: (batch, n_answers).
     """
-    x = _run(cache, token_ids, last, embedding, weights, config)
+    x = run_layers(cache, token_ids, last, embedding, weights, config)
     normed = rms_norm(x, weights.final_norm, config.norm_epsilon, weights.dtype)
     logits = F.linear(normed, head.to(weights.dtype)).float()
     if config.logit_softcap is not None:
@@ -81,7 +81,7 @@ def answer_logits(
     return logits
 
 
-def _run(
+def run_layers(
     cache: KVCache,
     token_ids: torch.Tensor,
     last: torch.Tensor | None,
@@ -90,9 +90,10 @@ def _run(
     config: StackConfig,
     pairs: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> torch.Tensor:
-    """Run all layers, leaving their keys and values in `pairs`.
+    """Run all layers over prompt tokens and return their hidden states, (batch, n_new, hidden).
 
-    With `last`, the last layer computes that position only and the result is (batch, hidden).
+    With `last`, the last layer computes that position only and the result is (batch, hidden). With `pairs`, the keys and
+    values of every layer are left there, and the last layer ends with them.
     """
     n_new = token_ids.shape[1]
     x = embedding.embed(token_ids, config, weights.dtype)

@@ -116,7 +116,7 @@ class GatheredKVCache(KVCache):
         self._rows = rows
         n_layers, _, n_heads, _, head_width = rows[0].pairs.shape
         device = rows[0].pairs.device
-        self._at_once = _gathers_at_once(device)
+        self._at_once = gathers_at_once(device)
         shape = (n_layers if self._at_once else 1, 2, len(rows), n_heads, self.width + n_prompt + n_new, head_width)
         self._buffer = torch.empty(shape, dtype=dtype, device=device)
         for index, row in enumerate(rows):
@@ -151,7 +151,8 @@ class GatheredKVCache(KVCache):
             self._buffer[:, :, index, :, end - n_used : end] = row.pairs[layers, :, :, :n_used]
 
 
-def _gathers_at_once(device: torch.device) -> bool:
+def gathers_at_once(device: torch.device) -> bool:
+    """Return whether prefix states of all layers are gathered together; see `GatheredKVCache`."""
     return device.type != "cpu"
 
 

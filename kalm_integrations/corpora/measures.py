@@ -1,4 +1,4 @@
-"""Measures of a ranking, the interval of a difference, and the agreement of two orders."""
+"""Measures of a ranking, by ir-measures."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kalm_integrations.errors import MissingExtraError, SettingsError
-
-N_RESAMPLES = 10_000
-"""Bootstrap samples behind an interval."""
 
 
 def ndcg_at_10(qrels: Mapping[str, Mapping[str, int]], rankings: Mapping[str, Sequence[str]]) -> dict[str, float]:
@@ -74,39 +71,3 @@ def _ir_measures() -> Any:
         msg = 'evaluation needs ir-measures; install it with: pip install "kalm-integrations[eval]"'
         raise MissingExtraError(msg) from error
     return ir_measures
-
-
-def bootstrap_interval(differences: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % interval of a mean difference, by resampling the queries (paired percentile bootstrap).
-
-    Args:
-        differences: of each query, one system's value minus the other's on the same query.
-        seed: the same seed gives the same interval.
-    """
-    [interval] = bootstrap_intervals([differences], seed)
-    return interval
-
-
-def bootstrap_intervals(differences: Sequence[Sequence[float]], seed: int = 0) -> list[tuple[float, float]]:
-    """Return `bootstrap_interval` of each of several lists over the same queries, from the same samples of them."""
-    import numpy as np
-
-    values = np.asarray(differences, dtype=np.float64).T
-    random = np.random.default_rng(seed)
-    # In blocks: ten thousand samples of ten thousand queries do not fit into memory at once.
-    block = max(1, 2**20 // values.size)
-    means = []
-    for start in range(0, N_RESAMPLES, block):
-        size = min(block, N_RESAMPLES - start)
-        means.append(values[random.integers(len(values), size=(size, len(values)))].mean(axis=1))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5], axis=0)
-    return list(zip(low.tolist(), high.tolist(), strict=True))
-
-
-def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return how far two scorers agree on the order of at least two candidates, between -1 and 1 (tau-b, ties counted)."""
-    import numpy as np
-
-    signs = [np.sign(np.subtract.outer(values, values)) for values in (np.asarray(first), np.asarray(second))]
-    n_ordered = np.sqrt(np.abs(signs[0]).sum() * np.abs(signs[1]).sum())
-    return float((signs[0] * signs[1]).sum() / n_ordered) if n_ordered else 1.0

@@ -1,0 +1,124 @@
+"""Options that several commands take, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+
+import typer
+
+from kalm_integrations.errors import SettingsError
+
+if TYPE_CHECKING:
+    from kalm_integrations.core.reranker import KalmReranker
+
+Value = TypeVar("Value")
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="nano, small, large, nano-r2, small-r2, large-r2, a hub id or a local folder; pico is built in and small, for "
+        "trying things out."
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.", show_default="the alias's")]
+Device = Annotated[str | None, typer.Option(help="A torch device, such as cpu or cuda:0.", show_default="CUDA if any")]
+Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="bfloat16 on CUDA, float32 elsewhere")]
+Ratio = Annotated[int | None, typer.Option(help="Tokens per stored state.", show_default="4")]
+Codec = Annotated[str | None, typer.Option(help="fp32, fp16, bf16, int8 or int4.", show_default="fp16")]
+PayloadStore = Annotated[
+    Path | None, typer.Option(help="Folder of an LMDB store for encodings that are too long for their row.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+TextField = Annotated[str, typer.Option(help="Field of a row that holds the passage.")]
+TitleField = Annotated[
+    str, typer.Option(help="Field that is put before the passage if a row has it, as in BEIR; '' for none.")
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Report bad lines and go on with the rest.")]
+
+Split = Annotated[str, typer.Option(help="Which judgements.")]
+FirstStage = Annotated[
+    str,
+    typer.Option(
+        help="Where candidates come from: bm25, a TREC run file ({collection} in its path stands for the folder's name), or a "
+        "bi-encoder of sentence-transformers."
+    ),
+]
+TopK = Annotated[int, typer.Option(min=1, help="Candidates per query, the best of the first stage.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the draw and of the bootstrap.")]
+Codecs = Annotated[str, typer.Option(help="Codecs to compare.")]
+Ratios = Annotated[str, typer.Option(help="Compression ratios to compare.")]
+Queries = Annotated[int | None, typer.Option(min=1, help="How many queries to draw.", show_default="all")]
+
+
+def open_reranker(model: str, **settings: Any) -> KalmReranker:
+    """Open a checkpoint; says so if it is the small built-in one."""
+    from kalm_integrations.hosting import as_reranker
+
+    # A name always becomes the real reranker, whatever else the function takes.
+    return cast("KalmReranker", as_reranker(model, **settings))
+
+
+def existing(payload_store: Path | None) -> Path | None:
+    """Return the folder of a store that is only read, which must not be made by looking into it.
+
+    Raises:
+        SettingsError: there is no such folder.
+    """
+    if payload_store is not None and not payload_store.is_dir():
+        msg = f"a payload store that is read must be an existing folder, but got {str(payload_store)!r}"
+        raise SettingsError(msg)
+    return payload_store
+
+
+def parse_list(text: str, name: str, rule: str, convert: Callable[[str], Value]) -> list[Value]:
+    """Return the values of a comma-separated option.
+
+    Args:
+        text: what was given.
+        name: the option, such as --ratios.
+        rule: what the parts must be.
+        convert: makes a value of a part; raises `ValueError` for a bad one.
+
+    Raises:
+        BadParameter: a part is something else, or there are none.
+    """
+    values = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        try:
+            values.append(convert(part))
+        except ValueError as error:
+            msg = f"must be {rule}, but got {part!r}"
+            raise typer.BadParameter(msg, param_hint=name) from error
+    if not values:
+        msg = f"must be {rule}, but is empty"
+        raise typer.BadParameter(msg, param_hint=name)
+    return values
+
+
+def parse_ratios(text: str) -> list[int]:
+    """Return the ratios of --ratios.
+
+    Raises:
+        BadParameter: one is no positive whole number, or there are none.
+    """
+    return parse_list(text, "--ratios", "positive whole numbers such as 1,2,4", _positive)
+
+
+def parse_codecs(text: str) -> list[str]:
+    """Return the codecs of --codecs.
+
+    Raises:
+        BadParameter: there are none, or one is unknown.
+    """
+    from kalm_integrations.core.settings import CODEC_NAMES, check_codec
+
+    return parse_list(text, "--codecs", f"out of {', '.join(CODEC_NAMES)}", check_codec)
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise ValueError
+    return int(text)

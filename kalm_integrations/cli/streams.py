@@ -1,0 +1,98 @@
+"""Files and standard streams: lines in and bytes out, gzipped or not."""
+
+from __future__ import annotations
+
+import gzip
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from io import BufferedReader, RawIOBase
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import typer
+
+from kalm_integrations.cli.terminal import note
+from kalm_integrations.errors import SettingsError
+from kalm_integrations.files import written_beside
+
+STREAM = Path("-")
+"""Standard input or output, where a path is asked for."""
+
+UNREADABLE = {
+    b"PAR1": "Parquet",
+    b"PK\x03\x04": "a ZIP archive or an Excel workbook",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xff\xfe": "UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)",
+    b"\xfe\xff": "UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)",
+}
+"""How inputs begin that are refused, and what they are."""
+
+
+def name_of(path: Path) -> str:
+    """Return what to call an input in a message."""
+    return "standard input" if path == STREAM else str(path)
+
+
+@contextmanager
+def open_lines(path: Path) -> Iterator[Iterator[bytes]]:
+    """Open a file or standard input as lines of text, unzipped if it is gzip.
+
+    The lines raise `SettingsError` where it is no text, or damaged.
+    """
+    if path != STREAM:
+        with path.open("rb") as file:
+            yield _read_lines(file, name_of(path))
+        return
+    if sys.stdin.isatty():
+        note("reading from the terminal, a line at a time; Ctrl-D ends the input")
+    stream = typer.get_binary_stream("stdin")
+    file = stream if isinstance(stream, BufferedReader) else BufferedReader(cast("RawIOBase", stream))
+    yield _read_lines(file, name_of(path))
+
+
+def _read_lines(file: BufferedReader, name: str) -> Iterator[bytes]:
+    text: BufferedReader | gzip.GzipFile = file
+    try:
+        if file.peek(2).startswith(b"\x1f\x8b"):
+            text = gzip.GzipFile(fileobj=file)
+        _check_text(text.peek(512)[:512], name)
+        yield from text
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        msg = f"{name} must be a whole gzip file, but is damaged ({error})"
+        raise SettingsError(msg) from error
+
+
+def _check_text(head: bytes, name: str) -> None:
+    kinds = [kind for magic, kind in UNREADABLE.items() if head.startswith(magic)]
+    if kinds or b"\0" in head:
+        kind = kinds[0] if kinds else "binary, or UTF-16"
+        msg = f"{name} must be UTF-8 text, gzipped or not (JSON lines, a JSON array, CSV, TSV or plain lines), but is {kind}"
+        raise SettingsError(msg)
+
+
+@contextmanager
+def open_output(path: Path) -> Iterator[BinaryIO]:
+    """Open a file or standard output; a file appears, or is replaced, when all of it has been written.
+
+    What is written to a file whose name ends in .gz is gzipped.
+
+    Raises:
+        SettingsError: it is a folder, or its folder does not exist.
+    """
+    if path == STREAM:
+        yield typer.get_binary_stream("stdout")
+        return
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        reason = "it is a folder" if path.is_dir() else f"there is no folder {str(path.parent)!r}"
+        msg = f"the output must be a file in an existing folder, but got {str(path)!r}: {reason}"
+        raise SettingsError(msg)
+    with ExitStack() as stack:
+        # A pipe or a device must not be replaced.
+        is_special = path.exists() and not path.is_file()
+        written = path if is_special else stack.enter_context(written_beside(path))
+        file: BinaryIO = stack.enter_context(written.open("wb"))
+        if path.suffix == ".gz":
+            file = cast("BinaryIO", stack.enter_context(gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0)))
+        yield file

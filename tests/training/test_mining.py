@@ -1,0 +1,105 @@
+"""`kalm mine`: the negatives of each method, and a teacher's margins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from tools.training_data import PASSAGES, QUERIES, write_collection, write_lines
+from typer.testing import CliRunner
+
+from kalm_integrations import KalmReranker
+from kalm_integrations.cli import app
+from kalm_integrations.corpora.bm25 import BM25
+from kalm_integrations.training.config import CollectionConfig
+from kalm_integrations.training.sources import read_training_set
+from kalm_integrations.training.teachers import SIMILARITY_SCALE
+
+
+def mined(tmp_path: Path, source: Path, *options: object) -> list[dict[str, Any]]:
+    output = tmp_path / "mined.jsonl"
+    arguments = ["mine", str(source), "--output", str(output), *map(str, options)]
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    read_training_set(CollectionConfig(path=output))  # what is written is what the trainer reads
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_bm25_negatives_are_the_best_found_but_not_the_positives(tmp_path):
+    folder = write_collection(tmp_path / "beir")
+    lines = mined(tmp_path, folder, "--negatives", 1, "--depth", 1)
+    assert [line["query"] for line in lines] == QUERIES
+    for i, line in enumerate(lines):
+        [(found, _)] = BM25(PASSAGES).search([QUERIES[i]], k=4)
+        assert line["positives"] == [PASSAGES[i]]
+        assert line["negatives"] == [PASSAGES[next(j for j in found if j != i)]]
+    skipping = mined(tmp_path, folder, "--skip", 1, "--depth", 4)
+    assert all(line["negatives"][0] not in other["negatives"] for line, other in zip(lines, skipping, strict=True))
+
+
+def test_bi_encoder_negatives_are_the_nearest(tmp_path, bi_encoder):
+    folder = write_collection(tmp_path / "beir")
+    lines = mined(tmp_path, folder, "--method", "bi-encoder", "--encoder", bi_encoder, "--negatives", 1, "--depth", 1)
+    encoder = SentenceTransformer(bi_encoder)
+    similarities = encoder.similarity(encoder.encode(QUERIES), encoder.encode(PASSAGES))
+    for i, (line, row) in enumerate(zip(lines, similarities, strict=True)):
+        row[i] = -2
+        assert line["negatives"] == [PASSAGES[int(row.argmax())]]
+
+
+def test_same_title_negatives_are_other_passages_of_the_document(tmp_path):
+    folder = write_collection(tmp_path / "beir")
+    titles = ["fish", "river", "fish", "river"]
+    rows = [{"_id": f"corpus{i}", "title": t, "text": p} for i, (t, p) in enumerate(zip(titles, PASSAGES, strict=True))]
+    write_lines(folder / "corpus.jsonl", rows)
+    lines = mined(tmp_path, folder, "--method", "same-title")
+    assert [line["negatives"] for line in lines] == [[f"fish {PASSAGES[2]}"], [f"river {PASSAGES[3]}"]]
+
+
+@pytest.mark.parametrize("kind", ["kalm", "cross-encoder", "bi-encoder"])
+def test_a_teacher_s_margins_are_written(tmp_path, tiny_checkpoint, cross_encoder, bi_encoder, kind):
+    model = {"kalm": str(tiny_checkpoint), "cross-encoder": cross_encoder, "bi-encoder": bi_encoder}[kind]
+    lines = mined(tmp_path, write_collection(tmp_path / "beir"), "--teacher", model, "--teacher-kind", kind)
+    for line in lines:
+        passages = [*line["positives"], *line["negatives"]]
+        if kind == "kalm":
+            ranked = KalmReranker.from_pretrained(model).rank(line["query"], passages)
+            expected = [p.margin for p in sorted(ranked, key=lambda p: p.index)]
+        elif kind == "cross-encoder":
+            pairs = [(line["query"], passage) for passage in passages]
+            expected = CrossEncoder(model, activation_fn=torch.nn.Identity()).predict(pairs).tolist()
+        else:
+            encoder = SentenceTransformer(model)
+            similarities = encoder.similarity(encoder.encode([line["query"]]), encoder.encode(passages))
+            expected = [SIMILARITY_SCALE * similarity for similarity in similarities[0].tolist()]
+        assert line["positive_scores"] + line["negative_scores"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_candidates_that_the_teacher_finds_too_good_are_left_out(tmp_path, tiny_checkpoint):
+    folder = write_collection(tmp_path / "beir")
+    options = ("--teacher", tiny_checkpoint, "--below-positive")
+    everything = mined(tmp_path, folder, *options, -1000)
+    assert all(len(line["negatives"]) == 3 for line in everything)
+    margins = [s - line["positive_scores"][0] for line in everything for s in line["negative_scores"]]
+    limit = sorted(margins)[len(margins) // 2]
+    kept = [
+        s - line["positive_scores"][0] for line in mined(tmp_path, folder, *options, -limit) for s in line["negative_scores"]
+    ]
+    assert sorted(kept) == pytest.approx([m for m in sorted(margins) if m <= limit + 1e-6])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--below-positive", "1"), "there is no --teacher"),
+        (("--method", "bi-encoder"), "--encoder and --method bi-encoder come together"),
+        (("--encoder", "x"), "--encoder and --method bi-encoder come together"),
+    ],
+)
+def test_mining_options_that_need_each_other(tmp_path, options, message):
+    result = CliRunner().invoke(app, ["mine", str(write_collection(tmp_path / "beir")), *options])
+    assert result.exit_code == 2
+    assert message in result.stderr
