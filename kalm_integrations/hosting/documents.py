@@ -6,6 +6,8 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
+
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, FUSED_SCORE_KEY, Metadata
 from kalm_integrations.errors import SettingsError
 
@@ -79,7 +81,8 @@ def checked_documents(documents: Iterable[Doc], kind: type[Doc], component: str)
         SettingsError: it is one document, a string or no iterable, or holds something else than documents.
     """
     name = kind.__name__
-    if isinstance(documents, (kind, str, bytes, Mapping)) or not isinstance(documents, Iterable):
+    # A pydantic model is iterable: over its fields.
+    if isinstance(documents, (kind, str, bytes, Mapping, BaseModel)) or not isinstance(documents, Iterable):
         msg = f"{component} takes a list of {name}s, but got one {type(documents).__name__}; put {name}s into a list"
         raise SettingsError(msg)
     checked = list(documents)

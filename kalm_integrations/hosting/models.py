@@ -9,7 +9,7 @@ import pickle
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kalm_integrations.core.base import Reranker, is_reranker
@@ -95,7 +95,7 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any], fields: Iterable[str]) -
 class Opened:
     """A reranker that a component has opened, and the settings it was opened with. A copy is itself."""
 
-    settings: dict[str, Any]
+    settings: dict[str, Any] = field(repr=False)
     reranker: Reranker
 
     def fits(self, settings: Mapping[str, Any]) -> bool:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from kalm_integrations.core.base import Reranker
-from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, FusionMethod, Metadata, Passage, Ranking, Reading
+from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata, Passage, Ranking, Reading
 from kalm_integrations.errors import EncodingError, SettingsError
+from kalm_integrations.hosting.fields import RerankFields
 
 logger = logging.getLogger(__name__)
-
-OnMissing: TypeAlias = Literal["encode", "error"]
-"""What to do about documents without a valid encoding."""
 
 N_NOTED = 10
 """A query that has to encode fewer passages than this says nothing about it."""
@@ -38,72 +36,68 @@ def encode(reranker: Reranker, passages: Sequence[Passage], *, show_progress: bo
 
 
 def rank(
+    fields: RerankFields,
     reranker: Reranker,
     query: str,
     passages: Sequence[Passage],
     names: Sequence[str],
+    attach: Callable[[int, Metadata], Doc],
     *,
-    on_missing: OnMissing,
     top_k: int | None,
-    score_threshold: float | None,
-    instruction: str | None,
-    fusion: FusionMethod | None,
-    fusion_weight: float | None,
-    first_stage_scores: Sequence[Any] | None,
+    score_threshold: float | None = None,
+    instruction: str | None = None,
+    first_stage_scores: Sequence[Any] | None = None,
+    write: Callable[[list[Doc]], object] | None = None,
 ) -> Ranking:
-    """Rank a host's passages; every encoding is read once.
+    """Rank a host's documents by the rules of a component, and hand over those that came without a valid encoding.
+
+    Every encoding is read once, and every missing passage encoded once.
 
     Args:
+        fields: the component's.
         reranker: ranks them.
         query: the query.
-        passages: texts with the encodings that came with them.
-        names: of the passages, for messages.
-        on_missing: what to do about passages without a valid encoding.
-        top_k: see `KalmReranker.rank`, as the rest.
-        score_threshold: of P(yes).
-        instruction: of this query.
-        fusion: with the first stage's scores or ranks.
-        fusion_weight: without a fusion it has no effect.
-        first_stage_scores: of the passages; None in it: a passage has none.
+        passages: the documents' texts, with the encodings that came with them.
+        names: of the documents, for messages; of several with one name the last is handed over.
+        attach: makes a copy of the document at an index that carries what to store.
+        top_k: how many to return at most; None returns all.
+        score_threshold: replaces the component's for this call.
+        instruction: replaces the component's for this call.
+        first_stage_scores: of the documents; None in it: a document has none.
+        write: takes the documents with their encodings; None takes the component's `write_back`.
 
     Raises:
-        EncodingError: `on_missing` is "error", and a passage has no valid encoding.
+        EncodingError: `on_missing` is "error", and a document has no valid encoding.
         SettingsError: an argument is out of range, or a score that `fusion` needs is not there.
     """
     if first_stage_scores is not None:
         _check_scored(first_stage_scores, names)
     reading = reranker.read(passages)
-    if on_missing == "error":
+    if fields.on_missing == "error":
         _check_stored(reading, names)
     _note(reading)
-    return reranker.rank(
+    ranking = reranker.rank(
         query,
         reading,
         top_k=top_k,
-        score_threshold=score_threshold,
-        instruction=instruction,
+        score_threshold=fields.score_threshold if score_threshold is None else score_threshold,
+        instruction=fields.instruction if instruction is None else instruction,
         first_stage_scores=first_stage_scores,
-        fusion=fusion,
-        fusion_weight=None if fusion is None else fusion_weight,
+        fusion=fields.fusion,
+        # Without a fusion a weight has no effect.
+        fusion_weight=None if fields.fusion is None else fields.fusion_weight,
     )
+    _write_back(write or fields.write_back, ranking, names, attach)
+    return ranking
 
 
-def write_back(
+def _write_back(
     target: Callable[[list[Doc]], object] | None,
     ranking: Ranking,
     names: Sequence[str],
     attach: Callable[[int, Metadata], Doc],
 ) -> None:
-    """Hand over the documents that came without a valid encoding, with the encodings that the ranking made or found.
-
-    Whatever fails is logged: an encoding that is not kept costs time, never a result.
-
-    Args:
-        target: takes the documents; None: nobody does.
-        ranking: of the documents.
-        names: of the documents; of several with one name the last is handed over.
-        attach: makes a copy of the document at an index that carries what to store.
-    """
+    """Hand over documents with their encodings. What fails is logged: a lost encoding costs time, never a result."""
     missing = list({names[index]: index for index in ranking.reading.not_stored}.values())
     if target is None or not missing:
         return

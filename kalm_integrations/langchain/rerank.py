@@ -26,7 +26,7 @@ from kalm_integrations.hosting.documents import (
     without_encodings,
 )
 from kalm_integrations.hosting.fields import Count, RerankFields, check_count
-from kalm_integrations.hosting.ranking import rank, write_back
+from kalm_integrations.hosting.ranking import rank
 from kalm_integrations.langchain.documents import to_passage, with_metadata
 
 RUN_NAME = "KalmRerank"
@@ -170,24 +170,23 @@ class KalmRerank(RerankFields, BaseDocumentCompressor):
         scores = None
         if self.fusion is not None and self.first_stage_score_key is not None:
             scores = [document.metadata.get(self.first_stage_score_key) for document in documents]
-        ranking = rank(
-            self.reranker,
-            query,
-            [to_passage(document, key) for document in documents],
-            names,
-            on_missing=self.on_missing,
-            top_k=check_count(self.top_n if top_n is None else top_n, "top_n"),
-            score_threshold=self.score_threshold,
-            instruction=self.instruction if instruction is None else instruction,
-            fusion=self.fusion,
-            fusion_weight=self.fusion_weight,
-            first_stage_scores=scores,
-        )
 
         def attach(index: int, metadata: Metadata) -> Document:
             return with_metadata(documents[index], with_encoding(documents[index].metadata, metadata, key))
 
-        write_back(self.write_back, ranking, names, attach)
+        passages = [to_passage(document, key) for document in documents]
+        top_k = check_count(self.top_n if top_n is None else top_n, "top_n")
+        ranking = rank(
+            self,
+            self.reranker,
+            query,
+            passages,
+            names,
+            attach,
+            top_k=top_k,
+            instruction=instruction,
+            first_stage_scores=scores,
+        )
         returned = [self._scored(documents[place.index], place) for place in ranking]
         found = {f"n_{status}": n for status, n in ranking.counts.items() if n or status in ("stored", "missing")}
         return _Outcome(returned, {**found, "n_returned": len(returned)})

@@ -17,7 +17,7 @@ from kalm_integrations.core.types import FUSED_SCORE_KEY, RankedPassage, Ranking
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import RETRIEVAL_SCORE_KEY, checked_documents, encoding_keys
 from kalm_integrations.hosting.fields import Count, RerankFields
-from kalm_integrations.hosting.ranking import rank, write_back
+from kalm_integrations.hosting.ranking import rank
 from kalm_integrations.llama_index.nodes import NodeFields, stripped, to_passage, with_encoding, with_hidden_metadata
 
 dispatcher = get_dispatcher(__name__)
@@ -99,23 +99,17 @@ class KalmRerank(NodeFields, RerankFields, BaseNodePostprocessor):
 
     def _rank(self, query: str, nodes: Sequence[NodeWithScore]) -> Ranking:
         names = [node.node_id for node in nodes]
-        ranking = rank(
+        key = self.encoding_key
+        return rank(
+            self,
             self.reranker,
             query,
-            [to_passage(node.node, self.encoding_key, self.metadata_mode) for node in nodes],
+            [to_passage(node.node, key, self.metadata_mode) for node in nodes],
             names,
-            on_missing=self.on_missing,
+            lambda index, metadata: with_encoding(nodes[index].node, metadata, key),
             top_k=self.top_n,
-            score_threshold=self.score_threshold,
-            instruction=self.instruction,
-            fusion=self.fusion,
-            fusion_weight=self.fusion_weight,
             first_stage_scores=[node.score for node in nodes] if self.fusion == "z_score" else None,
         )
-        write_back(
-            self.write_back, ranking, names, lambda i, metadata: with_encoding(nodes[i].node, metadata, self.encoding_key)
-        )
-        return ranking
 
     def _output(self, node: NodeWithScore, place: RankedPassage) -> NodeWithScore:
         added = {RETRIEVAL_SCORE_KEY: node.score} if self.keep_retrieval_score else {}

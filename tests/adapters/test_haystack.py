@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from haystack import Document, Pipeline
 from haystack.components.builders import PromptBuilder
 from haystack.components.joiners import DocumentJoiner
 from haystack.components.preprocessors import DocumentSplitter
-from haystack.core.errors import DeserializationError, SerializationError
+from haystack.core.errors import DeserializationError
 from haystack.document_stores.in_memory import InMemoryDocumentStore
-from haystack.utils import ComponentDevice, Secret
+from haystack.utils import ComponentDevice, Device, DeviceMap, Secret
 
 from haystack_integrations.components.embedders.kalm import KalmDocumentEncoder
 from haystack_integrations.components.rankers.kalm import KalmRanker
@@ -79,21 +83,45 @@ class TestRankerConstruction:
 
     @pytest.mark.parametrize("top_k", [0, -1])
     def test_top_k_must_be_positive(self, top_k: int) -> None:
-        with pytest.raises(ValueError, match=f"top_k must be > 0, but got {top_k}"):
+        with pytest.raises(ValueError, match=f"top_k must be a positive whole number, or None for all, but got {top_k}"):
             KalmRanker(top_k=top_k)
 
+    def test_a_store_that_cannot_be_updated_is_refused(self) -> None:
+        with pytest.raises(SettingsError, match="document_store must have update_by_filter, but object has not"):
+            KalmRanker(document_store=object())
+
+    @pytest.mark.parametrize("kind", [KalmRanker, KalmDocumentEncoder])
     @pytest.mark.parametrize(
         ("parameters", "rule"),
         [
-            ({"on_missing": "skip"}, "on_missing must be 'encode' or 'error', but got 'skip'"),
-            ({"encoding_key": ""}, "encoding_key must be a non-empty meta key"),
-            ({"encoding_key": "kalm_fp"}, "encoding_key must be a non-empty meta key other than 'kalm_fp'"),
-            ({"document_store": object()}, "document_store must have update_by_filter, but object has not"),
+            ({"meta_fields_to_embed": "title"}, "must be a list of strings, but got 'title'; put the name into a list"),
+            ({"meta_fields_to_embed": ["title", 5]}, "meta_fields_to_embed.1: Input should be a valid string, but got 5"),
+            ({"embedding_separator": None}, "embedding_separator: Input should be a valid string, but got None"),
+            ({"device": "nonsense"}, "device must be None, one ComponentDevice, or a name .* but got 'nonsense'"),
+            ({"device": ComponentDevice.from_multiple(DeviceMap({"a": Device.cpu()}))}, "device must be None, one Comp"),
+            ({"token": 5}, "token: Input should be an instance of Secret, but got 5"),
         ],
     )
-    def test_a_bad_value_is_refused(self, parameters: dict[str, object], rule: str) -> None:
-        with pytest.raises(SettingsError, match=rule):
-            KalmRanker(**parameters)
+    def test_a_bad_shared_value_is_refused(self, kind: Any, parameters: dict[str, object], rule: str) -> None:
+        """Before anything is loaded, with the name of the component and of the parameter."""
+        with pytest.raises(SettingsError, match=f"of {kind.__name__}\\b.*{rule}"):
+            kind(**parameters)
+
+    @pytest.mark.parametrize(
+        ("batch_size", "rule"), [(0, "should be greater than 0"), (True, "valid integer"), ("2", "valid integer")]
+    )
+    def test_a_bad_batch_size_is_refused(self, batch_size: object, rule: str) -> None:
+        with pytest.raises(SettingsError, match=f"batch_size: .*{rule}, but got {batch_size!r}"):
+            KalmDocumentEncoder(batch_size=batch_size)
+        with pytest.raises(SettingsError, match="model_kwargs must not repeat batch_size"):
+            KalmDocumentEncoder(model_kwargs={"encode_batch_size": 2})
+
+    @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), ComponentDevice.from_str("cpu")])
+    def test_a_device_is_kept_as_haystacks(self, tiny_checkpoint: Path, device: object) -> None:
+        ranker = KalmRanker(model=tiny_checkpoint, device=device)
+        assert ranker.device == ComponentDevice.from_str("cpu")
+        assert ranker.to_dict()["init_parameters"]["device"] == {"type": "single", "device": "cpu"}
+        assert ranker.reranker.runtime.device.type == "cpu"
 
     def test_two_ways_to_write_back_are_refused(self, in_memory_store: InMemoryDocumentStore) -> None:
         with pytest.raises(SettingsError, match="got both"):
@@ -118,17 +146,79 @@ class TestRankerConstruction:
         assert ranker.reranker.compression_ratio == 8
         assert ranker.reranker.fingerprint != KalmRanker(model=tiny_checkpoint).reranker.fingerprint
 
-    def test_a_bad_setting_is_reported_by_warm_up(self, tiny_checkpoint: Path) -> None:
-        with pytest.raises(SettingsError, match="compression_ratio"):
-            KalmRanker(model=tiny_checkpoint, compression_ratio=-1).warm_up()
 
-    @pytest.mark.parametrize("name", ["device", "max_query_tokens", "no_such_setting"])
-    def test_model_kwargs_hold_only_what_has_no_parameter(self, tiny_checkpoint: Path, name: str) -> None:
-        with pytest.raises(SettingsError, match=f"model_kwargs may hold .*storage_mode.*, but got {name}"):
-            KalmRanker(model=tiny_checkpoint, model_kwargs={name: 1}).warm_up()
+class TestAssignment:
+    """Parameters are attributes, which may be assigned at any time."""
 
-    def test_an_unused_component_can_be_copied(self) -> None:
-        assert copy.deepcopy(KalmRanker(top_k=3)).top_k == 3
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("meta_fields_to_embed", "title"),
+            ("write_back", print),  # there is a document_store
+            ("device", "nonsense"),
+            ("reranker", FakeReranker()),
+        ],
+    )
+    def test_what_is_refused_changes_nothing(self, in_memory_store: InMemoryDocumentStore, name: str, value: object) -> None:
+        ranker = KalmRanker(document_store=in_memory_store)
+        before = ranker.to_dict()
+        with pytest.raises(SettingsError):
+            setattr(ranker, name, value)
+        assert ranker.to_dict() == before
+
+    def test_a_weight_that_is_left_without_fusion_does_not_enter_yaml(self) -> None:
+        """The constructor would refuse it."""
+        ranker = KalmRanker(fusion="z_score", fusion_weight=0.9)
+        ranker.fusion = None
+        assert KalmRanker.from_dict(ranker.to_dict()).to_dict() == ranker.to_dict()
+
+    def test_a_missing_attribute_is_an_attribute_error(self) -> None:
+        with pytest.raises(AttributeError, match="no_such_parameter"):
+            _ = KalmRanker().no_such_parameter
+
+
+COPIES = [copy.copy, copy.deepcopy, lambda component: pickle.loads(pickle.dumps(component))]
+
+
+class TestCopies:
+    @pytest.mark.parametrize("copied", COPIES)
+    def test_components_of_a_pipeline_can_be_copied_after_use(
+        self, copied: Callable[[Any], Any], tiny_checkpoint: Path
+    ) -> None:
+        """The copy has the parameters, and is in no pipeline."""
+        pipeline = Pipeline()
+        pipeline.add_component("encoder", KalmDocumentEncoder(model=tiny_checkpoint, progress_bar=False, batch_size=2))
+        pipeline.add_component("ranker", KalmRanker(model=tiny_checkpoint, top_k=2, model_kwargs={"cache_bytes": 0}))
+        pipeline.connect("encoder", "ranker")
+        arguments = {"encoder": {"documents": documents()}, "ranker": {"query": QUERY}}
+        expected = pipeline.run(arguments)
+        other = Pipeline()
+        for name in ("encoder", "ranker"):
+            other.add_component(name, copied(pipeline.get_component(name)))
+        other.connect("encoder", "ranker")
+        assert other.run(arguments) == expected
+        assert other.dumps() == pipeline.dumps()
+        other.get_component("ranker").top_k = 1
+        assert pipeline.get_component("ranker").top_k == 2
+
+    def test_a_pipeline_can_be_copied_after_use(self, tiny_checkpoint: Path) -> None:
+        pipeline = Pipeline()
+        pipeline.add_component("encoder", KalmDocumentEncoder(model=tiny_checkpoint, progress_bar=False))
+        pipeline.add_component("ranker", KalmRanker(model=tiny_checkpoint))
+        pipeline.connect("encoder", "ranker")
+        arguments = {"encoder": {"documents": documents()}, "ranker": {"query": QUERY}}
+        expected = pipeline.run(arguments)
+        copied = copy.deepcopy(pipeline)
+        assert copied.run(arguments) == expected
+        assert copied.get_component("ranker").reranker is pipeline.get_component("ranker").reranker
+        copied.remove_component("encoder")
+        assert pipeline.run(arguments) == expected
+
+    def test_a_document_store_is_shared_by_copies_and_refused_by_pickles(self, in_memory_store: InMemoryDocumentStore) -> None:
+        ranker = KalmRanker(document_store=in_memory_store)
+        assert copy.copy(ranker).document_store is copy.deepcopy(ranker).document_store is in_memory_store
+        with pytest.raises(SettingsError, match=r"must have no document_store .* but got a InMemoryDocumentStore"):
+            pickle.dumps(ranker)
 
 
 class TestRankerRun:
@@ -154,26 +244,24 @@ class TestRankerRun:
         ranker = KalmRanker(model=tmp_path / "nowhere")
         assert ranker.run(query=QUERY, documents=[]) == {"documents": []}
 
-    @pytest.mark.parametrize("given", ["text", None, [1, 2], (), [Document(content="a"), "b"]])
-    def test_only_lists_of_documents(self, given: object) -> None:
-        with pytest.raises(TypeError, match="KalmRanker expects a list of Documents as input, but got"):
-            KalmRanker(model=FakeReranker()).run(query=QUERY, documents=given)
-
     def test_an_empty_query_is_refused(self) -> None:
         with pytest.raises(ValueError, match="query must be a non-empty string, but got ''"):
             KalmRanker(model=FakeReranker()).run(query="", documents=documents())
 
     @pytest.mark.parametrize("top_k", [0, -3])
     def test_runtime_top_k_must_be_positive(self, top_k: int) -> None:
-        """A zero does not fall back to the instance's top_k."""
-        with pytest.raises(ValueError, match=f"top_k must be > 0, but got {top_k}"):
-            KalmRanker(model=FakeReranker()).run(query=QUERY, documents=documents(), top_k=top_k)
+        """A zero does not fall back to the instance's top_k, with documents or without."""
+        for given in (documents(), []):
+            with pytest.raises(ValueError, match=f"top_k must be a positive whole number, .*but got {top_k}"):
+                KalmRanker(model=FakeReranker()).run(query=QUERY, documents=given, top_k=top_k)
 
     def test_top_k_cuts_and_the_call_overrides_the_instance(self) -> None:
         ranker = KalmRanker(model=FakeReranker(), top_k=2)
         assert len(ranker.run(query=QUERY, documents=documents())["documents"]) == 2
         assert contents(ranker.run(query=QUERY, documents=documents(), top_k=1)) == [TEXTS[2]]
         assert len(ranker.run(query=QUERY, documents=documents(), top_k=99)["documents"]) == 3
+        eleven = documents(*map(str, range(11)))
+        assert len(KalmRanker(model=FakeReranker(), top_k=None).run(QUERY, eleven)["documents"]) == 11
 
     def test_a_single_document(self) -> None:
         assert contents(KalmRanker(model=FakeReranker()).run(query=QUERY, documents=documents("Berlin"))) == ["Berlin"]
@@ -325,7 +413,7 @@ class TestEncodings:
 
     def test_on_missing_error_names_the_document(self) -> None:
         given = [*encoded(FakeReranker(), TEXTS[0]), Document(id="the-bare-one", content="text")]
-        with pytest.raises(EncodingError, match=r"1 of 2 do not, first the-bare-one; run backfill"):
+        with pytest.raises(EncodingError, match=r"1 of 2 do not, .* the-bare-one \(missing\)"):
             KalmRanker(model=FakeReranker(), on_missing="error").run(query=QUERY, documents=given)
 
     def test_splitting_after_encoding_is_caught(self, make_reranker: Callable[..., KalmReranker]) -> None:
@@ -375,7 +463,8 @@ class TestWriteBack:
 
         ranker = KalmRanker(model=FakeReranker(), write_back=fail)
         assert contents(ranker.run(query=QUERY, documents=documents()))[0] == TEXTS[2]
-        assert "3 encodings were not written back: the store is away" in caplog.text
+        assert "could not write back the encodings of 3 documents" in caplog.text
+        assert "the store is away" in caplog.text
 
     def test_an_encoding_too_large_to_store_fails_no_query(
         self, make_reranker: Callable[..., KalmReranker], caplog: pytest.LogCaptureFixture
@@ -383,6 +472,25 @@ class TestWriteBack:
         ranker = KalmRanker(model=make_reranker(max_inline_bytes=10), write_back=print)
         assert len(ranker.run(query=QUERY, documents=documents())["documents"]) == 3
         assert "max_inline_bytes=10" in caplog.text
+
+    def test_a_write_back_that_hangs_holds_nobody_up(self) -> None:
+        """Neither the same component nor another waits for it."""
+        began, may_end = threading.Event(), threading.Event()
+
+        def hang(given: list[Document]) -> None:
+            if given[0].content == "slow":
+                began.set()
+                assert may_end.wait(10)
+
+        hanging = KalmRanker(model=FakeReranker(), write_back=hang)
+        thread = threading.Thread(target=hanging.run, args=(QUERY, documents("slow")))
+        thread.start()
+        assert began.wait(10)
+        for ranker in (hanging, KalmRanker(model=FakeReranker(), write_back=hang)):
+            assert contents(ranker.run(QUERY, documents("quick"))) == ["quick"]
+        assert thread.is_alive()
+        may_end.set()
+        thread.join()
 
 
 class TestAsync:
@@ -523,14 +631,34 @@ class TestSerialisation:
             described = kind().to_dict()
             assert kind.from_dict({"type": described["type"], "init_parameters": {}}).to_dict() == described
 
-    def test_a_token_never_enters_yaml(self) -> None:
-        with pytest.raises(ValueError, match="token"):
-            KalmRanker(token=Secret.from_token("hf_secret")).to_dict()
+    @pytest.mark.parametrize("token", ["hf_secret", Secret.from_token("hf_secret")])
+    def test_a_plain_token_enters_neither_yaml_nor_messages(self, token: object) -> None:
+        ranker = KalmRanker(token=token)
+        assert ranker.token == Secret.from_token("hf_secret")
+        with pytest.raises(SettingsError, match=r"Secret\.from_env_var") as caught:
+            ranker.to_dict()
+        with pytest.raises(SettingsError) as refused:
+            KalmRanker(token=token, top_k=0)
+        shown = [repr(ranker), str(vars(ranker)), *map(traceback.format_exception, (caught.value, refused.value))]
+        assert "hf_secret" not in str(shown)
 
-    def test_a_shared_reranker_cannot_be_serialised(self) -> None:
-        for component in (KalmRanker(model=FakeReranker()), KalmDocumentEncoder(model=FakeReranker())):
-            with pytest.raises(SettingsError, match="must be an alias, a hub id or a folder to be serialised, but got a Fake"):
-                component.to_dict()
+    def test_a_token_is_resolved_when_the_model_is_opened(self, tiny_checkpoint: Path) -> None:
+        """A pipeline can be made, copied and written where its secrets are not."""
+        ranker = KalmRanker(model=tiny_checkpoint, token=Secret.from_env_var("NO_SUCH_TOKEN"))
+        assert copy.deepcopy(ranker).to_dict() == pickle.loads(pickle.dumps(ranker)).to_dict()
+        with pytest.raises(ValueError, match="NO_SUCH_TOKEN"):
+            ranker.warm_up()
+        ranker.token = None
+        ranker.warm_up()
+
+    def test_what_lives_in_this_process_cannot_be_serialised(self) -> None:
+        for kind in (KalmRanker, KalmDocumentEncoder):
+            with pytest.raises(SettingsError, match=r"must have an alias, a hub id or a folder as model .* but got a Fake"):
+                kind(model=FakeReranker()).to_dict()
+            with pytest.raises(SettingsError, match=r"payload_store must be the folder of an LMDB store .* but got dict"):
+                kind(model_kwargs={"payload_store": {}}).to_dict()
+            stored = kind(model_kwargs={"payload_store": Path("payloads")}).to_dict()
+            assert stored["init_parameters"]["model_kwargs"] == {"payload_store": "payloads"}
 
     def test_write_back_is_kept_by_name(self) -> None:
         ranker = KalmRanker(write_back=json.dumps)
@@ -539,7 +667,7 @@ class TestSerialisation:
         pipeline = Pipeline()
         pipeline.add_component("ranker", ranker)
         assert Pipeline.loads(pipeline.dumps(), allowed_modules=["json"]).get_component("ranker").write_back is json.dumps
-        with pytest.raises(SerializationError):
+        with pytest.raises(SettingsError, match="write_back must be a function that can be imported by its name"):
             KalmRanker(write_back=lambda _: None).to_dict()
 
     def test_a_dictionary_can_be_loaded_twice(self) -> None:
@@ -611,11 +739,6 @@ class TestDocumentEncoder:
         assert KalmDocumentEncoder(model=reranker, progress_bar=False).run(bare)["documents"] == whole
         assert reranker.stats.passages_encoded == 0
 
-    @pytest.mark.parametrize("given", ["text", [1, 2], None])
-    def test_only_lists_of_documents(self, given: object) -> None:
-        with pytest.raises(TypeError, match="KalmDocumentEncoder expects a list of Documents as input"):
-            KalmDocumentEncoder(model=FakeReranker()).run(given)
-
     def test_no_documents_no_loading(self, tmp_path: Path) -> None:
         assert KalmDocumentEncoder(model=tmp_path / "nowhere").run([]) == {"documents": []}
 
@@ -645,7 +768,7 @@ class TestDocumentEncoder:
 
     def test_its_batch_size_is_not_for_a_shared_reranker(self) -> None:
         with pytest.raises(SettingsError, match="brings its own settings, but got encode_batch_size"):
-            KalmDocumentEncoder(model=FakeReranker(), batch_size=4).warm_up()
+            KalmDocumentEncoder(model=FakeReranker(), batch_size=4)
 
 
 @pytest.mark.parametrize(

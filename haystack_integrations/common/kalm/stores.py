@@ -1,54 +1,174 @@
-"""Encodings into documents that a store already has, without embedding them again."""
+"""Encodings into documents that a document store has already, without embedding a text again."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from importlib import import_module
 from typing import Any
+from weakref import WeakValueDictionary
 
-from haystack import Document, logging
+from haystack import Document
 
 from kalm_integrations.core.types import FINGERPRINT_KEY
 from kalm_integrations.errors import SettingsError
+from kalm_integrations.hosting.stores import Changes, DocumentAccess, DocumentId
 
-logger = logging.getLogger(__name__)
+Filters = dict[str, Any]
+
+# One lock a store: pipelines run components in several threads, which a local Qdrant does not bear, and pgvector's cursor
+# is not made for.
+_locks: WeakValueDictionary[int, threading.Lock] = WeakValueDictionary()
+_locks_lock = threading.Lock()
 
 
-def check_updatable(document_store: Any) -> None:
-    """Check that a store can update the meta of a document in place.
+def check_updatable(document_store: Any) -> Any:
+    """Return a store if it can update the meta of a document in place.
 
     Raises:
         SettingsError: it has no `update_by_filter`, which the `DocumentStore` protocol does not demand.
     """
-    if not callable(getattr(document_store, "update_by_filter", None)):
+    if document_store is not None and not callable(getattr(document_store, "update_by_filter", None)):
         msg = (
             f"document_store must have update_by_filter, but {type(document_store).__name__} has not; "
             "write the documents with its own API, in a callable passed as write_back"
         )
         raise SettingsError(msg)
+    return document_store
 
 
-def write_encodings(document_store: Any, documents: Sequence[Document], encoding_key: str) -> int:
-    """Write the encodings that documents carry into the documents of the same ids in a store.
+def access_to(document_store: Any, filters: Filters | None = None) -> DocumentAccess[Document]:
+    """Return the access to a store, restricted to documents that match filters.
 
-    One call per document, because each has its own value. A failure is logged, and the others go on.
-
-    Args:
-        document_store: a store with `update_by_filter`.
-        documents: documents with encodings.
-        encoding_key: meta key of the encoding.
-
-    Returns:
-        How many were written.
+    Raises:
+        SettingsError: the store has no `update_by_filter`.
     """
-    n_written = 0
-    for document in documents:
-        by_id = {"field": "id", "operator": "==", "value": document.id}
-        encoding = {key: document.meta[key] for key in (encoding_key, FINGERPRINT_KEY)}
-        try:
-            n_updated = document_store.update_by_filter(by_id, encoding)
-        except Exception as error:
-            # Whatever a store raises: an encoding that is not kept costs time, never a result.
-            logger.warning("the encoding of document {id} was not stored: {error}", id=document.id, error=error)
-            continue
-        if not n_updated:
-            logger.warning("the encoding of document {id} was not stored: the store has no such document", id=document.id)
-        n_written += bool(n_updated)
-    return n_written
+    # A subclass may do otherwise, and is asked by the methods of every store.
+    name = f"{type(document_store).__module__.partition('.')[0]}.{type(document_store).__name__}"
+    return _KINDS.get(name, _AnyStore)(check_updatable(document_store), filters)
+
+
+class _AnyStore:
+    """By `filter_documents` and `update_by_filter`, document by document: a filter by id is all that every store understands.
+
+    What is added goes to documents that still have the content that was last read.
+    """
+
+    def __init__(self, store: Any, filters: Filters | None) -> None:
+        self._store = store
+        self._filters = filters
+        self._contents: dict[DocumentId, str | None] = {}
+        with _locks_lock:
+            self._lock = _locks.setdefault(id(store), threading.Lock())
+
+    def find_ids(self, fingerprint: str | None) -> list[DocumentId]:
+        filters = self._filters
+        if fingerprint is not None:
+            outdated = {"field": f"meta.{FINGERPRINT_KEY}", "operator": "!=", "value": fingerprint}
+            # Chroma refuses an AND of one.
+            filters = _all_of(filters, outdated) if filters else outdated
+        with self._lock:
+            return [document.id for document in self._store.filter_documents(filters)]
+
+    def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, Document]:
+        with self._lock:
+            held: dict[DocumentId, Document] = {document.id: document for document in self._find(ids)}
+        self._contents = {document_id: document.content for document_id, document in held.items()}
+        return held
+
+    def add_metadata(self, changes: Changes) -> None:
+        with self._lock:
+            self._add(changes)
+
+    def _find(self, ids: Sequence[DocumentId]) -> list[Document]:
+        return [document for document_id in ids for document in self._store.filter_documents(_same("id", document_id))]
+
+    def _find_unchanged(self, ids: Iterable[DocumentId]) -> list[Document]:
+        return [document for document in self._find(list(ids)) if document.content == self._contents[document.id]]
+
+    def _add(self, changes: Changes) -> None:
+        for document_id, added in changes.items():
+            if self._find_unchanged([document_id]):
+                self._store.update_by_filter(_same("id", document_id), dict(added))
+
+
+class _InMemory(_AnyStore):
+    def _find(self, ids: Sequence[DocumentId]) -> list[Document]:
+        found = (self._store.storage.get(document_id) for document_id in ids)
+        return [document for document in found if document is not None]
+
+    def _add(self, changes: Changes) -> None:
+        # A copy takes its place: the store hands out the very object that it holds, which is the one that it was given.
+        for document in self._find_unchanged(changes):
+            changed = replace(document, meta={**document.meta, **changes[document.id]})
+            if self._store.storage.get(document.id) is document:
+                self._store.storage[document.id] = changed
+
+
+class _Pgvector(_AnyStore):
+    def _find(self, ids: Sequence[DocumentId]) -> list[Document]:
+        found: list[Document] = self._store.filter_documents({"field": "id", "operator": "in", "value": list(ids)})
+        return found
+
+    def _add(self, changes: Changes) -> None:
+        # The condition and the change are one UPDATE: nothing comes between them.
+        for document_id, added in changes.items():
+            same_text = _same("content", self._contents[document_id])
+            self._store.update_by_filter(_all_of(_same("id", document_id), same_text), dict(added))
+
+
+class _Chroma(_AnyStore):
+    """By the collection, which merges what is added: `update_by_filter` writes all metadata that it has read before."""
+
+    def _find(self, ids: Sequence[DocumentId]) -> list[Document]:
+        found = self._collection().get(ids=list(ids), include=["documents", "metadatas"])
+        rows = zip(found["ids"], found["documents"], found["metadatas"], strict=True)
+        return [Document(id=document_id, content=text, meta=dict(meta or {})) for document_id, text, meta in rows]
+
+    def _add(self, changes: Changes) -> None:
+        ids = [document.id for document in self._find_unchanged(changes)]
+        if ids:
+            self._collection().update(ids=ids, metadatas=[dict(changes[document_id]) for document_id in ids])
+
+    def _collection(self) -> Any:
+        self._store._ensure_initialized()  # noqa: SLF001
+        return self._store._collection  # noqa: SLF001
+
+
+class _Qdrant(_AnyStore):
+    """By the client, which changes payloads on a condition: `update_by_filter` writes whole points that it has read before."""
+
+    def _find(self, ids: Sequence[DocumentId]) -> list[Document]:
+        found: list[Document] = self._store.get_documents_by_id(list(ids))
+        return found
+
+    def _add(self, changes: Changes) -> None:
+        models = import_module("qdrant_client.models")
+        to_point_id = import_module("haystack_integrations.document_stores.qdrant.converters").convert_id
+        operations = []
+        for document_id, added in changes.items():
+            same: list[Any] = [models.HasIdCondition(has_id=[to_point_id(document_id)])]
+            content = self._contents[document_id]
+            if content is not None:
+                same.append(models.FieldCondition(key="content", match=models.MatchValue(value=content)))
+            change = models.SetPayload(payload=dict(added), filter=models.Filter(must=same), key="meta")
+            operations.append(models.SetPayloadOperation(set_payload=change))
+        self._store._client.batch_update_points(self._store.index, operations)  # noqa: SLF001
+
+
+def _same(field: str, value: object) -> Filters:
+    return {"field": field, "operator": "==", "value": value}
+
+
+def _all_of(*conditions: Filters) -> Filters:
+    return {"operator": "AND", "conditions": list(conditions)}
+
+
+# By name, so that no store's package is imported.
+_KINDS: dict[str, Callable[[Any, Filters | None], DocumentAccess[Document]]] = {
+    "haystack.InMemoryDocumentStore": _InMemory,
+    "haystack_integrations.ChromaDocumentStore": _Chroma,
+    "haystack_integrations.PgvectorDocumentStore": _Pgvector,
+    "haystack_integrations.QdrantDocumentStore": _Qdrant,
+}

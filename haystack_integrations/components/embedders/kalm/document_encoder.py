@@ -1,23 +1,41 @@
 """KalmDocumentEncoder: encodes documents at ingest."""
 
 import os
-from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from haystack import Document, component, default_from_dict, default_to_dict
+from haystack import Document, component
 from haystack.utils import ComponentDevice, Secret
+from pydantic import PositiveInt, Strict, model_validator
 
-from haystack_integrations.common.kalm.documents import DocumentLayout, check_documents
-from haystack_integrations.common.kalm.models import HUB_TOKEN, WithReranker
-from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Reranker
+from haystack_integrations.common.kalm.component import HUB_TOKEN, ComponentFields, KalmComponent
+from kalm_integrations.core.base import Reranker
+from kalm_integrations.core.types import ENCODING_KEY
+from kalm_integrations.errors import SettingsError
+from kalm_integrations.hosting.documents import checked_documents
+from kalm_integrations.hosting.ranking import encode
+
+
+class _EncoderFields(ComponentFields):
+    batch_size: Annotated[PositiveInt, Strict()] | None
+    progress_bar: bool
+
+    @model_validator(mode="after")
+    def _check_batch_size(self) -> "_EncoderFields":
+        if "encode_batch_size" in self.model_kwargs:
+            msg = "model_kwargs must not repeat batch_size, but got encode_batch_size; give batch_size"
+            raise SettingsError(msg)
+        return self
+
+    def model_settings(self) -> dict[str, Any]:
+        return super().model_settings() | {"encode_batch_size": self.batch_size}
 
 
 @component
-class KalmDocumentEncoder(WithReranker):
+class KalmDocumentEncoder(KalmComponent):
     """Puts each document's encoding for `KalmRanker` into its `meta`, where every document store keeps it.
 
     Its place is after the splitter and before the `DocumentWriter`; a splitter after it would copy a parent's encoding into
-    the parts, which are other texts. Documents that carry a sound encoding are not encoded again.
+    the parts, which are other texts. Documents that carry a valid encoding are not encoded again.
 
     ```python
     from haystack import Document
@@ -29,14 +47,16 @@ class KalmDocumentEncoder(WithReranker):
     ```
     """
 
+    _fields_class: ClassVar[type[ComponentFields]] = _EncoderFields
+
     def __init__(
         self,
         *,
         model: str | os.PathLike[str] | Reranker = "pico",
         revision: str | None = None,
-        device: ComponentDevice | None = None,
+        device: ComponentDevice | str | None = None,
         dtype: str | None = None,
-        token: Secret | None = HUB_TOKEN,
+        token: Secret | str | None = HUB_TOKEN,
         batch_size: int | None = None,
         progress_bar: bool = True,
         meta_fields_to_embed: list[str] | None = None,
@@ -48,7 +68,7 @@ class KalmDocumentEncoder(WithReranker):
         encoding_key: str = ENCODING_KEY,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Remember the settings; nothing is loaded.
+        """Check and keep the parameters; nothing is loaded.
 
         Args:
             model: an alias (`pico`, `nano`, `small`, ...), a hub id, a folder, or a reranker to share, which brings its own
@@ -56,7 +76,7 @@ class KalmDocumentEncoder(WithReranker):
             revision: branch, tag or commit of a hub id.
             device: None takes CUDA if there is one.
             dtype: "float32" or "bfloat16"; None takes bfloat16 on CUDA and float32 elsewhere.
-            token: for private hub repositories.
+            token: for private hub repositories; one that is given as a string cannot be serialised.
             batch_size: documents per encoder batch; None chooses by device.
             progress_bar: draw one.
             meta_fields_to_embed: meta fields whose values are put in front of the content; the same as the ranker's.
@@ -69,67 +89,46 @@ class KalmDocumentEncoder(WithReranker):
             model_kwargs: further arguments of `KalmReranker.from_pretrained`, such as `storage_mode` and `payload_store`.
 
         Raises:
-            SettingsError: `encoding_key` cannot be used.
+            SettingsError: one breaks a rule, or has no effect.
         """
-        self._layout = DocumentLayout(tuple(meta_fields_to_embed or ()), embedding_separator, encoding_key)
-        self.model = os.fspath(model) if isinstance(model, (str, os.PathLike)) else model
-        self.revision = revision
-        self.device = device
-        self.dtype = dtype
-        self.token = token
-        self.batch_size = batch_size
-        self.progress_bar = progress_bar
-        self.meta_fields_to_embed = meta_fields_to_embed or []
-        self.embedding_separator = embedding_separator
-        self.compression_ratio = compression_ratio
-        self.storage_codec = storage_codec
-        self.max_inline_bytes = max_inline_bytes
-        self.max_passage_tokens = max_passage_tokens
-        self.encoding_key = encoding_key
-        self.model_kwargs = model_kwargs
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the component as a dictionary.
-
-        Raises:
-            SettingsError: `model` is a reranker object.
-        """
-        return default_to_dict(self, **self._init_parameters())
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "KalmDocumentEncoder":
-        """Return the component that `to_dict` described."""
-        return default_from_dict(cls, data)
+        self._keep(
+            model=model,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            token=token,
+            batch_size=batch_size,
+            progress_bar=progress_bar,
+            meta_fields_to_embed=meta_fields_to_embed,
+            embedding_separator=embedding_separator,
+            compression_ratio=compression_ratio,
+            storage_codec=storage_codec,
+            max_inline_bytes=max_inline_bytes,
+            max_passage_tokens=max_passage_tokens,
+            encoding_key=encoding_key,
+            model_kwargs=model_kwargs,
+        )
 
     @component.output_types(documents=list[Document])
     def run(self, documents: list[Document]) -> dict[str, list[Document]]:
         """Encode documents.
 
         Args:
-            documents: the documents; they are not changed.
+            documents: any iterable of documents; they are not changed.
 
         Returns:
             `documents`: copies in the same order, with the same ids, with encodings in `meta`.
 
         Raises:
-            TypeError: `documents` is not a list of Documents.
+            SettingsError: `documents` are something else.
             EncodingTooLargeError: an encoding does not fit `max_inline_bytes`, and there is no `payload_store`.
         """
-        check_documents(documents, "KalmDocumentEncoder")
-        return {"documents": self.encode(documents, show_progress=self.progress_bar) if documents else []}
-
-    def encode(self, documents: list[Document], *, show_progress: bool) -> list[Document]:
-        """Return copies of documents, in order, with encodings; those that carry a sound one keep it."""
-        reranker = self.reranker
-        passages = [self._layout.passage(document) for document in documents]
-        missing = reranker.find_unencoded(passages)
-        made = reranker.encode_to_metadata([passages[index].text for index in missing], show_progress) if missing else []
-        # A kept encoding may come without its companion, from an export or another host.
-        companion = {FINGERPRINT_KEY: reranker.fingerprint}
-        encoded = [replace(document, meta={**document.meta, **companion}) for document in documents]
-        for index, metadata in zip(missing, made, strict=True):
-            encoded[index] = self._layout.attach(documents[index], metadata)
-        return encoded
+        given = checked_documents(documents, Document, "KalmDocumentEncoder")
+        if not given:
+            return {"documents": []}
+        layout = self.layout
+        made = encode(self.reranker, [layout.passage(document) for document in given], show_progress=self.progress_bar)
+        return {"documents": [layout.attach(document, metadata) for document, metadata in zip(given, made, strict=True)]}
 
     def warm_up(self) -> None:
         """Open the checkpoint, fetching it if need be, and load its encoder.
@@ -139,14 +138,3 @@ class KalmDocumentEncoder(WithReranker):
             CheckpointError: the checkpoint cannot be used.
         """
         self.reranker.warm_up(decoder=False)
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "revision": self.revision,
-            "dtype": self.dtype,
-            "encode_batch_size": self.batch_size,
-            "compression_ratio": self.compression_ratio,
-            "storage_codec": self.storage_codec,
-            "max_inline_bytes": self.max_inline_bytes,
-            "max_passage_tokens": self.max_passage_tokens,
-        }

@@ -2,30 +2,43 @@
 
 import asyncio
 import os
-import threading
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
-from haystack import Document, component, default_from_dict, default_to_dict, logging
+from haystack import Document, component, default_from_dict
 from haystack.utils import ComponentDevice, Secret, deserialize_callable, serialize_callable
+from pydantic import AfterValidator, Field, model_validator
 
-from haystack_integrations.common.kalm.documents import DocumentLayout, check_documents
-from haystack_integrations.common.kalm.models import HUB_TOKEN, WithReranker
-from haystack_integrations.common.kalm.stores import check_updatable, write_encodings
+from haystack_integrations.common.kalm.component import HUB_TOKEN, ComponentFields, KalmComponent
+from haystack_integrations.common.kalm.stores import access_to, check_updatable
+from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.ranking import check_fusion
-from kalm_integrations.core.types import ENCODING_KEY, FUSED_SCORE_KEY, FusionMethod, Passage, RankedPassage, Reranker
-from kalm_integrations.errors import EncodingError, SettingsError
+from kalm_integrations.core.types import ENCODING_KEY, FusionMethod, Metadata
+from kalm_integrations.errors import SettingsError
+from kalm_integrations.hosting.documents import checked_documents
+from kalm_integrations.hosting.fields import Count, RerankFields, check_count, check_threshold
+from kalm_integrations.hosting.ranking import rank
+from kalm_integrations.hosting.stores import DocumentId, write_encodings
 
-logger = logging.getLogger(__name__)
 
-# A store's connection may not be shared by threads, and pipelines run components in several. For the whole process: a lock
-# in each component would forbid copying it.
-_writing = threading.Lock()
+class _RankerFields(ComponentFields, RerankFields):
+    top_k: Count
+    document_store: Annotated[Any, AfterValidator(check_updatable)] = Field(repr=False)
+
+    @model_validator(mode="after")
+    def _check_write_back(self) -> "_RankerFields":
+        if self.document_store is not None and self.write_back is not None:
+            msg = "encodings are written back by document_store or by write_back, but got both; leave one out"
+            raise SettingsError(msg)
+        return self
+
+    def shared_parts(self) -> Iterator[object]:
+        yield from super().shared_parts()
+        yield self.document_store
 
 
 @component
-class KalmRanker(WithReranker):
+class KalmRanker(KalmComponent):
     """Ranks documents by how well they answer a query, best first.
 
     Documents that `KalmDocumentEncoder` has encoded cost no encoder pass: their encodings come with them from the document
@@ -41,15 +54,18 @@ class KalmRanker(WithReranker):
     ```
     """
 
+    _fields_class: ClassVar[type[ComponentFields]] = _RankerFields
+    _fields: _RankerFields
+
     def __init__(
         self,
         *,
         model: str | os.PathLike[str] | Reranker = "pico",
         revision: str | None = None,
-        device: ComponentDevice | None = None,
+        device: ComponentDevice | str | None = None,
         dtype: str | None = None,
-        token: Secret | None = HUB_TOKEN,
-        top_k: int = 10,
+        token: Secret | str | None = HUB_TOKEN,
+        top_k: int | None = 10,
         score_threshold: float | None = None,
         fusion: FusionMethod | None = None,
         fusion_weight: float | None = None,
@@ -70,7 +86,7 @@ class KalmRanker(WithReranker):
         write_back: Callable[[list[Document]], object] | None = None,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Check and remember the settings; nothing is loaded.
+        """Check and keep the parameters; nothing is loaded.
 
         Args:
             model: an alias (`pico`, `nano`, `small`, ...), a hub id, a folder, or a reranker to share, which brings its own
@@ -78,8 +94,8 @@ class KalmRanker(WithReranker):
             revision: branch, tag or commit of a hub id.
             device: None takes CUDA if there is one.
             dtype: "float32" or "bfloat16"; None takes bfloat16 on CUDA and float32 elsewhere.
-            token: for private hub repositories.
-            top_k: how many documents to return at most.
+            token: for private hub repositories; one that is given as a string cannot be serialised.
+            top_k: how many documents to return at most; None returns all.
             score_threshold: documents that score less (0 to 1) are left out, before `top_k` is applied.
             fusion: order by the retriever's judgement too: "z_score" adds the scores that documents come with,
                 "reciprocal_rank" the ranks in which they come. `score` stays P(yes); what decides the order is returned as
@@ -104,44 +120,36 @@ class KalmRanker(WithReranker):
             model_kwargs: further arguments of `KalmReranker.from_pretrained`, such as `cache_bytes` and `payload_store`.
 
         Raises:
-            SettingsError: a value breaks a rule; it is a ValueError.
+            SettingsError: one breaks a rule, or has no effect; it is a ValueError.
         """
-        _check_top_k(top_k)
+        self._keep(
+            model=model,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            token=token,
+            top_k=top_k,
+            score_threshold=score_threshold,
+            fusion=fusion,
+            fusion_weight=fusion_weight,
+            instruction=instruction,
+            system_instruction=system_instruction,
+            meta_fields_to_embed=meta_fields_to_embed,
+            embedding_separator=embedding_separator,
+            compression_ratio=compression_ratio,
+            storage_codec=storage_codec,
+            max_inline_bytes=max_inline_bytes,
+            max_passage_tokens=max_passage_tokens,
+            max_query_tokens=max_query_tokens,
+            calibration=calibration,
+            strip_encodings=strip_encodings,
+            encoding_key=encoding_key,
+            on_missing=on_missing,
+            document_store=document_store,
+            write_back=write_back,
+            model_kwargs=model_kwargs,
+        )
         check_fusion(fusion, fusion_weight)
-        if on_missing not in ("encode", "error"):
-            msg = f"on_missing must be 'encode' or 'error', but got {on_missing!r}"
-            raise SettingsError(msg)
-        if document_store is not None:
-            check_updatable(document_store)
-            if write_back is not None:
-                msg = "encodings are written back by document_store or by write_back, but got both; leave one out"
-                raise SettingsError(msg)
-        self._layout = DocumentLayout(tuple(meta_fields_to_embed or ()), embedding_separator, encoding_key)
-        self.model = os.fspath(model) if isinstance(model, (str, os.PathLike)) else model
-        self.revision = revision
-        self.device = device
-        self.dtype = dtype
-        self.token = token
-        self.top_k = top_k
-        self.score_threshold = score_threshold
-        self.fusion = fusion
-        self.fusion_weight = fusion_weight
-        self.instruction = instruction
-        self.system_instruction = system_instruction
-        self.meta_fields_to_embed = meta_fields_to_embed or []
-        self.embedding_separator = embedding_separator
-        self.compression_ratio = compression_ratio
-        self.storage_codec = storage_codec
-        self.max_inline_bytes = max_inline_bytes
-        self.max_passage_tokens = max_passage_tokens
-        self.max_query_tokens = max_query_tokens
-        self.calibration = calibration
-        self.strip_encodings = strip_encodings
-        self.encoding_key = encoding_key
-        self.on_missing = on_missing
-        self.document_store = document_store
-        self.write_back = write_back
-        self.model_kwargs = model_kwargs
 
     def warm_up(self) -> None:
         """Open the checkpoint, fetching it if need be, and load its decoder.
@@ -159,13 +167,18 @@ class KalmRanker(WithReranker):
         """Return the component as a dictionary.
 
         Raises:
-            SettingsError: `model` is a reranker object.
-            SerializationError: `write_back` is a lambda, a method or a nested function.
+            SettingsError: a part lives in this process only: `model` is a reranker, `payload_store` a mapping, `write_back` no
+                function that can be imported, or `token` a plain token.
+            SerializationError: `write_back` is a method.
         """
-        parameters = self._init_parameters()
+        described = KalmComponent.to_dict(self)
+        parameters = described["init_parameters"]
+        if self.fusion is None:
+            # It may have been left from before fusion was switched off, which the constructor would refuse.
+            parameters["fusion_weight"] = None
         if self.write_back is not None:
             parameters["write_back"] = serialize_callable(self.write_back)
-        return default_to_dict(self, **parameters)
+        return described
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "KalmRanker":
@@ -194,7 +207,7 @@ class KalmRanker(WithReranker):
 
         Args:
             query: the query.
-            documents: the documents; they are not changed.
+            documents: any iterable of documents; they are not changed.
             top_k: replaces the component's for this call.
             score_threshold: replaces the component's for this call.
             instruction: replaces the component's for this call.
@@ -203,37 +216,45 @@ class KalmRanker(WithReranker):
             `documents`: copies with P(yes) as `score`, best first by it, or by the fused score; ties keep their order.
 
         Raises:
-            TypeError: `documents` is not a list of Documents.
-            SettingsError: `query` is empty, `top_k` is not positive, or a document lacks the score that `fusion` needs; it is
-                a ValueError.
-            EncodingError: a document has no sound encoding, and `on_missing` is "error".
+            SettingsError: `documents` are something else, `query` is empty, a number is out of range, or a document lacks the
+                score that `fusion` needs; it is a ValueError.
+            EncodingError: a document has no valid encoding, and `on_missing` is "error".
         """
-        check_documents(documents, "KalmRanker")
-        if not query:
+        given = checked_documents(documents, Document, "KalmRanker")
+        if not query or not isinstance(query, str):
             msg = f"query must be a non-empty string, but got {query!r}"
             raise SettingsError(msg)
-        if top_k is not None:
-            _check_top_k(top_k)
-        if not documents:
+        fields = self._fields
+        layout = fields.layout
+        top_k = check_count(fields.top_k if top_k is None else top_k, "top_k")
+        score_threshold = check_threshold(score_threshold, "score_threshold")
+        if not given:
             return {"documents": []}
-        reranker = self.reranker
-        candidates = _best_of_each_id(documents)
-        passages = [self._layout.passage(document) for document in candidates]
-        missing = self._find_missing(reranker, candidates, passages)
-        ranked = reranker.rank(
+        candidates = _best_of_each_id(given)
+
+        def attach(index: int, metadata: Metadata) -> Document:
+            return layout.attach(candidates[index], metadata)
+
+        def write(encoded: list[Document]) -> None:
+            by_id: dict[DocumentId, Document] = {document.id: document for document in encoded}
+            write_encodings(access_to(fields.document_store), layout.kind, by_id)
+
+        ranking = rank(
+            fields,
+            self.reranker,
             query,
-            passages,
-            top_k=self.top_k if top_k is None else top_k,
-            score_threshold=self.score_threshold if score_threshold is None else score_threshold,
-            instruction=self.instruction if instruction is None else instruction,
-            first_stage_scores=_retrieval_scores(candidates) if self.fusion == "z_score" else None,
-            fusion=self.fusion,
-            fusion_weight=self.fusion_weight,
+            [layout.passage(document) for document in candidates],
+            [document.id for document in candidates],
+            attach,
+            top_k=top_k,
+            score_threshold=score_threshold,
+            instruction=instruction,
+            first_stage_scores=[document.score for document in candidates] if fields.fusion == "z_score" else None,
+            write=None if fields.document_store is None else write,
         )
-        ranked_documents = [self._scored(candidates[place.index], place) for place in ranked]
-        if missing:
-            self._write_back(reranker, [candidates[i] for i in missing], [passages[i].text for i in missing])
-        return {"documents": ranked_documents}
+        strip = fields.strip_encodings
+        ranked = [layout.scored(candidates[place.index], place, strip=strip) for place in ranking]
+        return {"documents": ranked}
 
     @component.output_types(documents=list[Document])
     async def run_async(
@@ -247,89 +268,12 @@ class KalmRanker(WithReranker):
         """Rank documents off the event loop; see `run`."""
         return await asyncio.to_thread(self.run, query, documents, top_k, score_threshold, instruction)
 
-    def _find_missing(self, reranker: Reranker, documents: list[Document], passages: list[Passage]) -> list[int]:
-        """Return the indices of documents without a sound encoding, if anything depends on them.
-
-        Raises:
-            EncodingError: there are some, and `on_missing` is "error".
-        """
-        writes_back = self.document_store is not None or self.write_back is not None
-        if self.on_missing == "encode" and not writes_back:
-            return []
-        missing = reranker.find_unencoded(passages)
-        if missing and self.on_missing == "error":
-            msg = (
-                f"with on_missing='error' every document must carry a sound encoding, but {len(missing)} of {len(documents)} "
-                f"do not, first {documents[missing[0]].id}; run backfill over the store, or use on_missing='encode'"
-            )
-            raise EncodingError(msg)
-        return missing
-
-    def _scored(self, document: Document, place: RankedPassage) -> Document:
-        meta = self._layout.strip(document.meta) if self.strip_encodings else dict(document.meta)
-        if place.fused is not None:
-            meta[FUSED_SCORE_KEY] = place.fused
-        return replace(document, score=place.score, meta=meta)
-
-    def _write_back(self, reranker: Reranker, documents: list[Document], texts: list[str]) -> None:
-        """Hand encodings to the store. The query has its answer: whatever goes wrong is logged."""
-        try:
-            # Made a moment ago for this query, so they come from the reranker's memory.
-            made = reranker.encode_to_metadata(texts)
-            encoded = [self._layout.attach(*pair) for pair in zip(documents, made, strict=True)]
-            with _writing:
-                if self.write_back is not None:
-                    self.write_back(encoded)
-                else:
-                    write_encodings(self.document_store, encoded, self.encoding_key)
-        except Exception as error:
-            logger.warning("{n} encodings were not written back: {error}", n=len(documents), error=error, exc_info=True)
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "revision": self.revision,
-            "dtype": self.dtype,
-            "system_instruction": self.system_instruction,
-            "compression_ratio": self.compression_ratio,
-            "storage_codec": self.storage_codec,
-            "max_inline_bytes": self.max_inline_bytes,
-            "max_passage_tokens": self.max_passage_tokens,
-            "max_query_tokens": self.max_query_tokens,
-            "calibration": self.calibration,
-        }
-
-
-def _check_top_k(top_k: int) -> None:
-    if top_k <= 0:
-        msg = f"top_k must be > 0, but got {top_k}"
-        raise SettingsError(msg)
-
 
 def _best_of_each_id(documents: list[Document]) -> list[Document]:
     """Return one document for each id, the one with the highest score, at the place of the first."""
     best: dict[str, Document] = {}
     for document in documents:
-        kept = best.get(document.id)
-        if kept is None or _retrieval_score(document) > _retrieval_score(kept):
+        kept = best.setdefault(document.id, document)
+        if document.score is not None and (kept.score is None or document.score > kept.score):
             best[document.id] = document
     return list(best.values())
-
-
-def _retrieval_scores(documents: list[Document]) -> list[float]:
-    """Return the scores that documents came with.
-
-    Raises:
-        SettingsError: one has none.
-    """
-    unscored = [document.id for document in documents if document.score is None]
-    if unscored:
-        msg = (
-            f"fusion='z_score' needs documents with a score, but {len(unscored)} of {len(documents)} have none, first "
-            f"{unscored[0]}; use a retriever that gives scores, or fusion='reciprocal_rank'"
-        )
-        raise SettingsError(msg)
-    return [_retrieval_score(document) for document in documents]
-
-
-def _retrieval_score(document: Document) -> float:
-    return float("-inf") if document.score is None else document.score
