@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 
-from kalm_integrations.core.base import Reranker
+from kalm_integrations.core.base import RankRequest, Reranker
 from kalm_integrations.core.ranking import RankRules, sigmoid
 from kalm_integrations.core.types import (
     ENCODING_KEY,
@@ -67,19 +67,11 @@ class FakeReranker(Reranker):
         tally: Counter[str] = Counter(status for status, _ in rows)
         return Reading(statuses, texts, texts, found, self.fingerprint, tally)
 
-    def rank_lists(
-        self,
-        queries: Sequence[str],
-        lists: Sequence[list[AnyPassage] | Reading],
-        rules: RankRules,
-        instruction: str | None,
-        first_stages: Sequence[list[float] | None],
-    ) -> list[Ranking]:
+    def answer(self, request: RankRequest) -> list[Ranking]:
         """Return the ranking of each query's passages by the words that they share."""
-        del instruction
-        readings = [given if isinstance(given, Reading) else self.read(given) for given in lists]
-        rows = zip(queries, readings, first_stages, strict=True)
-        return [self._rank_reading(query, reading, rules, first_stage) for query, reading, first_stage in rows]
+        readings = [given if isinstance(given, Reading) else self.read(given) for given in request.lists]
+        rows = zip(request.queries, readings, request.first_stages, strict=True)
+        return [self._rank_reading(query, reading, request.rules, first_stage) for query, reading, first_stage in rows]
 
     def _rank_reading(self, query: str, reading: Reading, rules: RankRules, first_stage: list[float] | None) -> Ranking:
         missing, n_stored = set(reading.unencoded), reading.tally.get("stored", 0)

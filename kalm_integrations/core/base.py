@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kalm_integrations.core.ranking import RankRules, check_first_stages
@@ -18,6 +19,19 @@ from kalm_integrations.core.types import (
     checked_list,
 )
 from kalm_integrations.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class RankRequest:
+    """The arguments of `Reranker.rank_many`, checked; the lists are as long as the queries."""
+
+    queries: Sequence[str]
+    lists: Sequence[list[AnyPassage] | Reading]
+    """Each query's passages."""
+    rules: RankRules
+    instruction: str | None
+    first_stages: Sequence[list[float] | None]
+    """The first stage's scores of each query's passages."""
 
 
 class Reranker(ABC):
@@ -46,15 +60,8 @@ class Reranker(ABC):
         """Return the status of each passage's encoding; nothing is encoded, and nothing is counted in `stats` yet."""
 
     @abstractmethod
-    def rank_lists(
-        self,
-        queries: Sequence[str],
-        lists: Sequence[list[AnyPassage] | Reading],
-        rules: RankRules,
-        instruction: str | None,
-        first_stages: Sequence[list[float] | None],
-    ) -> list[Ranking]:
-        """Return the ranking of each query's passages; the arguments are checked."""
+    def answer(self, request: RankRequest) -> list[Ranking]:
+        """Return the ranking of each query's passages."""
 
     def find_unencoded(self, passages: Iterable[Passage]) -> list[int]:
         """Return the indices of the passages whose encoding is missing, corrupt, or of another text or model."""
@@ -161,7 +168,7 @@ class Reranker(ABC):
                 msg = f"query must be a string, but got {type(query).__name__}"
                 raise SettingsError(msg)
         first_stages = check_first_stages(first_stage_scores, lists, rules.fusion)
-        return self.rank_lists(queries, lists, rules, check_instruction(instruction), first_stages)
+        return self.answer(RankRequest(queries, lists, rules, check_instruction(instruction), first_stages))
 
 
 def is_reranker(value: object) -> bool:

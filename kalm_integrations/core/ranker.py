@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
-from kalm_integrations.core.base import check_instruction, checked_passages
+from kalm_integrations.core.base import RankRequest, check_instruction, checked_passages
 from kalm_integrations.core.opening import Parts
 from kalm_integrations.core.passages.encoding import EncodedPassage
-from kalm_integrations.core.ranking import RankRules, sigmoid
+from kalm_integrations.core.ranking import sigmoid
 from kalm_integrations.core.reading import Reader
 from kalm_integrations.core.scoring import Scorer
 from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading
@@ -30,27 +30,20 @@ class Ranker:
         self.scorer = Scorer(parts.runtime, self.reader, query, allows_special, parts.prefix_store)
         self._calibration = parts.calibration
 
-    def rank_lists(
-        self,
-        queries: Sequence[str],
-        lists: Sequence[list[AnyPassage] | Reading],
-        rules: RankRules,
-        instruction: str | None,
-        first_stages: Sequence[list[float] | None],
-    ) -> list[Ranking]:
+    def answer(self, request: RankRequest) -> list[Ranking]:
         """Return the ranking of each query's passages."""
         rankings: list[Ranking] = []
-        for part in _slices(lists, MAX_PASSAGES_AT_ONCE):
-            readings = self._read(lists[part])
+        for part in _slices(request.lists, MAX_PASSAGES_AT_ONCE):
+            readings = self._read(request.lists[part])
             found = {id(reading.encodings): reading.encodings for reading in readings}.values()
             encodings = {key: encoding for of_reading in found for key, encoding in of_reading.items()}
             made = self._encode(readings, encodings)
             encodings |= made
             margins: list[list[float]] = [[] for _ in readings]
             if encodings:
-                margins = self.scorer.margins(queries[part], readings, encodings, instruction)
-            for reading, of_query, first_stage in zip(readings, margins, first_stages[part], strict=True):
-                ranked = rules.apply(of_query, self._scores(of_query), reading.texts, first_stage)
+                margins = self.scorer.margins(request.queries[part], readings, encodings, request.instruction)
+            for reading, of_query, first_stage in zip(readings, margins, request.first_stages[part], strict=True):
+                ranked = request.rules.apply(of_query, self._scores(of_query), reading.texts, first_stage)
                 not_stored = {index: encodings[reading.keys[index]] for index in reading.not_stored}
                 encoded = [index for index in not_stored if reading.keys[index] in made]
                 rankings.append(Ranking(ranked, reading, encoded, self._to_write(not_stored)))

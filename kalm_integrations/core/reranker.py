@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
-from kalm_integrations.core.base import Reranker
+from kalm_integrations.core.base import RankRequest, Reranker
 from kalm_integrations.core.opening import Parts, open_parts, travelling
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.ranker import Ranker
-from kalm_integrations.core.ranking import RankRules
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.core.settings import Calibration
 from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading, RuntimeStats
@@ -209,16 +208,9 @@ class KalmReranker(Reranker):
         """
         return self._ranker.reader.read(passages)
 
-    def rank_lists(
-        self,
-        queries: Sequence[str],
-        lists: Sequence[list[AnyPassage] | Reading],
-        rules: RankRules,
-        instruction: str | None,
-        first_stages: Sequence[list[float] | None],
-    ) -> list[Ranking]:
-        """See `Reranker.rank_many`; the arguments are checked."""
-        return self._ranker.rank_lists(queries, lists, rules, instruction, first_stages)
+    def answer(self, request: RankRequest) -> list[Ranking]:
+        """See `Reranker`."""
+        return self._ranker.answer(request)
 
     def prepare(
         self, passages: Iterable[AnyPassage] | Reading, instruction: str | None = None, show_progress: bool = False

@@ -1,4 +1,4 @@
-"""The map of docs/contributing.md: the rooms of the package, what they hold, and their size. `python -m tools.rooms` writes it."""
+"""The map of docs/contributing.md: rooms, what they hold, and their size. `python -m tools.rooms`, in tests/, writes it."""
 
 from __future__ import annotations
 
