@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class OneLineErrors(TyperGroup):
-    """Prints every error that a user can mend as one line, and exits with code 2."""
+    """Prints every error that a user can put right as one line, and exits with code 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run, and exit."""

@@ -109,7 +109,7 @@ def average(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL", help="Two or more checkpoints: folders, hub ids or aliases.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; replaced if it exists.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; a checkpoint that is there is replaced.")],
 ) -> None:
     """Average the weights of checkpoints.
 

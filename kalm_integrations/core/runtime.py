@@ -24,7 +24,7 @@ class Runtime:
     """The weights, loaded when first needed. Every method may be called from any thread."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        """Remember what to load; use `get_runtime`, which shares runtimes."""
+        """Keep what to load; use `get_runtime`, which shares runtimes."""
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype

@@ -95,14 +95,14 @@ class _Settings(BaseModel):
 class EncoderSettings(_Settings):
     """What changes the states of a passage."""
 
-    max_passage_tokens: int = Field(1024, ge=1, le=MAX_TOKENS)
+    max_passage_tokens: int = Field(default=1024, ge=1, le=MAX_TOKENS)
     allow_special_tokens: bool = False
 
 
 class StorageSettings(_Settings):
     """How states are pooled and written; the header of each encoding says how it was done."""
 
-    compression_ratio: int = Field(4, ge=1, le=MAX_TOKENS)
+    compression_ratio: int = Field(default=4, ge=1, le=MAX_TOKENS)
     storage_codec: Annotated[str, AfterValidator(check_codec)] = DEFAULT_CODEC
     max_inline_bytes: PositiveInt | None = None
     storage_mode: Literal["auto", "inline", "reference"] = "auto"
@@ -116,8 +116,8 @@ class QuerySettings(_Settings):
     system_instruction: str = SYSTEM_INSTRUCTION
     encode_batch_size: PositiveInt | None = None
     score_batch_size: PositiveInt | None = None
-    cache_bytes: int = Field(256 * 2**20, ge=0)
-    prefix_cache_bytes: int = Field(2**30, ge=0)
+    cache_bytes: int = Field(default=256 * 2**20, ge=0)
+    prefix_cache_bytes: int = Field(default=2**30, ge=0)
     prefix_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     calibration: bool | Calibration = False
     """True takes the checkpoint's."""

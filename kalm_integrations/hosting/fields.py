@@ -271,7 +271,7 @@ class RerankFields(QueryFields, EncodingFields):
     """Leave encodings out of what is returned, and so out of prompts, traces and checkpoints."""
     on_missing: Literal["encode", "error"] = "encode"
     """What to do about documents without a valid encoding of their text."""
-    write_back: Function | None = Field(None, repr=False, exclude=True)
+    write_back: Function | None = Field(default=None, repr=False, exclude=True)
     """Called after scoring with copies of the documents that came without a valid encoding, their encodings in the metadata;
     see `write_back_to`. What it raises is logged, and fails no query."""
 

@@ -143,7 +143,7 @@ class PhaseConfig(_Section):
     losses: LossConfig = LossConfig(softmax=1.0, nll=0.25)
     teacher_weight: Share = 0.5
     """Share of the teacher in the labels of `softmax` and `nll`, where there is a teacher; the rest is gold."""
-    compression_ratios: tuple[PositiveInt, ...] = Field((1, 2, 4, 4, 8), min_length=1)
+    compression_ratios: tuple[PositiveInt, ...] = Field(default=(1, 2, 4, 4, 8), min_length=1)
     ratios_per_step: Literal["one", "all"] = "one"
     """With `one`, a ratio is drawn: repeat it to draw it more often. With `all`, the loss is the sum over the ratios."""
     optimizer: Literal["adamw", "muon"] | None = None

@@ -1,6 +1,6 @@
 """The golden file of format version 1, `data/encodings_v1.json`: values that every later version has to read.
 
-Made by `python tests/golden.py`. A release that cannot read the committed file breaks the format's promise, so the file is
+Made by `cd tests && python -m tools.golden`. A release that cannot read the committed file breaks the format's promise, so the file is
 extended, and never written anew to make a test pass.
 """
 

@@ -1,6 +1,6 @@
 """A random checkpoint of Nano's real shape, and what it costs to load: ours beside the reference.
 
-`python tests/real_shape.py` prints the table of docs/parity.md. Linux only: the peak comes from /proc.
+`cd tests && python -m tools.real_shape` prints the table of docs/parity.md. Linux only: the peak comes from /proc.
 """
 
 from __future__ import annotations

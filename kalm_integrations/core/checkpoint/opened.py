@@ -40,7 +40,7 @@ class CheckpointDefaults(BaseModel):
 
     instruction: str | None = None
     system_instruction: str | None = None
-    max_passage_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_passage_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     max_query_tokens: PositiveInt | None = None
     max_compression_ratio: PositiveInt | None = None
     """The coarsest ratio that the checkpoint was trained for."""

@@ -186,9 +186,9 @@ def test_special_tokens_without_an_embedding(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["cut \ud83c", "\udf89 tail", "a\ud83c\udf89b"])
 def test_surrogates_do_not_end_a_query(make_reranker: Callable[..., KalmReranker], text: str) -> None:
     """Half an emoji reads as a replacement character, two halves as the emoji."""
-    mended = text.replace("\ud83c\udf89", "🎉").replace("\ud83c", "\ufffd").replace("\udf89", "\ufffd")
+    replaced = text.replace("\ud83c\udf89", "🎉").replace("\ud83c", "\ufffd").replace("\udf89", "\ufffd")
     reranker = make_reranker()
-    assert reranker.score(text, [text], text) == reranker.score(mended, [mended], mended)
+    assert reranker.score(text, [text], text) == reranker.score(replaced, [replaced], replaced)
 
 
 @pytest.mark.parametrize(

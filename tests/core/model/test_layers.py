@@ -1,4 +1,4 @@
-"""The parts under a score: pooling and pooling again, attention windows, padding, and what memory is continued from."""
+"""The parts under a score: pooling and pooling again, attention windows, padding, and how a KV cache is continued."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_blocks_of_queries_see_what_they_see_together(
 def test_decoder_windows(window: int, n_read: int, n_new: int, n_states: list[int], kind: str) -> None:
     """A prompt token sees all real passage states, and prompt tokens up to itself, in a window if the layer has one."""
     width = max(n_states)
-    memory = PaddedKVCache(width, n_read, (), (), torch.tensor(n_states))
+    cache = PaddedKVCache(width, n_read, (), (), torch.tensor(n_states))
     positions = n_read + torch.arange(n_new)[None]
     expected = torch.tensor(
         [
@@ -135,7 +135,7 @@ def test_decoder_windows(window: int, n_read: int, n_new: int, n_states: list[in
             for n in n_states
         ]
     )
-    mask = decoder._mask(kind, memory, positions, n_new, window)
+    mask = decoder._mask(kind, cache, positions, n_new, window)
     assert torch.equal(torch.ones_like(expected) if mask is None else mask.expand_as(expected), expected)
 
 
@@ -154,22 +154,22 @@ def test_encoder_padding_changes_nothing(runtime: Runtime) -> None:
 @pytest.mark.parametrize("window", [1, 4, 9, 40])
 @settings(max_examples=10, deadline=None)
 @given(cut=st.integers(1, N_PROMPT - 1), second_cut=st.integers(1, N_PROMPT - 1))
-def test_a_prompt_continues_where_memory_ends(runtime: Runtime, window: int, cut: int, second_cut: int) -> None:
-    """Prompt in one piece, or remembered in two or three, gives the same logits, within and beyond windows."""
+def test_a_prompt_continues_where_the_cache_ends(runtime: Runtime, window: int, cut: int, second_cut: int) -> None:
+    """Prompt in one piece, or prefilled in two or three, gives the same logits, within and beyond windows."""
     config = replace(runtime.checkpoint.decoder_config, sliding_window=window)
     weights, embedding = runtime.stack("decoder"), runtime.embedding()
     head = embedding.tokens[[7, 8]]
-    memory = project_passages(random_states(3, 6, config.hidden_width), torch.tensor([1, 4, 6]), weights, config)
+    cache = project_passages(random_states(3, 6, config.hidden_width), torch.tensor([1, 4, 6]), weights, config)
 
-    def logits(memory: PaddedKVCache, ids: torch.Tensor) -> torch.Tensor:
-        return answer_logits(memory, ids, torch.tensor([ids.shape[1] - 1]), embedding, weights, head, config)
+    def logits(cache: PaddedKVCache, ids: torch.Tensor) -> torch.Tensor:
+        return answer_logits(cache, ids, torch.tensor([ids.shape[1] - 1]), embedding, weights, head, config)
 
     first, last = sorted((cut, second_cut))
-    whole = logits(memory, PROMPT)
-    remembered = prefill(memory, PROMPT[:, :first], embedding, weights, config)
+    whole = logits(cache, PROMPT)
+    prefilled = prefill(cache, PROMPT[:, :first], embedding, weights, config)
     if first < last:
-        remembered = prefill(remembered, PROMPT[:, first:last], embedding, weights, config)
-    assert_close(logits(remembered, PROMPT[:, last:]), whole, atol=1e-5, rtol=1e-5)
+        prefilled = prefill(prefilled, PROMPT[:, first:last], embedding, weights, config)
+    assert_close(logits(prefilled, PROMPT[:, last:]), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_prompts_padded_on_the_right(runtime: Runtime) -> None:
@@ -178,11 +178,11 @@ def test_prompts_padded_on_the_right(runtime: Runtime) -> None:
     head = embedding.tokens[[7, 8]]
     states, n_states = random_states(2, 5, config.hidden_width), torch.tensor([5, 2])
     ids = torch.cat((torch.nn.functional.pad(PROMPT[:, :12], (0, N_PROMPT - 12)), PROMPT))
-    memory = project_passages(states, n_states, weights, config)
-    together = answer_logits(memory, ids, torch.tensor([11, N_PROMPT - 1]), embedding, weights, head, config)
+    cache = project_passages(states, n_states, weights, config)
+    together = answer_logits(cache, ids, torch.tensor([11, N_PROMPT - 1]), embedding, weights, head, config)
     for row, length in enumerate((12, N_PROMPT)):
-        memory = project_passages(states[row : row + 1], n_states[row : row + 1], weights, config)
-        alone = answer_logits(memory, PROMPT[:, :length], torch.tensor([length - 1]), embedding, weights, head, config)
+        cache = project_passages(states[row : row + 1], n_states[row : row + 1], weights, config)
+        alone = answer_logits(cache, PROMPT[:, :length], torch.tensor([length - 1]), embedding, weights, head, config)
         assert_close(together[row], alone[0], atol=1e-5, rtol=1e-5)
 
 
