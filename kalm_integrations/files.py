@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +21,11 @@ def written_beside(path: Path) -> Iterator[Path]:
         The path of an empty file in the same folder, with a name of its own.
     """
     target = Path(os.path.realpath(path))
-    descriptor, name = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent)
-    os.close(descriptor)
-    part = Path(name)
+    part = _part(target)
+    part.touch(exist_ok=False)
     try:
-        # As a file that is opened for writing would be, and not for its owner alone.
-        part.chmod(target.stat().st_mode if target.exists() else 0o666 & ~_umask())
+        if target.exists():
+            part.chmod(target.stat().st_mode)
         yield part
         part.replace(target)
     finally:
@@ -43,17 +42,14 @@ def folder_written_beside(folder: Path) -> Iterator[Path]:
     Yields:
         An empty folder beside it, with a name of its own.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
+    part = _part(folder)
+    part.mkdir(parents=True)
     try:
-        part.chmod(0o777 & ~_umask())
         yield part
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _part(target: Path) -> Path:
+    return target.with_name(f"{target.name}.{secrets.token_hex(8)}.part")

@@ -211,7 +211,7 @@ class RuntimeStats:
     cache_misses: int = 0
     """Had to be encoded; stale and corrupt ones included."""
     stale: int = 0
-    """Came with a valid encoding of another checkpoint, setting or text."""
+    """Came with an encoding of another checkpoint, setting or text."""
     corrupt: int = 0
     """Came with something that is not an encoding, or a damaged one."""
     coarser: int = 0

@@ -115,7 +115,8 @@ def test_encode_tells_a_terminal_early_how_much_it_will_write(tiny_checkpoint: P
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
     command = [*KALM, "encode", str(path), "-o", str(tmp_path / "out.jsonl"), "--model", str(tiny_checkpoint)]
-    with subprocess.Popen(command, stderr=its) as encoder:
+    every_batch = {**os.environ, "TQDM_MININTERVAL": "0"}  # a bar is drawn ten times a second else
+    with subprocess.Popen(command, stderr=its, env=every_batch) as encoder:
         os.close(its)
         shown = b""
         # Linux ends a terminal that nobody writes to any more with an error, other systems with nothing.

@@ -1,7 +1,7 @@
 """The golden file of format version 1, `data/encodings_v1.json`: values that every later version has to read.
 
-Made by `cd tests && python -m tools.golden`. A release that cannot read the committed file breaks the format's promise, so the file is
-extended, and never written anew to make a test pass.
+Made by `cd tests && python -m tools.golden`. A release that cannot read the committed file breaks the format's promise, so the
+file is extended, and never written anew to make a test pass.
 """
 
 from __future__ import annotations
