@@ -237,11 +237,14 @@ def test_batches_do_not_change_scores(make_reranker: Callable[..., object]) -> N
 
 
 def test_bfloat16_is_close(tiny_checkpoint: Path) -> None:
-    """Within 5e-3 of the exact scores; measured 1.6e-3 here, and 1.5e-3 for the reference in bfloat16."""
+    """At most twice as far from the exact scores as the reference in bfloat16; measured 1.6e-3 here, and 1.5e-3 for it."""
     exact, rounded = Parity(tiny_checkpoint), Parity(tiny_checkpoint, dtype="bfloat16")
+    expected = {query: exact.reference_scores(query, PASSAGES) for query in QUERIES}
+
+    def error(score: Callable[[str, list[str]], list[float]]) -> float:
+        return max(abs(a - b) for query in QUERIES for a, b in zip(score(query, PASSAGES), expected[query], strict=True))
+
+    theirs = error(rounded.reference_scores)
+    assert 1e-6 < error(rounded.make_reranker().score) <= 2 * theirs
     for query in QUERIES:
-        expected = exact.reference_scores(query, PASSAGES)
-        scores = rounded.make_reranker().score(query, PASSAGES)
-        assert scores == pytest.approx(expected, abs=5e-3)
-        assert scores != pytest.approx(expected, abs=1e-6)
-        rounded.check(query, PASSAGES, tolerance=5e-3)
+        rounded.check(query, PASSAGES, tolerance=3 * theirs)

@@ -25,7 +25,7 @@ from kalm_integrations.evaluation.report import Report, evaluate
 
 @pytest.fixture(scope="module")
 def collection() -> Collection:
-    return draw_collection()
+    return draw_collection(n_queries=30)
 
 
 @pytest.fixture(scope="module")

@@ -53,13 +53,14 @@ def make_checkpoint(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **
         decoder=both,
         **images,
     )
-    torch.manual_seed(seed)
     model = T5Gemma2ForConditionalGeneration(config)
+    # Its own: what the process has drawn before, in whatever thread, must not show.
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Large enough that every part of the model shows in a score.
             scale = 0.3 if "norm" in name or parameter.ndim < 2 else 1.5 * parameter.shape[-1] ** -0.5
-            parameter.copy_(torch.randn_like(parameter) * scale)
+            parameter.normal_(std=scale, generator=generator)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     train_tokenizer(TEXTS, 300, folder)
     return folder
