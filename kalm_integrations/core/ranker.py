@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
+
 from kalm_integrations.core.base import RankRequest, check_instruction, checked_passages
 from kalm_integrations.core.opening import Parts
 from kalm_integrations.core.passages.encoding import EncodedPassage
-from kalm_integrations.core.ranking import sigmoid
 from kalm_integrations.core.reading import Reader
 from kalm_integrations.core.scoring import Scorer
 from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading
@@ -89,10 +90,11 @@ class Ranker:
         return write
 
     def _scores(self, margins: Sequence[float]) -> list[float]:
-        """Return P(yes) for margins."""
+        """Return P(yes) for margins, in float32 as the reference's softmax over two logits gives it."""
         if self._calibration is not None:
             margins = [self._calibration.apply(margin) for margin in margins]
-        return [sigmoid(margin) for margin in margins]
+        # One at a time: over several, torch computes the last ones by another path, which may differ in the last bit.
+        return [float(torch.sigmoid(torch.tensor(margin, dtype=torch.float32))) for margin in margins]
 
 
 def _slices(lists: Sequence[Sequence[object]], limit: int) -> Iterator[slice]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -34,11 +33,10 @@ def check_cut(top_k: int | None, score_threshold: float | None) -> None:
 
 
 def sigmoid(margin: float) -> float:
-    """Return P(yes) of a margin, rounded to float32, the precision of a score."""
+    """Return P(yes) of a margin."""
     # By the smaller exponential, so that none overflows.
     odds = math.exp(-abs(margin))
-    probability = (odds if margin < 0 else 1.0) / (1 + odds)
-    return float(struct.unpack("f", struct.pack("f", probability))[0])
+    return (odds if margin < 0 else 1.0) / (1 + odds)
 
 
 @dataclass(frozen=True)
