@@ -5,12 +5,23 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
-from tools.paths import ROOT
+from tools.bounds import lower_bounds
+from tools.paths import DOCS, ROOT
 
 PACKAGES = ("kalm_integrations", "haystack_integrations")
+PARTS = (
+    "kalm_integrations/checkpoints/pico/model.safetensors",
+    "kalm_integrations/checkpoints/pico/tokenizer.json",
+    "kalm_integrations/samples/xquad-en/corpus.jsonl",
+    "kalm_integrations/py.typed",
+    "haystack_integrations/common/kalm/py.typed",
+    "haystack_integrations/components/embedders/kalm/py.typed",
+    "haystack_integrations/components/rankers/kalm/py.typed",
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +39,9 @@ def test_wheel_holds_every_file_of_both_packages(wheel: zipfile.ZipFile):
     assert held == {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
 
 
-def test_wheel_holds_the_checkpoint_and_the_samples(wheel: zipfile.ZipFile):
-    held = wheel.namelist()
-    for part in ("checkpoints/pico/model.safetensors", "checkpoints/pico/tokenizer.json", "samples/xquad-en/corpus.jsonl"):
-        assert f"kalm_integrations/{part}" in held
+@pytest.mark.parametrize("part", PARTS)
+def test_wheel_holds_checkpoint_samples_and_the_marks_of_typed_packages(wheel: zipfile.ZipFile, part: str):
+    assert part in wheel.namelist()
 
 
 def test_wheel_leaves_the_haystack_namespace_open(wheel: zipfile.ZipFile):
@@ -53,3 +63,22 @@ for module in (kalm_integrations, kalm):
     assert module.__file__.startswith({str(tmp_path)!r}), module.__file__
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_unpacked_wheel_is_a_command(wheel: zipfile.ZipFile, tmp_path: Path):
+    """The built-in checkpoint ranks, found beside the modules that run."""
+    wheel.extractall(tmp_path)
+    command = [sys.executable, "-m", "kalm_integrations", "rerank", "What do otters eat?", "--top-k", "1"]
+    passages = "The Panthers gave up 308 points in 2015.\nOtters live on fish and crabs.\n"
+    done = subprocess.run(command, cwd=tmp_path, input=passages, capture_output=True, text=True, encoding="utf-8", check=True)
+    assert "Otters live on fish" in done.stdout
+
+
+def test_the_lower_bounds_are_those_that_make_lowest_last_passed_with(wheel: zipfile.ZipFile):
+    """Whoever changes a bound runs it, and says so in the documentation."""
+    [name] = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    required = message_from_bytes(wheel.read(name)).get_all("Requires-Dist")
+    told = " ".join((DOCS / "contributing.md").read_text(encoding="utf-8").split())
+    for package, bounds in lower_bounds(required).items():
+        for bound in bounds:
+            assert f"{package} {bound}" in told

@@ -93,7 +93,9 @@ def test_processes_share_a_run(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "kalm_integrations"]
     done = subprocess.run([*launcher, "train", str(tmp_path / "t.toml")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(tmp_path / "run" / "model")]
+    # Gloo, which connects processes on CPUs, tells what it does before torch 2.11.
+    ours = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
+    assert ours == [str(tmp_path / "run" / "model")]
     # Two examples, two clusters a step on each of two devices: an epoch is half a step.
     assert [len(losses(tmp_path / "run", phase)) for phase in (0, 1)] == [4, 4]
     assert len(scores(tmp_path / "run" / "model")) == len(PASSAGES)
