@@ -237,7 +237,7 @@ def test_batches_do_not_change_scores(make_reranker: Callable[..., object]) -> N
 
 
 def test_bfloat16_is_close(tiny_checkpoint: Path) -> None:
-    """At most twice as far from the exact scores as the reference in bfloat16; measured 1.6e-3 here, and 1.5e-3 for it."""
+    """At most twice as far from the exact scores as the reference in bfloat16; measured 7.5e-3 here, and 1.6e-2 for it."""
     exact, rounded = Parity(tiny_checkpoint), Parity(tiny_checkpoint, dtype="bfloat16")
     expected = {query: exact.reference_scores(query, PASSAGES) for query in QUERIES}
 
