@@ -20,7 +20,7 @@ def calibrate(
         typer.Argument(
             metavar="DATA",
             help="A BEIR folder, whose judgements label a first stage's candidates, or a JSONL file of pairs with query, text "
-            "and label (1 or 0).",
+            "and label (1 or 0), gzipped or not.",
         ),
     ],
     split: options.Split = "test",

@@ -111,11 +111,21 @@ def _split(kind: Kind, lines: Iterator[bytes], name: str) -> tuple[Iterable[tupl
     if kind == "array":
         return enumerate(_load_array(lines, name), 1), lambda value: check_object(value, "it")
     if kind in ("lines", "plain"):
-        to_row = parse_object if kind == "lines" else lambda line: {"text": line}
+        to_row = _parse_row if kind == "lines" else lambda line: {"text": line}
         return enumerate(without_mark(lines), 1), lambda line: parse_line(line, to_row)
     records = _read_records(lines, "excel" if kind == "csv" else "excel-tab")
     header = [names for _, names in parse_each(islice(records, 1), f"{name}:", _check_header)]
     return records, lambda record: _zip_record(header[0], record)
+
+
+def _parse_row(line: str) -> Row:
+    try:
+        return parse_object(line)
+    except SettingsError as error:
+        if line.lstrip().startswith(("{", "[")):
+            raise
+        msg = f"{error}; CSV and TSV are known by a file name that ends in .csv or .tsv"
+        raise SettingsError(msg) from error
 
 
 def _load_array(lines: Iterable[bytes], name: str) -> list[Any]:

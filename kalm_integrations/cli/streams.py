@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from io import BufferedReader, RawIOBase
@@ -14,20 +13,14 @@ from typing import BinaryIO, cast
 import typer
 
 from kalm_integrations.cli.terminal import note
+from kalm_integrations.corpora.text import read_lines
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.files import written_beside
 
 STREAM = Path("-")
 """Standard input or output, where a path is asked for."""
 
-UNREADABLE = {
-    b"PAR1": "Parquet",
-    b"PK\x03\x04": "a ZIP archive or an Excel workbook",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"\xff\xfe": "UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)",
-    b"\xfe\xff": "UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)",
-}
-"""How inputs begin that are refused, and what they are."""
+FORMATS = " (JSON lines, a JSON array, CSV, TSV or plain lines)"
 
 
 def name_of(path: Path) -> str:
@@ -43,33 +36,13 @@ def open_lines(path: Path) -> Iterator[Iterator[bytes]]:
     """
     if path != STREAM:
         with path.open("rb") as file:
-            yield _read_lines(file, name_of(path))
+            yield read_lines(file, name_of(path), FORMATS)
         return
     if sys.stdin.isatty():
         note("reading from the terminal, a line at a time; Ctrl-D ends the input")
     stream = typer.get_binary_stream("stdin")
     file = stream if isinstance(stream, BufferedReader) else BufferedReader(cast("RawIOBase", stream))
-    yield _read_lines(file, name_of(path))
-
-
-def _read_lines(file: BufferedReader, name: str) -> Iterator[bytes]:
-    text: BufferedReader | gzip.GzipFile = file
-    try:
-        if file.peek(2).startswith(b"\x1f\x8b"):
-            text = gzip.GzipFile(fileobj=file)
-        _check_text(text.peek(512)[:512], name)
-        yield from text
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        msg = f"{name} must be a whole gzip file, but is damaged ({error})"
-        raise SettingsError(msg) from error
-
-
-def _check_text(head: bytes, name: str) -> None:
-    kinds = [kind for magic, kind in UNREADABLE.items() if head.startswith(magic)]
-    if kinds or b"\0" in head:
-        kind = kinds[0] if kinds else "binary, or UTF-16"
-        msg = f"{name} must be UTF-8 text, gzipped or not (JSON lines, a JSON array, CSV, TSV or plain lines), but is {kind}"
-        raise SettingsError(msg)
+    yield read_lines(file, name_of(path), FORMATS)
 
 
 @contextmanager

@@ -38,7 +38,9 @@ def train(
 
 
 def mine(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A BEIR folder, or JSON lines of training data.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A BEIR folder, or JSON lines of training data, gzipped or not.")
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="JSONL file to write, gzipped if it is named .gz; - is standard output.")
     ] = STREAM,

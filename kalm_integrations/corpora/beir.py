@@ -6,7 +6,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from kalm_integrations.corpora.jsonl import PassageFields, parse_lines, parse_object
+from kalm_integrations.corpora.jsonl import PassageFields, parse_file, parse_object
 from kalm_integrations.errors import SettingsError
 
 
@@ -63,5 +63,4 @@ def _read(path: Path, fields: PassageFields) -> dict[str, str]:
             raise SettingsError(msg)
         return row["_id"], fields.read(row)
 
-    with path.open("rb") as file:
-        return dict(parsed for _, parsed in parse_lines(file, str(path), parse_line))
+    return dict(parse_file(path, parse_line))

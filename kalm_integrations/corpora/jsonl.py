@@ -6,8 +6,10 @@ import codecs
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+from kalm_integrations.corpora.text import read_lines
 from kalm_integrations.errors import KalmError, SettingsError
 
 Row = dict[str, Any]
@@ -82,6 +84,17 @@ def parse_lines(
     `source` is the input's name, and `parse` is given a line's text without its line end. Numbers count from 1.
     """
     return parse_each(enumerate(without_mark(lines), 1), f"{source}:", lambda line: parse_line(line, parse), report)
+
+
+def parse_file(path: Path, parse: Callable[[str], Parsed]) -> Iterator[Parsed]:
+    """Parse a UTF-8 file, gzipped or not, line by line, leaving out blank lines.
+
+    Raises:
+        SettingsError: it is no text, or a line is bad: the message names file and line.
+    """
+    with path.open("rb") as file:
+        for _, parsed in parse_lines(read_lines(file, str(path)), str(path), parse):
+            yield parsed
 
 
 def parse_line(line: bytes, parse: Callable[[str], Parsed]) -> Parsed | None:

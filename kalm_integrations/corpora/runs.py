@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kalm_integrations.corpora.jsonl import parse_lines
+from kalm_integrations.corpora.jsonl import parse_file
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.files import written_beside
 
@@ -39,9 +39,8 @@ def read_run(path: Path) -> Run:
             raise SettingsError(msg)
         passages[passage_id] = value
 
-    with path.open("rb") as file:
-        for _ in parse_lines(file, str(path), parse_line):
-            pass
+    for _ in parse_file(path, parse_line):
+        pass
     return {query_id: sorted(passages.items(), key=lambda pair: -pair[1]) for query_id, passages in found.items()}
 
 

@@ -17,7 +17,7 @@ from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.checkpoint.locate import ALIASES, BUILT_IN_ALIASES, DEFAULTS_FILE
 from kalm_integrations.core.settings import Calibration
 from kalm_integrations.corpora.beir import Collection
-from kalm_integrations.corpora.jsonl import PassageFields, parse_lines, parse_object, to_json
+from kalm_integrations.corpora.jsonl import PassageFields, parse_file, parse_object, to_json
 from kalm_integrations.errors import MissingExtraError, SettingsError
 from kalm_integrations.evaluation.candidates import Candidates
 from kalm_integrations.evaluation.differences import load_scipy
@@ -141,9 +141,8 @@ def read_judged(path: Path) -> list[Judged]:
         return query, PassageFields().read(row), bool(label)
 
     pairs: dict[str, list[tuple[str, bool]]] = {}
-    with path.open("rb") as file:
-        for _, (query, text, is_relevant) in parse_lines(file, str(path), parse_line):
-            pairs.setdefault(query, []).append((text, is_relevant))
+    for query, text, is_relevant in parse_file(path, parse_line):
+        pairs.setdefault(query, []).append((text, is_relevant))
     return [Judged(query, [text for text, _ in found], [label for _, label in found]) for query, found in pairs.items()]
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from kalm_integrations.corpora import peers
 from kalm_integrations.corpora.bm25 import BM25
-from kalm_integrations.corpora.jsonl import parse_lines, parse_object
+from kalm_integrations.corpora.jsonl import parse_file, parse_object
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.training.config import CollectionConfig
 from kalm_integrations.training.sources import TrainingSet, read_training_set
@@ -122,8 +122,7 @@ def _by_title(texts: TrainingSet, config: CollectionConfig) -> Iterator[Sequence
     if not corpus.is_file():
         msg = f"the method same-title needs a BEIR folder, whose passages have titles, but {config.path} is none"
         raise SettingsError(msg)
-    with corpus.open("rb") as file:
-        titles = list({row["_id"]: row.get("title") for _, row in parse_lines(file, str(corpus), parse_object)}.values())
+    titles = list({row["_id"]: row.get("title") for row in parse_file(corpus, parse_object)}.values())
     by_title: dict[Any, list[int]] = {}
     for position, title in enumerate(titles):
         if title:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from kalm_integrations.core.settings import describe_problems
 from kalm_integrations.corpora.beir import Collection
-from kalm_integrations.corpora.jsonl import parse_lines, parse_object
+from kalm_integrations.corpora.jsonl import parse_file, parse_object
 from kalm_integrations.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -99,9 +99,7 @@ def read_training_set(config: CollectionConfig) -> TrainingSet:
     if path.is_dir():
         training_set = _from_collection(Collection.read(path, config.split), config)
     elif path.is_file():
-        with path.open("rb") as file:
-            examples = [example for _, example in parse_lines(file, str(path), parse_example)]
-        training_set = from_examples(examples, config.name, config.instruction)
+        training_set = from_examples(parse_file(path, parse_example), config.name, config.instruction)
     else:
         msg = f"a collection must be a BEIR folder or a file of JSON lines, but {path} is not there"
         raise SettingsError(msg)

@@ -92,6 +92,12 @@ def test_damaged_gzip_is_refused(run: Run, damage: Any) -> None:
         ("p.json", b'[{"text": "a"}, 5]', "p.json, object 2: it must be a JSON object, but has type int"),
         ("p.json", b'[{"text": "a"}', "p.json must be a JSON array of objects, for it begins with a bracket, but cannot be"),
         ("p.json", b'{\n"text": "a"\n}', "p.json:1: a line must be a JSON object, but it cannot be parsed (Expecting"),
+        (
+            "p.dat",
+            b"text,n\na,1\n",
+            "p.dat:1: a line must be a JSON object, but it cannot be parsed (Expecting value: character 1)",
+        ),
+        ("p.dat", b"text,n\na,1\n", "; CSV and TSV are known by a file name that ends in .csv or .tsv"),
         ("p.json", b'{\n"text": "a"\n}', "; jq -c . writes each object on a line of its own"),
     ],
 )
