@@ -5,6 +5,7 @@
 * `documents`: where an encoding lies in a document's metadata, and what may be passed as documents.
 * `ranking`: one query: what is missing, who is told, what is written back.
 * `stores`: encodings into documents that a store has already: write-back and backfill.
+* `qdrant`: what stores of several hosts do with Qdrant's client.
 
 Importing this loads neither torch nor a framework.
 """

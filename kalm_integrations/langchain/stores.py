@@ -14,6 +14,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
 from kalm_integrations.errors import SettingsError
+from kalm_integrations.hosting import qdrant
 from kalm_integrations.hosting import stores as hosting
 from kalm_integrations.hosting.documents import check_encoding_key
 from kalm_integrations.hosting.stores import BackfillReport, Changes, DocumentId
@@ -140,23 +141,10 @@ class _Chroma:
 class _Qdrant:
     def __init__(self, store: Any) -> None:
         self._store = store
-        self._models: Any = import_module("qdrant_client.models")
 
     def find_ids(self, fingerprint: str | None) -> list[DocumentId]:
-        outdated = None
-        if fingerprint is not None:
-            models, key = self._models, f"{self._store.metadata_payload_key}.{FINGERPRINT_KEY}"
-            current = models.FieldCondition(key=key, match=models.MatchValue(value=fingerprint))
-            outdated = models.Filter(must_not=[current])
-        ids: list[DocumentId] = []
-        offset = None
-        while True:
-            points, offset = self._store.client.scroll(
-                self._store.collection_name, outdated, limit=1000, offset=offset, with_payload=False
-            )
-            ids += [point.id for point in points]
-            if offset is None:
-                return ids
+        field = f"{self._store.metadata_payload_key}.{FINGERPRINT_KEY}"
+        return qdrant.find_ids(self._store.client, self._store.collection_name, field, fingerprint)
 
     def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, Document]:
         points = self._store.client.retrieve(self._store.collection_name, list(ids))
@@ -173,19 +161,8 @@ class _Qdrant:
         return found
 
     def add_metadata(self, changes: Changes) -> None:
-        models, key = self._models, self._store.metadata_payload_key
-        operations = [
-            models.SetPayloadOperation(
-                set_payload=models.SetPayload(
-                    payload=dict(added),
-                    # A filter, because the client's local mode stops at an id that is gone.
-                    filter=models.Filter(must=[models.HasIdCondition(has_id=[document_id])]),
-                    key=key,
-                )
-            )
-            for document_id, added in changes.items()
-        ]
-        self._store.client.batch_update_points(self._store.collection_name, operations)
+        written = [qdrant.PayloadChange(document_id, added) for document_id, added in changes.items()]
+        qdrant.add_payloads(self._store.client, self._store.collection_name, written, self._store.metadata_payload_key)
 
 
 class _PGVector:

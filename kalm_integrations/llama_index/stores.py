@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from typing import Any, TypeVar
 
 from llama_index.core.constants import DATA_KEY
@@ -13,6 +12,7 @@ from llama_index.core.storage.docstore.keyval_docstore import KVDocumentStore
 
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
 from kalm_integrations.errors import SettingsError
+from kalm_integrations.hosting import qdrant
 from kalm_integrations.hosting import stores as hosting
 from kalm_integrations.hosting.documents import check_encoding_key
 from kalm_integrations.hosting.stores import BackfillReport, Changes, DocumentAccess, DocumentId
@@ -193,43 +193,18 @@ class _Chroma(_VectorStore):
 
 
 class _Qdrant(_VectorStore):
-    def __init__(self, store: Any) -> None:
-        super().__init__(store)
-        self._models: Any = import_module("qdrant_client.models")
-
     def find_ids(self, fingerprint: str | None) -> list[DocumentId]:
-        outdated = None
-        if fingerprint is not None:
-            outdated = self._models.Filter(must_not=[self._holds(FINGERPRINT_KEY, fingerprint)])
-        ids: list[DocumentId] = []
-        offset = None
-        while True:
-            points, offset = self._store.client.scroll(
-                self._store.collection_name, outdated, limit=1000, offset=offset, with_payload=False
-            )
-            ids += [str(point.id) for point in points]
-            if offset is None:
-                return ids
+        found = qdrant.find_ids(self._store.client, self._store.collection_name, FINGERPRINT_KEY, fingerprint)
+        return [str(point_id) for point_id in found]
 
     def add_metadata(self, changes: Changes) -> None:
-        models, client, collection = self._models, self._store.client, self._store.collection_name
-        # Strict mode, which is Qdrant Cloud's default, refuses conditions on what has no index.
-        strict = client.get_collection(collection).config.strict_mode_config
-        is_conditional = strict is None or not strict.enabled or strict.unindexed_filtering_update is not False
-        operations = []
+        client, collection = self._store.client, self._store.collection_name
+        written = []
         for point in client.retrieve(collection, list(changes)):
-            conditions = [models.HasIdCondition(has_id=[point.id])]
-            if is_conditional and _CONTENT in point.payload:
-                conditions.append(self._holds(_CONTENT, point.payload[_CONTENT]))
-            change = models.SetPayload(
-                payload=_payload(point.payload, changes[str(point.id)]), filter=models.Filter(must=conditions)
-            )
-            operations.append(models.SetPayloadOperation(set_payload=change))
-        if operations:
-            client.batch_update_points(collection, operations)
-
-    def _holds(self, key: str, value: str) -> Any:
-        return self._models.FieldCondition(key=key, match=self._models.MatchValue(value=value))
+            # What is written holds the whole node: it must still be the one that was read.
+            unchanged = (_CONTENT, point.payload[_CONTENT]) if _CONTENT in point.payload else None
+            written.append(qdrant.PayloadChange(point.id, _payload(point.payload, changes[str(point.id)]), unchanged))
+        qdrant.add_payloads(client, collection, written)
 
 
 _VECTOR_STORES: dict[str, Callable[[Any], DocumentAccess[BaseNode]]] = {

@@ -31,7 +31,7 @@ from llama_index.storage.kvstore.postgres import PostgresKVStore
 from llama_index.storage.kvstore.redis import RedisKVStore
 from llama_index.vector_stores.chroma import ChromaVectorStore
 from llama_index.vector_stores.qdrant import QdrantVectorStore
-from qdrant_client import QdrantClient, models
+from qdrant_client import QdrantClient
 from sqlalchemy import create_engine, event
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -377,21 +377,6 @@ def test_a_collection_that_another_host_filled_gets_the_two_keys_and_no_more():
     assert backfill(store, encoder, show_progress=False) == BackfillReport(n_checked=1, n_missing=1, n_stale=0)
     assert collection.get()["metadatas"][0].keys() == {"page", ENCODING_KEY, FINGERPRINT_KEY}
     assert backfill(store, encoder, show_progress=False) == BackfillReport(n_checked=1, n_missing=0, n_stale=0)
-
-
-def test_qdrant_in_strict_mode_is_given_no_condition_that_needs_an_index(monkeypatch):
-    """Collections of Qdrant Cloud are strict unless told otherwise, and would refuse the write."""
-    store = QdrantVectorStore("strict", client=QdrantClient(":memory:"))
-    store.add([node.model_copy(update={"embedding": [1.0, 0.0, 0.0]}) for node in make_nodes()])
-    client, collection = store.client, store.client.get_collection("strict")
-    collection.config.strict_mode_config = models.StrictModeConfig(enabled=True, unindexed_filtering_update=False)
-    operations, write = [], client.batch_update_points
-    monkeypatch.setattr(client, "get_collection", lambda name: collection)
-    monkeypatch.setattr(client, "batch_update_points", lambda name, batch: (operations.extend(batch), write(name, batch)))
-    assert backfill(store, KalmPassageEncoder(FakeReranker()), show_progress=False).n_missing == len(TEXTS)
-    conditions = [condition for operation in operations for condition in operation.set_payload.filter.must]
-    assert [type(condition) for condition in conditions] == [models.HasIdCondition] * len(TEXTS)
-    assert all(ENCODING_KEY in node.metadata for node in read(store, *range(len(TEXTS))))
 
 
 def test_an_access_of_the_users_own_is_taken():

@@ -13,6 +13,7 @@ from haystack import Document
 
 from kalm_integrations.core.types import FINGERPRINT_KEY
 from kalm_integrations.errors import SettingsError
+from kalm_integrations.hosting import qdrant
 from kalm_integrations.hosting.stores import Changes, DocumentAccess, DocumentId
 
 Filters = dict[str, Any]
@@ -144,17 +145,13 @@ class _Qdrant(_AnyStore):
         return found
 
     def _add(self, changes: Changes) -> None:
-        models = import_module("qdrant_client.models")
         to_point_id = import_module("haystack_integrations.document_stores.qdrant.converters").convert_id
-        operations = []
+        written = []
         for document_id, added in changes.items():
-            same: list[Any] = [models.HasIdCondition(has_id=[to_point_id(document_id)])]
             content = self._contents[document_id]
-            if content is not None:
-                same.append(models.FieldCondition(key="content", match=models.MatchValue(value=content)))
-            change = models.SetPayload(payload=dict(added), filter=models.Filter(must=same), key="meta")
-            operations.append(models.SetPayloadOperation(set_payload=change))
-        self._store._client.batch_update_points(self._store.index, operations)  # noqa: SLF001
+            unchanged = None if content is None else ("content", content)
+            written.append(qdrant.PayloadChange(to_point_id(document_id), added, unchanged))
+        qdrant.add_payloads(self._store._client, self._store.index, written, "meta")  # noqa: SLF001
 
 
 def _same(field: str, value: object) -> Filters:

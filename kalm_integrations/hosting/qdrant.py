@@ -1,0 +1,67 @@
+"""Qdrant's client, which stores of every host stand on: the ids of points, and payloads added on a condition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+_IDS_AT_A_TIME = 1000
+
+
+@dataclass(frozen=True)
+class PayloadChange:
+    """What is to be added to the payload of a point."""
+
+    point_id: str | int
+    payload: Mapping[str, Any]
+    unchanged: tuple[str, str] | None = None
+    """A field of the payload and what it must still hold; None makes no condition."""
+
+
+def find_ids(client: Any, collection: str, field: str, fingerprint: str | None) -> list[str | int]:
+    """Return the ids of the points whose `field` is not the fingerprint; of all points for None."""
+    models = import_module("qdrant_client.models")
+    outdated = None if fingerprint is None else models.Filter(must_not=[_holds(models, field, fingerprint)])
+    ids: list[str | int] = []
+    offset = None
+    while True:
+        points, offset = client.scroll(collection, outdated, limit=_IDS_AT_A_TIME, offset=offset, with_payload=False)
+        ids += [point.id for point in points]
+        if offset is None:
+            return ids
+
+
+def add_payloads(client: Any, collection: str, changes: Sequence[PayloadChange], key: str | None = None) -> None:
+    """Add to the payloads of points, all else staying as it is; points that are gone are passed over.
+
+    Args:
+        client: a `QdrantClient`.
+        collection: its name.
+        changes: what to add, where.
+        key: the payload's field that holds the metadata; None adds to the payload itself.
+    """
+    if not changes:
+        return
+    models = import_module("qdrant_client.models")
+    is_conditional = any(change.unchanged for change in changes) and _takes_conditions(client, collection)
+    operations = []
+    for change in changes:
+        # A filter, because the client's local mode stops at an id that is gone.
+        conditions = [models.HasIdCondition(has_id=[change.point_id])]
+        if is_conditional and change.unchanged is not None:
+            conditions.append(_holds(models, *change.unchanged))
+        added = models.SetPayload(payload=dict(change.payload), filter=models.Filter(must=conditions), key=key)
+        operations.append(models.SetPayloadOperation(set_payload=added))
+    client.batch_update_points(collection, operations)
+
+
+def _takes_conditions(client: Any, collection: str) -> bool:
+    """Return whether a write may depend on a field without an index: strict mode, Qdrant Cloud's default, refuses that."""
+    strict = client.get_collection(collection).config.strict_mode_config
+    return strict is None or not strict.enabled or strict.unindexed_filtering_update is not False
+
+
+def _holds(models: Any, field: str, value: str) -> Any:
+    return models.FieldCondition(key=field, match=models.MatchValue(value=value))
