@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, FUSED_SCORE_KEY, Metadata
+from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, FUSED_SCORE_KEY, Metadata, RankedPassage
 from kalm_integrations.errors import SettingsError
 
 RELEVANCE_SCORE_KEY = "relevance_score"
@@ -55,6 +55,17 @@ def under_key(encoding: Metadata, encoding_key: str) -> Metadata:
     return {encoding_key: encoding[ENCODING_KEY], FINGERPRINT_KEY: encoding[FINGERPRINT_KEY]}
 
 
+def ranked_metadata(metadata: Mapping[Any, Any], place: RankedPassage, encoding_key: str, *, strip: bool) -> dict[Any, Any]:
+    """Return the metadata that a document comes back with: without encodings for `strip`, and with its fused score."""
+    kept = without_encodings(metadata, encoding_key) if strip else copied(metadata)
+    return kept | fused_score(place)
+
+
+def fused_score(place: RankedPassage) -> dict[str, float]:
+    """Return the metadata that say what a fused ranking is ordered by; none of one that is not fused."""
+    return {} if place.fused is None else {FUSED_SCORE_KEY: place.fused}
+
+
 def copied(metadata: Mapping[Any, Any]) -> dict[Any, Any]:
     """Return metadata that share no nested value with the original."""
     # Copied first: a store may change the mapping from another thread.
@@ -88,9 +99,7 @@ def checked_documents(documents: Iterable[Doc], kind: type[Doc], component: str)
     checked = list(documents)
     for index, document in enumerate(checked):
         if not isinstance(document, kind):
-            msg = (
-                f"{component} takes a list of {name}s, but got a {type(document).__name__} at place {index}; make a {name} of "
-                "it"
-            )
+            got = f"a {type(document).__name__} at place {index}"
+            msg = f"{component} takes a list of {name}s, but got {got}; make a {name} of it"
             raise SettingsError(msg)
     return checked

@@ -16,14 +16,13 @@ from langchain_core.runnables.config import (
 )
 from pydantic import BaseModel, model_validator
 
-from kalm_integrations.core.types import FUSED_SCORE_KEY, Metadata, RankedPassage
+from kalm_integrations.core.types import Metadata, RankedPassage
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import (
     RELEVANCE_SCORE_KEY,
     checked_documents,
-    copied,
+    ranked_metadata,
     with_encoding,
-    without_encodings,
 )
 from kalm_integrations.hosting.fields import Count, RerankFields, check_count
 from kalm_integrations.hosting.ranking import rank
@@ -192,10 +191,8 @@ class KalmRerank(RerankFields, BaseDocumentCompressor):
         return _Outcome(returned, {**found, "n_returned": len(returned)})
 
     def _scored(self, document: Document, place: RankedPassage) -> Document:
-        metadata = document.metadata
-        metadata = without_encodings(metadata, self.encoding_key) if self.strip_encodings else copied(metadata)
-        fused = {} if place.fused is None else {FUSED_SCORE_KEY: place.fused}
-        return with_metadata(document, {**metadata, RELEVANCE_SCORE_KEY: place.score, **fused})
+        metadata = ranked_metadata(document.metadata, place, self.encoding_key, strip=self.strip_encodings)
+        return with_metadata(document, {**metadata, RELEVANCE_SCORE_KEY: place.score})
 
 
 class RerankInput(BaseModel):

@@ -13,9 +13,9 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 
 from kalm_integrations.core.base import Reranker
-from kalm_integrations.core.types import FUSED_SCORE_KEY, RankedPassage, Ranking
+from kalm_integrations.core.types import RankedPassage, Ranking
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.hosting.documents import RETRIEVAL_SCORE_KEY, checked_documents, encoding_keys
+from kalm_integrations.hosting.documents import RETRIEVAL_SCORE_KEY, checked_documents, encoding_keys, fused_score
 from kalm_integrations.hosting.fields import Count, RerankFields
 from kalm_integrations.hosting.ranking import rank
 from kalm_integrations.llama_index.nodes import NodeFields, stripped, to_passage, with_encoding, with_hidden_metadata
@@ -112,7 +112,5 @@ class KalmRerank(NodeFields, RerankFields, BaseNodePostprocessor):
         )
 
     def _output(self, node: NodeWithScore, place: RankedPassage) -> NodeWithScore:
-        added = {RETRIEVAL_SCORE_KEY: node.score} if self.keep_retrieval_score else {}
-        if place.fused is not None:
-            added[FUSED_SCORE_KEY] = place.fused
+        added = ({RETRIEVAL_SCORE_KEY: node.score} if self.keep_retrieval_score else {}) | fused_score(place)
         return node.model_copy(update={"node": with_hidden_metadata(node.node, added), "score": place.score})

@@ -8,8 +8,8 @@ from typing import Any
 
 from haystack import Document
 
-from kalm_integrations.core.types import FUSED_SCORE_KEY, Metadata, Passage, RankedPassage
-from kalm_integrations.hosting.documents import copied, encoding_keys, with_encoding, without_encodings
+from kalm_integrations.core.types import Metadata, Passage, RankedPassage
+from kalm_integrations.hosting.documents import encoding_keys, ranked_metadata, with_encoding
 from kalm_integrations.hosting.stores import DocumentKind
 
 
@@ -38,9 +38,8 @@ class DocumentLayout:
 
     def scored(self, document: Document, place: RankedPassage, *, strip: bool) -> Document:
         """Return a copy of a document with its score, without encodings for `strip`."""
-        meta = without_encodings(document.meta, self.encoding_key) if strip else copied(document.meta)
-        fused = {} if place.fused is None else {FUSED_SCORE_KEY: place.fused}
-        return replace(document, score=place.score, meta={**meta, **fused})
+        meta = ranked_metadata(document.meta, place, self.encoding_key, strip=strip)
+        return replace(document, score=place.score, meta=meta)
 
     @property
     def kind(self) -> DocumentKind[Document]:
