@@ -11,7 +11,7 @@ from typing import Any
 
 from kalm_integrations.core.checkpoint.locate import published_max_ratio
 from kalm_integrations.core.checkpoint.opened import Checkpoint
-from kalm_integrations.core.passages.stores import check_store, check_travels, open_store
+from kalm_integrations.core.passages.stores import check_stores, check_stores_travel, open_store
 from kalm_integrations.core.runtime import Runtime, get_runtime
 from kalm_integrations.core.settings import (
     Calibration,
@@ -24,8 +24,6 @@ from kalm_integrations.core.settings import (
 from kalm_integrations.errors import SettingsError
 
 logger = logging.getLogger(__name__)
-
-STORES = ("payload_store", "prefix_store")
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,7 @@ def travelling(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         SettingsError: a store lives in this process only.
     """
-    for name in STORES:
-        check_travels(given.get(name), name)
+    check_stores_travel(given)
     return {name: value for name, value in given.items() if name != "token"}
 
 
@@ -72,8 +69,7 @@ def open_parts(model: str | os.PathLike[str], settings: Mapping[str, Any]) -> Pa
         msg = f"model must be an alias, a hub id or a folder, but got {type(model).__name__}"
         raise SettingsError(msg)
     encoder, storage, query = build_settings(given)
-    for name in STORES:
-        check_store(given.get(name), name)
+    check_stores(given)
     runtime = get_runtime(model, *(given.get(name) for name in ("revision", "device", "dtype", "token")))
     checkpoint = runtime.checkpoint
     _check_ratio(os.fspath(model), checkpoint, storage.compression_ratio)

@@ -123,13 +123,15 @@ class QuerySettings(_Settings):
     """True takes the checkpoint's."""
 
 
+STORE_SETTINGS = ("payload_store", "prefix_store")
+"""Settings that are byte stores; see `passages.stores`."""
+
 SETTING_NAMES = (
     "revision",
     "token",
     "device",
     "dtype",
-    "payload_store",
-    "prefix_store",
+    *STORE_SETTINGS,
     *EncoderSettings.model_fields,
     *StorageSettings.model_fields,
     *QuerySettings.model_fields,

@@ -28,11 +28,11 @@ from pydantic import (
 
 from kalm_integrations.core.base import Reranker, is_reranker
 from kalm_integrations.core.ranking import check_fusion
-from kalm_integrations.core.settings import check_names, describe_problems
+from kalm_integrations.core.settings import STORE_SETTINGS, check_names, describe_problems
 from kalm_integrations.core.types import ENCODING_KEY, FusionMethod
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import check_encoding_key
-from kalm_integrations.hosting.models import STORE_SETTINGS, Opened, WithModel, check_model, check_model_kwargs
+from kalm_integrations.hosting.models import Opened, WithModel, check_model, check_model_kwargs
 
 MODEL_FIELDS = (
     "revision",

@@ -13,13 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kalm_integrations.core.base import Reranker, is_reranker
-from kalm_integrations.core.passages.stores import check_store, check_travels
-from kalm_integrations.core.settings import SETTING_NAMES, build_settings, check_names
+from kalm_integrations.core.passages.stores import check_stores, check_stores_travel
+from kalm_integrations.core.settings import SETTING_NAMES, STORE_SETTINGS, build_settings, check_names
 from kalm_integrations.errors import SettingsError
 
 logger = logging.getLogger(__name__)
-
-STORE_SETTINGS = ("payload_store", "prefix_store")
 
 # One lock a model, so that nobody waits for another model's download; kept here, because a lock in a component would forbid
 # copying it.
@@ -73,8 +71,7 @@ def check_model(model: object, settings: Mapping[str, Any]) -> None:
         msg = f"model must be an alias, a hub id, a folder or a reranker, but got {type(model).__name__}"
         raise SettingsError(msg)
     build_settings(given)
-    for name in STORE_SETTINGS:
-        check_store(given.get(name), name)
+    check_stores(given)
 
 
 def check_model_kwargs(model_kwargs: Mapping[str, Any], fields: Iterable[str]) -> None:
@@ -175,9 +172,7 @@ class WithModel:
                 f"but got a {type(self.model).__name__}, which stays in its own; pass model and settings instead"
             )
             raise SettingsError(msg)
-        for setting, value in self.model_settings().items():
-            if setting in STORE_SETTINGS:
-                check_travels(value, setting)
+        check_stores_travel(self.model_settings())
         check_callable_travels(getattr(self, "write_back", None), "write_back")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import lmdb
 
+from kalm_integrations.core.settings import STORE_SETTINGS
 from kalm_integrations.errors import SettingsError
 
 MAX_READERS = 1024
@@ -85,38 +86,42 @@ class LmdbPayloadStore(MutableMapping[str, bytes]):
                 transaction.put(key.encode(), value)
 
 
-def check_store(store: object, name: str) -> None:
-    """Check what was given as a store, before a folder is made of it.
+def check_stores(settings: Mapping[str, Any]) -> None:
+    """Check what was given as stores, before folders are made of them.
 
     Raises:
-        SettingsError: it is neither a mapping that can be written to, nor a path that can be a folder.
+        SettingsError: one is neither a mapping that can be written to, nor a path that can be a folder.
     """
-    if isinstance(store, (str, os.PathLike)):
-        if Path(store).is_file():
-            msg = f"{name} must be a mapping or a folder, but {os.fspath(store)!r} is a file"
+    for name in STORE_SETTINGS:
+        store = settings.get(name)
+        if isinstance(store, (str, os.PathLike)):
+            if Path(store).is_file():
+                msg = f"{name} must be a mapping or a folder, but {os.fspath(store)!r} is a file"
+                raise SettingsError(msg)
+        elif store is not None and not isinstance(store, MutableMapping):
+            msg = (
+                f"{name} must be a mapping from str to bytes or the folder of an LMDB store, but got "
+                f"{type(store).__name__}; wrap it in a collections.abc.MutableMapping"
+            )
             raise SettingsError(msg)
-    elif store is not None and not isinstance(store, MutableMapping):
-        msg = (
-            f"{name} must be a mapping from str to bytes or the folder of an LMDB store, but got "
-            f"{type(store).__name__}; wrap it in a collections.abc.MutableMapping"
-        )
-        raise SettingsError(msg)
+
+
+def check_stores_travel(settings: Mapping[str, Any]) -> None:
+    """Check that the stores among settings can be opened again by another process.
+
+    Raises:
+        SettingsError: one lives in this process only: what would be written to a copy would be lost.
+    """
+    for name in STORE_SETTINGS:
+        store = settings.get(name)
+        if store is not None and not isinstance(store, (str, os.PathLike, LmdbPayloadStore)):
+            msg = (
+                f"{name} must be the folder of an LMDB store to go to another process (pickling, num_workers), but got "
+                f"{type(store).__name__}, which stays in its own; pass a folder"
+            )
+            raise SettingsError(msg)
 
 
 def open_store(store: MutableMapping[str, bytes] | str | os.PathLike[str] | None) -> MutableMapping[str, bytes] | None:
     """Return a store: a mapping as it is, a folder as an LMDB store."""
     return LmdbPayloadStore(store) if isinstance(store, (str, os.PathLike)) else store
-
-
-def check_travels(store: object, name: str) -> None:
-    """Check that a store can be opened again by another process.
-
-    Raises:
-        SettingsError: it lives in this process only: what would be written to a copy would be lost.
-    """
-    if store is not None and not isinstance(store, (str, os.PathLike, LmdbPayloadStore)):
-        msg = (
-            f"{name} must be the folder of an LMDB store to go to another process (pickling, num_workers), but got "
-            f"{type(store).__name__}, which stays in its own; pass a folder"
-        )
-        raise SettingsError(msg)
