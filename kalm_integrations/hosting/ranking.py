@@ -24,15 +24,23 @@ _noted = threading.Event()
 
 def encode(reranker: Reranker, passages: Sequence[Passage], *, show_progress: bool = False) -> list[Metadata]:
     """Return what to store with each passage; those that carry a valid encoding keep it."""
+    _, made = encode_missing(reranker, passages, show_progress=show_progress)
+    # A kept encoding may come without its companion, from an export or another host.
+    fingerprint = reranker.fingerprint
+    return [
+        made.get(index, {ENCODING_KEY: passage.encoding or "", FINGERPRINT_KEY: fingerprint})
+        for index, passage in enumerate(passages)
+    ]
+
+
+def encode_missing(
+    reranker: Reranker, passages: Sequence[Passage], *, show_progress: bool = False
+) -> tuple[Reading, dict[int, Metadata]]:
+    """Return the reading of passages and, by index, what to store with those that carry no valid encoding."""
     reading = reranker.read(passages)
     missing = reading.not_stored
     made = reranker.encode_to_metadata([passages[index].text for index in missing], show_progress) if missing else []
-    # A kept encoding may come without its companion, from an export or another host.
-    fingerprint = reranker.fingerprint
-    encoded = [{ENCODING_KEY: passage.encoding or "", FINGERPRINT_KEY: fingerprint} for passage in passages]
-    for index, metadata in zip(missing, made, strict=True):
-        encoded[index] = metadata
-    return encoded
+    return reading, dict(zip(missing, made, strict=True))
 
 
 def rank(

@@ -17,6 +17,7 @@ from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.types import FINGERPRINT_KEY, Passage
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import under_key
+from kalm_integrations.hosting.ranking import encode_missing
 
 logger = logging.getLogger(__name__)
 
@@ -216,12 +217,10 @@ def backfill(
         for start in range(0, len(ids), batch_size):
             held = list(access.read(ids[start : start + batch_size]).items())
             passages = [kind.to_passage(document) for _, document in held]
-            reading = reranker.read(passages)
-            missing = reading.not_stored
-            made = reranker.encode_to_metadata([passages[index].text for index in missing]) if missing else []
+            reading, made = encode_missing(reranker, passages)
             additions = {
                 held[index][0]: Addition(held[index][1], under_key(metadata, kind.encoding_key))
-                for index, metadata in zip(missing, made, strict=True)
+                for index, metadata in made.items()
             }
             # The encoding too: a host may have to hide both keys.
             labels = {
