@@ -6,11 +6,10 @@ each framework; beside the adapters they are the only modules that import one.
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
+
+from kalm_integrations.logs import only_errors
 
 Part = Literal["reranking", "frameworks"]
 
@@ -35,22 +34,11 @@ def main(model: str | os.PathLike[str] = "pico", part: Part | None = None) -> No
 
     console = Console(highlight=False)
     console.width = min(console.width, WIDTH)
-    with _only_errors_logged():
+    # The demo says in its own words what the package would notice.
+    with only_errors("kalm_integrations"):
         reranker = KalmReranker.from_pretrained(model)
         if part != "frameworks":
             show_reranking(reranker, os.fspath(model), XQUAD_EN, console)
         if part != "reranking":
             show_frameworks(os.fspath(model), XQUAD_EN, console)
         show_next_steps(os.fspath(model), console)
-
-
-@contextmanager
-def _only_errors_logged() -> Iterator[None]:
-    """Keep back notices that the demo itself gives in its own words."""
-    logger = logging.getLogger("kalm_integrations")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -85,6 +85,11 @@ def find_candidates(
     return candidates
 
 
+def first_stage_name(first_stage: str) -> str:
+    """Return what a report calls a first stage; see `find_candidates`."""
+    return first_stage if first_stage == BM25_NAME else Path(first_stage).name
+
+
 def _search(first_stage: str, collection: Collection, queries: Mapping[str, str], k: int) -> Run:
     if first_stage == BM25_NAME:
         ids = list(collection.passages)

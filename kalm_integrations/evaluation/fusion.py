@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from kalm_integrations.evaluation.candidates import (
     count_pairs,
     encode_candidates,
     find_candidates,
+    first_stage_name,
     score_candidates,
 )
 from kalm_integrations.evaluation.differences import Difference, check_comparable, mean_differences
@@ -144,7 +144,7 @@ def compare_fusions(
     ]
     return FusionReport(
         collection=collection.name,
-        first_stage=first_stage if first_stage == BM25_NAME else Path(first_stage).name,
+        first_stage=first_stage_name(first_stage),
         n_queries=len(candidates),
         top_k=top_k,
         ratio=reranker.compression_ratio,

@@ -20,6 +20,7 @@ from kalm_integrations.evaluation.candidates import (
     check_ratios_and_codecs,
     encode_candidates,
     find_candidates,
+    first_stage_name,
     order,
     score_settings,
 )
@@ -127,7 +128,7 @@ def evaluate(
     check_ratios_and_codecs(reranker, ratios, codecs)
     check_comparable(measures)
     candidates = find_candidates(collection, first_stage, top_k, n_queries, seed)
-    first_name = first_stage if first_stage == BM25_NAME else Path(first_stage).name
+    first_name = first_stage_name(first_stage)
     orders: dict[str, dict[str, list[str]]] = {first_name: {q: found.ids for q, found in candidates.items()}}
     kinds = ((peers.score_by_cross_encoder, cross_encoders), (peers.score_by_bi_encoder, bi_encoders))
     for score, models in kinds:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from kalm_integrations.errors import CheckpointNotFoundError, SettingsError
+from kalm_integrations.logs import only_errors
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +107,8 @@ def _fetch(repository: str, revision: str | None, token: str | None) -> Path:
     try:
         if not isinstance(try_to_load_from_cache(repository, "config.json", revision=revision), str):
             logger.info("fetching %s from the hub", repository)
-        with _quiet_retries():
+        # Two lines for each retry, and what comes of them is in our own message.
+        with only_errors("huggingface_hub"):
             return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=list(FILES)))
     except HFValidationError as error:
         msg = f"model must be a valid hub id (owner/name), an alias or an existing folder, but got {repository!r}: {error}"
@@ -122,15 +122,3 @@ def _fetch(repository: str, revision: str | None, token: str | None) -> Path:
             "or use the built-in checkpoint 'pico'"
         )
         raise CheckpointNotFoundError(msg) from error
-
-
-@contextmanager
-def _quiet_retries() -> Iterator[None]:
-    """Keep back the hub client's two lines for each retry: what comes of them is in our own message."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
