@@ -11,6 +11,11 @@ KalmError
 │   ├── CorruptEncodingError            not the format, or damaged
 │   ├── StaleEncodingError              another checkpoint, setting or text made it
 │   └── EncodingTooLargeError           longer than a setting, a store or a reader allows
+├── EngineError                         a sound request is not answered
+│   ├── QueueFullError                  too much waits already; ask again later
+│   ├── DeadlineExceededError (TimeoutError)    the answer did not come in time
+│   ├── OutOfMemoryError (MemoryError)  not even one passage fits
+│   └── PassError (RuntimeError)        torch failed
 └── NonFiniteScoreError (ArithmeticError)   the model produced NaN or infinity
 ```
 
@@ -65,6 +70,26 @@ class EncodingTooLargeError(EncodingError):
         super().__init__(reason if index is None else f"passage {index}: {reason}")
         self.reason = reason
         self.index = index
+
+
+class EngineError(KalmError):
+    """A request that breaks no rule is not answered."""
+
+
+class QueueFullError(EngineError):
+    """More would wait for the model than `max_queued_pairs` allows; the same request may be taken later."""
+
+
+class DeadlineExceededError(EngineError, TimeoutError):
+    """The answer did not come within the `timeout` that was given."""
+
+
+class OutOfMemoryError(EngineError, MemoryError):
+    """Not even a batch of one passage fits into memory."""
+
+
+class PassError(EngineError, RuntimeError):
+    """Torch failed in the middle of a batch; the cause says why."""
 
 
 class NonFiniteScoreError(KalmError, ArithmeticError):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kalm_integrations.core.fallback import OnError, check_on_error, check_timeout, keeps_order, note_answer, unranked
 from kalm_integrations.core.ranking import RankRules, check_first_stages
 from kalm_integrations.core.types import (
     AnyPassage,
@@ -32,6 +34,8 @@ class RankRequest:
     instruction: str | None
     first_stages: Sequence[list[float] | None]
     """The first stage's scores of each query's passages."""
+    timeout: float | None = None
+    """Seconds in which the answer must come."""
 
 
 class Reranker(ABC):
@@ -61,7 +65,23 @@ class Reranker(ABC):
 
     @abstractmethod
     def answer(self, request: RankRequest) -> list[Ranking]:
-        """Return the ranking of each query's passages."""
+        """Return the ranking of each query's passages.
+
+        Raises:
+            DeadlineExceededError: the request's time-out has passed.
+        """
+
+    async def aanswer(self, request: RankRequest) -> list[Ranking]:
+        """Do what `answer` does, on another thread unless a subclass knows better."""
+        return await asyncio.to_thread(self.answer, request)
+
+    async def aread(self, passages: Iterable[AnyPassage]) -> Reading:
+        """Do what `read` does, off the event loop."""
+        return await asyncio.to_thread(self.read, passages)
+
+    async def aencode_to_metadata(self, texts: Iterable[str], show_progress: bool = False) -> list[Metadata]:
+        """Do what `encode_to_metadata` does, on another thread unless a subclass knows better."""
+        return await asyncio.to_thread(self.encode_to_metadata, texts, show_progress)
 
     def find_unencoded(self, passages: Iterable[Passage]) -> list[int]:
         """Return the indices of the passages whose encoding is missing, corrupt, or of another text or model."""
@@ -81,8 +101,13 @@ class Reranker(ABC):
             StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
             NonFiniteScoreError: the model produced NaN or infinite logits.
         """
-        ranking = self.rank(query, passages, instruction=instruction)
-        return [passage.score for passage in sorted(ranking, key=lambda passage: passage.index)]
+        return _in_order(self.rank(query, passages, instruction=instruction))
+
+    async def ascore(
+        self, query: str, passages: Iterable[AnyPassage] | Reading, instruction: str | None = None
+    ) -> list[float]:
+        """Do what `score` does; no thread waits for it, and a coroutine that is cancelled takes its request back."""
+        return _in_order(await self.arank(query, passages, instruction=instruction))
 
     def rank(
         self,
@@ -95,6 +120,8 @@ class Reranker(ABC):
         first_stage_scores: Sequence[float] | None = None,
         fusion: FusionMethod | None = None,
         fusion_weight: float | None = None,
+        timeout: float | None = None,
+        on_error: OnError = "raise",
     ) -> Ranking:
         """Return passages, best first; ties keep the order of `passages`.
 
@@ -110,6 +137,10 @@ class Reranker(ABC):
                 the order of `passages` as the first stage's. `score` stays P(yes), and so does what `score_threshold` cuts
                 by; `fused` has the value that decides.
             fusion_weight: the reranker's share in it, from 0 to 1; None takes the method's default.
+            timeout: seconds in which the answer must come; None waits as long as it takes. Weights that are still to be
+                loaded take their part: see `warm_up`.
+            on_error: "keep_order" returns the passages in the order in which they came, unscored and with
+                `ranking.reranked` False, if the reranker is late or fails; mistakes in the arguments are raised all the same.
 
         Returns:
             A list of `RankedPassage`s that also says what was learned on the way: `counts`, and in `made` the metadata to
@@ -120,10 +151,49 @@ class Reranker(ABC):
                 scores that it needs, or one of them is not finite.
             StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
             NonFiniteScoreError: the model produced NaN or infinite logits.
+            EngineError: the answer did not come in time, too much waits already, or torch failed; see its subclasses.
         """
         rules = RankRules(top_k, score_threshold, fusion, fusion_weight)
-        first_stages = None if first_stage_scores is None else [first_stage_scores]
-        return self._rank([query], [passages], rules, instruction, first_stages)[0]
+        check_on_error(on_error)
+        request = _one(query, passages, rules, instruction, first_stage_scores, timeout)
+        try:
+            [ranking] = self.answer(request)
+        except Exception as error:
+            if not keeps_order(error, on_error):
+                raise
+            return unranked(request.lists[0], top_k)
+        note_answer()
+        return ranking
+
+    async def arank(
+        self,
+        query: str,
+        passages: Iterable[AnyPassage] | Reading,
+        top_k: int | None = None,
+        score_threshold: float | None = None,
+        instruction: str | None = None,
+        *,
+        first_stage_scores: Sequence[float] | None = None,
+        fusion: FusionMethod | None = None,
+        fusion_weight: float | None = None,
+        timeout: float | None = None,
+        on_error: OnError = "raise",
+    ) -> Ranking:
+        """Do what `rank` does; no thread waits for it, and a coroutine that is cancelled takes its request back.
+
+        What of a request is not being computed yet is not computed any more then.
+        """
+        rules = RankRules(top_k, score_threshold, fusion, fusion_weight)
+        check_on_error(on_error)
+        request = _one(query, passages, rules, instruction, first_stage_scores, timeout)
+        try:
+            [ranking] = await self.aanswer(request)
+        except Exception as error:
+            if not keeps_order(error, on_error):
+                raise
+            return unranked(request.lists[0], top_k)
+        note_answer()
+        return ranking
 
     def rank_many(
         self,
@@ -147,28 +217,47 @@ class Reranker(ABC):
             SettingsError: there are not as many lists as queries; and what `rank` raises.
         """
         rules = RankRules(top_k, score_threshold, fusion, fusion_weight)
-        return self._rank(queries, passages, rules, instruction, first_stage_scores)
+        return self.answer(_request(queries, passages, rules, instruction, first_stage_scores, None))
 
-    def _rank(
-        self,
-        queries: Iterable[Any],
-        passages: Iterable[Any],
-        rules: RankRules,
-        instruction: object,
-        first_stage_scores: Sequence[Sequence[float]] | None,
-    ) -> list[Ranking]:
-        """Check the arguments, then rank."""
-        queries = checked_list(queries, "queries")
-        lists = [checked_passages(given) for given in checked_list(passages, "passages")]
-        if len(queries) != len(lists):
-            msg = f"rank_many needs a list of passages for each query, but got {len(queries)} queries and {len(lists)} lists"
+
+def _one(
+    query: object,
+    passages: object,
+    rules: RankRules,
+    instruction: object,
+    first_stage_scores: Sequence[float] | None,
+    timeout: object,
+) -> RankRequest:
+    """Check the arguments of `rank`."""
+    first_stages = None if first_stage_scores is None else [first_stage_scores]
+    return _request([query], [passages], rules, instruction, first_stages, timeout)
+
+
+def _request(
+    queries: Iterable[Any],
+    passages: Iterable[Any],
+    rules: RankRules,
+    instruction: object,
+    first_stage_scores: Sequence[Sequence[float]] | None,
+    timeout: object,
+) -> RankRequest:
+    """Check the arguments of `rank_many`."""
+    queries = checked_list(queries, "queries")
+    lists = [checked_passages(given) for given in checked_list(passages, "passages")]
+    if len(queries) != len(lists):
+        msg = f"rank_many needs a list of passages for each query, but got {len(queries)} queries and {len(lists)} lists"
+        raise SettingsError(msg)
+    for query in queries:
+        if not isinstance(query, str):
+            msg = f"query must be a string, but got {type(query).__name__}"
             raise SettingsError(msg)
-        for query in queries:
-            if not isinstance(query, str):
-                msg = f"query must be a string, but got {type(query).__name__}"
-                raise SettingsError(msg)
-        first_stages = check_first_stages(first_stage_scores, lists, rules.fusion)
-        return self.answer(RankRequest(queries, lists, rules, check_instruction(instruction), first_stages))
+    first_stages = check_first_stages(first_stage_scores, lists, rules.fusion)
+    return RankRequest(queries, lists, rules, check_instruction(instruction), first_stages, check_timeout(timeout))
+
+
+def _in_order(ranking: Ranking) -> list[float]:
+    """Return the scores of a ranking in the order of the passages that were given."""
+    return [passage.score for passage in sorted(ranking, key=lambda passage: passage.index)]
 
 
 def is_reranker(value: object) -> bool:

@@ -1,26 +1,33 @@
-"""The batched passes over a loaded model: passages to states, and prompts with passages to margins."""
+"""The batched passes over a loaded model: passages to states, and prompts with passages to margins.
+
+Each is `Work` for the engine: it takes items of several callers at once, whose encodings and caches it does not confuse.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from kalm_integrations.core.batching import progress_bar, run_in_batches
 from kalm_integrations.core.checkpoint.tokenization import n_shared
+from kalm_integrations.core.engine import Work
 from kalm_integrations.core.model.decoder import answer_logits, prefill, project_passages
 from kalm_integrations.core.model.encoder import encode
 from kalm_integrations.core.model.kv_cache import GatheredKVCache, KVCache, PaddedKVCache, PrefixStates
 from kalm_integrations.core.model.layers import StackConfig
 from kalm_integrations.core.model.pooling import n_pooled_states, pool_states
-from kalm_integrations.core.passages.prefixes import Candidate, Prefix
+from kalm_integrations.core.passages.prefixes import Candidate, Prefix, PrefixKey
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.errors import NonFiniteScoreError, SettingsError
 
 BATCH_SIZES = {"encode": {"cpu": 16, "cuda": 128}, "score": {"cpu": 32, "cuda": 256}}
 """Passages per batch by device type: on a CPU more do not fit the caches, on a GPU fewer do not fill it."""
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 131072}
+"""Tokens per encoder batch by device type, padding included: a query waits for one batch of somebody's ingest."""
 
 WITHOUT_PREFIX = 2**60
 """The chunk of passages whose prompts are computed from the first token on."""
@@ -31,100 +38,108 @@ Pair = tuple[int, int]
 """Index of a prompt and index of a passage."""
 
 
-def encode_tokens(
-    runtime: Runtime, token_ids: Sequence[list[int]], ratio: int, batch_size: int | None, *, show_progress: bool = False
-) -> list[torch.Tensor]:
+@dataclass(frozen=True)
+class Row:
+    """A prompt that is to be answered for a passage."""
+
+    prompt: list[int]
+    """Token ids of the whole prompt. Rows of one query share the list."""
+    candidate: Candidate
+    prefix: Prefix | None
+    """The prompt's beginning and where its states are kept; None computes the prompt whole."""
+
+
+def encode_batch(runtime: Runtime, token_ids: Sequence[list[int]], ratio: int) -> list[torch.Tensor]:
     """Encode and pool passages.
 
     Args:
         runtime: the loaded model.
         token_ids: of each passage, at least one token each.
         ratio: compression ratio.
-        batch_size: passages per batch; None chooses by device.
-        show_progress: draw a progress bar.
 
     Returns:
-        Pooled float32 states of each passage, in order, on the CPU. Shape of each: (ceil(n_tokens / ratio), hidden).
+        Pooled float32 states of each passage, on the CPU. Shape of each: (ceil(n_tokens / ratio), hidden).
+    """
+    n_tokens = torch.tensor([len(ids) for ids in token_ids], device=runtime.device)
+    padded = pad_token_ids(token_ids).to(runtime.device)
+    states = encode(padded, n_tokens, runtime.embedding(), runtime.stack("encoder"), runtime.checkpoint.encoder_config)
+    pooled = pool_states(states, n_tokens, ratio).cpu()
+    # Cloned, so that a cached passage does not keep its whole batch alive.
+    return [row[: n_pooled_states(len(ids), ratio)].clone() for row, ids in zip(pooled, token_ids, strict=True)]
+
+
+def check_states(states: Sequence[torch.Tensor], runtime: Runtime) -> None:
+    """Refuse states that the model has not made of numbers.
 
     Raises:
-        NonFiniteScoreError: the model produced NaN or infinite states.
-        SettingsError: a token has no embedding.
+        NonFiniteScoreError: some are NaN or infinite.
     """
-    config = runtime.checkpoint.encoder_config
-    _check_vocabulary(token_ids, config)
-
-    def encode_batch(batch: list[list[int]]) -> list[torch.Tensor]:
-        n_tokens = torch.tensor([len(ids) for ids in batch], device=runtime.device)
-        padded = pad_token_ids(batch).to(runtime.device)
-        states = encode(padded, n_tokens, runtime.embedding(), runtime.stack("encoder"), config)
-        pooled = pool_states(states, n_tokens, ratio).cpu()
-        if not bool(pooled.isfinite().all()):
-            msg = f"encoder states must be finite, but some are NaN or infinite in {runtime.dtype}; {_NOT_FINITE_REMEDY}"
-            raise NonFiniteScoreError(msg)
-        # Cloned, so that a cached passage does not keep its whole batch alive.
-        return [row[: n_pooled_states(len(ids), ratio)].clone() for row, ids in zip(pooled, batch, strict=True)]
-
-    order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
-    size = batch_size or _batch_size("encode", runtime)
-    with runtime.lock, torch.inference_mode(), progress_bar("Encoding", len(order), show_progress) as progress:
-        in_order = run_in_batches([token_ids[i] for i in order], encode_batch, size, progress.update)
-    states = dict(zip(order, in_order, strict=True))
-    return [states[i] for i in range(len(token_ids))]
+    if not all(bool(rows.isfinite().all()) for rows in states):
+        msg = f"encoder states must be finite, but some are NaN or infinite in {runtime.dtype}; {_NOT_FINITE_REMEDY}"
+        raise NonFiniteScoreError(msg)
 
 
-def compute_margins(
+def score_work(runtime: Runtime, answer_ids: Sequence[int], batch_size: int | None, prefix: Prefix | None) -> Work[Row, float]:
+    """Return how margins, logit(yes) - logit(no), are computed.
+
+    Args:
+        runtime: the loaded model.
+        answer_ids: the tokens of yes and no.
+        batch_size: pairs per batch; None chooses by device.
+        prefix: of the rows; those of several callers with equal ones are computed together.
+    """
+    config = runtime.checkpoint.decoder_config
+
+    def score(rows: list[Row]) -> list[float]:
+        embedding, decoder = runtime.embedding(), runtime.stack("decoder")
+        asked = [row.prompt for row in rows]
+        if all(prompt is asked[0] for prompt in asked):
+            asked = asked[:1]
+        n_cached = 0
+        if prefix is not None:
+            n_cached = min(min(n_shared(prefix.token_ids, ids), len(ids) - 1) for ids in asked)
+        rest = [ids[n_cached:] for ids in asked]
+        token_ids = pad_token_ids(rest).to(runtime.device)
+        last = torch.tensor([len(ids) - 1 for ids in rest], device=runtime.device)
+        cache: KVCache
+        if n_cached > 0:
+            states = _prefix_states(runtime, rows)
+            cache = GatheredKVCache(states, n_cached, runtime.dtype, token_ids.shape[1])
+        else:
+            cache = _project(runtime, [row.candidate for row in rows])
+        head = embedding.tokens[list(answer_ids)]
+        logits = answer_logits(cache, token_ids, last, embedding, decoder, head, config)
+        margins: list[float] = (logits[:, 0] - logits[:, 1]).tolist()
+        return margins
+
+    group = ("score", None if prefix is None else prefix.group)
+    return Work(score, batch_size or choose_batch_size("score", runtime), group)
+
+
+def score_rows(
     runtime: Runtime,
     prompts: Sequence[list[int]],
     candidates: Sequence[Candidate],
     pairs: Sequence[Pair],
-    answer_ids: Sequence[int],
-    batch_size: int | None,
-    prefix: Prefix | None = None,
-) -> list[float]:
-    """Return logit(yes) - logit(no) of prompts for passages.
+    prefix: Prefix | None,
+) -> Iterator[tuple[Prefix | None, list[int], list[Row]]]:
+    """Yield pairs in the order in which they are best computed: those that use prefix states, then those that do not.
 
     Args:
         runtime: the loaded model.
         prompts: token ids of each whole prompt.
         candidates: the passages.
-        pairs: which prompt is to be answered for which passage: indices of both.
-        answer_ids: the tokens of yes and no.
-        batch_size: pairs per batch; None chooses by device.
+        pairs: which prompt is to be answered for which passage.
         prefix: the prompts' common beginning and where its states are kept; None computes every prompt whole.
 
-    Returns:
-        The margin of each pair, in order.
+    Yields:
+        The prefix or None, which of the pairs follow, and their rows.
 
     Raises:
-        NonFiniteScoreError: the model produced NaN or infinite logits.
         SettingsError: a token of a prompt has no embedding.
     """
-    config = runtime.checkpoint.decoder_config
-    _check_vocabulary(prompts, config)
-    embedding, decoder = runtime.embedding(), runtime.stack("decoder")
-    head = embedding.tokens[list(answer_ids)]
-    chunks = [0] * len(candidates) if prefix is None else _chunks(runtime, candidates, len(prompts), prefix)
-
-    def score_batch(batch: list[Pair]) -> list[float]:
-        asked = [prompts[query] for query, _ in batch]
-        if all(prompt is asked[0] for prompt in asked):
-            asked = asked[:1]
-        n_cached = 0
-        if prefix is not None and chunks[batch[0][1]] != WITHOUT_PREFIX:
-            n_cached = min(min(n_shared(prefix.token_ids, ids), len(ids) - 1) for ids in asked)
-        rest = [ids[n_cached:] for ids in asked]
-        token_ids = pad_token_ids(rest).to(runtime.device)
-        last = torch.tensor([len(ids) - 1 for ids in rest], device=runtime.device)
-        rows = [candidates[index] for _, index in batch]
-        cache: KVCache
-        if prefix is not None and n_cached > 0:
-            states = _prefix_states(runtime, rows, prefix)
-            cache = GatheredKVCache(states, n_cached, runtime.dtype, token_ids.shape[1])
-        else:
-            cache = _project(runtime, rows)
-        logits = answer_logits(cache, token_ids, last, embedding, decoder, head, config)
-        margins: list[float] = (logits[:, 0] - logits[:, 1]).tolist()
-        return margins
+    check_vocabulary(prompts, runtime.checkpoint.decoder_config)
+    chunks = [WITHOUT_PREFIX] * len(candidates) if prefix is None else _chunks(runtime, candidates, len(prompts), prefix)
 
     def key(i: int) -> tuple[int, int, int, int]:
         """Neighbours share a prompt, or have prompts and passages of like length."""
@@ -132,13 +147,18 @@ def compute_margins(
         return chunks[candidate], len(prompts[query]), query, -len(candidates[candidate].states)
 
     order = sorted(range(len(pairs)), key=key)
-    size = batch_size or _batch_size("score", runtime)
-    in_order: list[float] = []
-    with runtime.lock, torch.inference_mode():
-        for is_whole in (False, True):
-            batchable = [pairs[i] for i in order if (chunks[pairs[i][1]] == WITHOUT_PREFIX) == is_whole]
-            in_order += run_in_batches(batchable, score_batch, size)
-    margins = [margin for _, margin in sorted(zip(order, in_order, strict=True))]
+    for used in (prefix, None) if prefix is not None else (None,):
+        chosen = [i for i in order if (chunks[pairs[i][1]] == WITHOUT_PREFIX) == (used is None)]
+        if chosen:
+            yield used, chosen, [Row(prompts[pairs[i][0]], candidates[pairs[i][1]], used) for i in chosen]
+
+
+def check_margins(margins: Sequence[float], runtime: Runtime) -> None:
+    """Refuse margins that are no numbers.
+
+    Raises:
+        NonFiniteScoreError: the model produced NaN or infinite logits.
+    """
     n_bad = sum(not math.isfinite(margin) for margin in margins)
     if n_bad:
         msg = (
@@ -146,51 +166,57 @@ def compute_margins(
             + _NOT_FINITE_REMEDY
         )
         raise NonFiniteScoreError(msg)
-    return margins
 
 
-def prepare_prefixes(
-    runtime: Runtime, candidates: Sequence[Candidate], prefix: Prefix, batch_size: int | None, *, show_progress: bool = False
-) -> None:
-    """Compute and keep the prefix states of passages, those that are kept already excepted."""
-    _check_vocabulary([list(prefix.token_ids)], runtime.checkpoint.decoder_config)
-    ordered = sorted(candidates, key=lambda candidate: -len(candidate.states))
+def prepare_work(runtime: Runtime, batch_size: int | None) -> Work[Row, None]:
+    """Return how prefix states are computed and kept, those that are kept already excepted."""
 
-    def prepare_batch(batch: list[Candidate]) -> list[None]:
-        _prefix_states(runtime, batch, prefix)
-        return [None] * len(batch)
+    def prepare(rows: list[Row]) -> list[None]:
+        _prefix_states(runtime, rows)
+        return [None] * len(rows)
 
-    size = batch_size or _batch_size("score", runtime)
-    with runtime.lock, torch.inference_mode(), progress_bar("Prefill", len(ordered), show_progress) as progress:
-        run_in_batches(ordered, prepare_batch, size, progress.update)
+    return Work(prepare, batch_size or choose_batch_size("score", runtime))
 
 
-def _project(runtime: Runtime, rows: Sequence[Candidate]) -> PaddedKVCache:
+def _project(runtime: Runtime, candidates: Sequence[Candidate]) -> PaddedKVCache:
     """Project the states of passages to keys and values; one that several prompts ask about is projected once."""
-    unique = list({id(row): row for row in rows}.values())
-    n_states = torch.tensor([len(row.states) for row in unique], device=runtime.device)
-    padded = pad_sequence([row.states for row in unique], batch_first=True).to(runtime.device)
+    unique = list({candidate.key: candidate for candidate in candidates}.values())
+    n_states = torch.tensor([len(candidate.states) for candidate in unique], device=runtime.device)
+    padded = pad_sequence([candidate.states for candidate in unique], batch_first=True).to(runtime.device)
     cache = project_passages(padded, n_states, runtime.stack("decoder"), runtime.checkpoint.decoder_config)
-    if len(unique) == len(rows):
+    if len(unique) == len(candidates):
         return cache
-    position = {id(row): index for index, row in enumerate(unique)}
-    return cache.select(torch.tensor([position[id(row)] for row in rows], device=runtime.device))
+    position = {candidate.key: index for index, candidate in enumerate(unique)}
+    return cache.select(torch.tensor([position[candidate.key] for candidate in candidates], device=runtime.device))
 
 
-def _prefix_states(runtime: Runtime, rows: Sequence[Candidate], prefix: Prefix) -> list[PrefixStates]:
-    """Return the prefix states of passages, computing and keeping those that are not kept."""
+def _prefix_states(runtime: Runtime, rows: Sequence[Row]) -> list[PrefixStates]:
+    """Return the prefix states of rows with equal prefixes, computing and keeping those that are not kept.
+
+    Each row's are looked for, and kept, where its own prefix says.
+    """
     config = runtime.checkpoint.decoder_config
     layout = (len(config.layer_types), config.n_kv_heads, config.head_width)
-    states = prefix.find(rows, layout, runtime.device)
-    missing = {prefix.key(row): row for row in rows if prefix.key(row) not in states}
+    by_place: dict[int, tuple[Prefix, list[Candidate]]] = {}
+    for row in rows:
+        if row.prefix is not None:
+            by_place.setdefault(id(row.prefix.cache), (row.prefix, []))[1].append(row.candidate)
+    states: dict[PrefixKey, PrefixStates] = {}
+    missing: dict[PrefixKey, Candidate] = {}
+    for prefix, candidates in by_place.values():
+        found = prefix.find(candidates, layout, runtime.device)
+        states |= found
+        missing |= {prefix.key(one): one for one in candidates if prefix.key(one) not in found}
+    missing = {key: candidate for key, candidate in missing.items() if key not in states}
     if missing:
         token_ids = torch.tensor([prefix.token_ids], device=runtime.device)
         cache = _project(runtime, list(missing.values()))
         cache = prefill(cache, token_ids, runtime.embedding(), runtime.stack("decoder"), config)
-        made = dict(zip(missing, cache.split(prefix.dtype), strict=True))
-        prefix.keep(made)
-        states |= made
-    return [states[prefix.key(row)] for row in rows]
+        states |= dict(zip(missing, cache.split(prefix.dtype), strict=True))
+    for prefix, candidates in by_place.values():
+        wanted = {prefix.key(candidate) for candidate in candidates}
+        prefix.keep({key: states[key] for key in missing if key in wanted})
+    return [states[row.prefix.key(row.candidate)] for row in rows if row.prefix is not None]
 
 
 def _chunks(runtime: Runtime, candidates: Sequence[Candidate], n_prompts: int, prefix: Prefix) -> list[int]:
@@ -217,12 +243,22 @@ def _chunks(runtime: Runtime, candidates: Sequence[Candidate], n_prompts: int, p
     return chunks
 
 
-def _batch_size(kind: str, runtime: Runtime) -> int:
+def choose_batch_size(kind: str, runtime: Runtime) -> int:
+    """Return how many passages to "encode" or "score" at a time."""
     return BATCH_SIZES[kind].get(runtime.device.type, BATCH_SIZES[kind]["cpu"])
 
 
-def _check_vocabulary(rows: Sequence[list[int]], config: StackConfig) -> None:
-    """Refuse ids beyond the embeddings: on a GPU looking one up would end every later pass of the process."""
+def choose_batch_tokens(runtime: Runtime) -> int:
+    """Return how many tokens to encode at a time."""
+    return BATCH_TOKENS.get(runtime.device.type, BATCH_TOKENS["cpu"])
+
+
+def check_vocabulary(rows: Sequence[list[int]], config: StackConfig) -> None:
+    """Refuse ids beyond the embeddings: on a GPU looking one up would end every later pass of the process.
+
+    Raises:
+        SettingsError: a token has no embedding.
+    """
     highest = max(map(max, rows), default=0)
     if highest >= config.vocabulary_size:
         msg = (

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from kalm_integrations.core.base import RankRequest, check_instruction, checked_passages
+from kalm_integrations.core.engine import Job, Work
+from kalm_integrations.core.flows import Flow, call_plainly
 from kalm_integrations.core.opening import Parts
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.reading import Reader
@@ -24,6 +26,7 @@ class Ranker:
 
     def __init__(self, parts: Parts) -> None:
         """Make reader, writer and scorer of the parts."""
+        self._runtime = parts.runtime
         ratio, query = parts.storage.compression_ratio, parts.query
         self.reader = Reader(parts.runtime.checkpoint, parts.encoder, ratio, query.cache_bytes, parts.payload_store)
         self.writer = Writer(parts.runtime, self.reader, parts.encoder, parts.storage, query.encode_batch_size)
@@ -31,18 +34,18 @@ class Ranker:
         self.scorer = Scorer(parts.runtime, self.reader, query, allows_special, parts.prefix_store)
         self._calibration = parts.calibration
 
-    def answer(self, request: RankRequest) -> list[Ranking]:
+    def answer(self, request: RankRequest) -> Flow[list[Ranking]]:
         """Return the ranking of each query's passages."""
         rankings: list[Ranking] = []
         for part in _slices(request.lists, MAX_PASSAGES_AT_ONCE):
             readings = self._read(request.lists[part])
             found = {id(reading.encodings): reading.encodings for reading in readings}.values()
             encodings = {key: encoding for of_reading in found for key, encoding in of_reading.items()}
-            made = self._encode(readings, encodings)
+            made = yield from self._encode(readings, encodings)
             encodings |= made
             margins: list[list[float]] = [[] for _ in readings]
             if encodings:
-                margins = self.scorer.margins(request.queries[part], readings, encodings, request.instruction)
+                margins = yield from self.scorer.margins(request.queries[part], readings, encodings, request.instruction)
             for reading, of_query, first_stage in zip(readings, margins, request.first_stages[part], strict=True):
                 ranked = request.rules.apply(of_query, self._scores(of_query), reading.texts, first_stage)
                 not_stored = {index: encodings[reading.keys[index]] for index in reading.not_stored}
@@ -50,9 +53,28 @@ class Ranker:
                 rankings.append(Ranking(ranked, reading, encoded, self._to_write(not_stored)))
         return rankings
 
+    def load(self, sides: Sequence[str]) -> Flow[None]:
+        """Load the embeddings and the weights of the sides ("encoder", "decoder")."""
+        runtime = self._runtime
+
+        def load(names: list[str | None]) -> list[object]:
+            return [runtime.embedding() if name is None else runtime.stack(name) for name in names]
+
+        yield Job(Work(load, size=1), [None, *sides])
+
+    def encode_passages(self, texts: Iterable[str], *, show_progress: bool) -> Flow[list[EncodedPassage]]:
+        """Return the encodings of texts; see `KalmReranker.encode_passages`."""
+        encodings = yield from self.writer.encode_texts(texts, show_progress=show_progress)
+        return self.writer.fit_inline(encodings)
+
+    def encode_to_metadata(self, texts: Iterable[str], *, show_progress: bool) -> Flow[list[Metadata]]:
+        """Return the metadata to store with texts."""
+        encodings = yield from self.writer.encode_texts(texts, show_progress=show_progress)
+        return self.writer.to_metadata(encodings)
+
     def prepare(
         self, passages: Iterable[AnyPassage] | Reading, instruction: str | None, *, show_progress: bool = False
-    ) -> None:
+    ) -> Flow[None]:
         """Compute the prefix states of passages; see `KalmReranker.prepare`."""
         check_instruction(instruction)
         given = checked_passages(passages)
@@ -60,8 +82,9 @@ class Ranker:
         parts = [given] if isinstance(given, Reading) else [given[i : i + size] for i in range(0, len(given), size)]
         for part in parts:
             reading = self.reader.use(part)
-            encodings = {**reading.encodings, **self._encode([reading], reading.encodings)}
-            self.scorer.prepare(encodings.values(), instruction, show_progress=show_progress)
+            made = yield from self._encode([reading], reading.encodings, is_bulk=True)
+            encodings = {**reading.encodings, **made}
+            yield from self.scorer.prepare(encodings.values(), instruction, show_progress=show_progress)
 
     def _read(self, lists: Sequence[list[AnyPassage] | Reading]) -> list[Reading]:
         """Read the passages of several queries together, so that what they share is read once."""
@@ -76,16 +99,18 @@ class Ranker:
                 start += len(passages)
         return readings
 
-    def _encode(self, readings: Iterable[Reading], known: Any) -> dict[Hashable, EncodedPassage]:
+    def _encode(
+        self, readings: Iterable[Reading], known: Any, *, is_bulk: bool = False
+    ) -> Flow[dict[Hashable, EncodedPassage]]:
         """Encode the texts whose encodings are not known."""
         texts = {key: text for reading in readings for key, text in reading.unencoded.items() if key not in known}
-        return self.writer.encode(texts)
+        return (yield from self.writer.encode(texts, is_bulk=is_bulk)) if texts else {}
 
     def _to_write(self, encodings: dict[int, EncodedPassage]) -> Any:
         """Return a function that writes the metadata of passages by their indices."""
 
         def write(indices: Sequence[int]) -> list[Metadata]:
-            return self.writer.to_metadata([encodings[index] for index in indices])
+            return call_plainly(lambda: self.writer.to_metadata([encodings[index] for index in indices]))
 
         return write
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import Counter
 from collections.abc import Hashable, Iterable, MutableMapping
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from kalm_integrations.core.checkpoint.opened import Checkpoint
 from kalm_integrations.core.checkpoint.prompts import PASSAGE_TEMPLATE, passage_text
+from kalm_integrations.core.forks import ForkSafeLock
 from kalm_integrations.core.passages.caches import BoundedCache
 from kalm_integrations.core.passages.encoding import EncodedPassage, fingerprint, hash_text
 from kalm_integrations.core.settings import EncoderSettings
@@ -39,7 +39,7 @@ class Reader:
         self.cache: BoundedCache[Hashable, EncodedPassage] = BoundedCache(cache_bytes)
         """By key; see `key`."""
         self._stats = RuntimeStats()
-        self._stats_lock = threading.Lock()
+        self._stats_lock = ForkSafeLock()
         self._warned: set[str] = set()
 
     @property

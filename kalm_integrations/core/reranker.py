@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from kalm_integrations.core.base import RankRequest, Reranker
+from kalm_integrations.core.flows import Driver, call_aside, call_plainly
 from kalm_integrations.core.opening import Parts, open_parts, travelling
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.ranker import Ranker
@@ -45,6 +46,7 @@ class KalmReranker(Reranker):
             raise SettingsError(msg)
         self._parts = parts
         self._ranker = Ranker(parts)
+        self._driver = Driver(parts.runtime.engine, parts.query.max_queued_pairs)
 
     @classmethod
     def from_pretrained(
@@ -72,6 +74,7 @@ class KalmReranker(Reranker):
         prefix_dtype: str | None = None,
         prefix_store: MutableMapping[str, bytes] | str | os.PathLike[str] | None = None,
         calibration: bool | Calibration | Mapping[str, float] | None = None,
+        max_queued_pairs: int | None = None,
     ) -> KalmReranker:
         """Open a checkpoint. Its weights are loaded when they are first needed.
 
@@ -110,6 +113,8 @@ class KalmReranker(Reranker):
                 half of that in float16.
             calibration: makes scores probabilities: True takes what `kalm calibrate` has saved beside the checkpoint, or give
                 `{"temperature": …, "bias": …}`. Off by default. Margins, the order and encodings do not depend on it.
+            max_queued_pairs: how many pairs, or passages to encode, of all callers together may wait for the model; a request
+                beyond that is refused with a `QueueFullError`, unless it is the only one. 65,536 by default.
 
         Raises:
             SettingsError: a setting is out of range or unknown.
@@ -137,6 +142,7 @@ class KalmReranker(Reranker):
             "prefix_dtype": prefix_dtype,
             "prefix_store": prefix_store,
             "calibration": calibration,
+            "max_queued_pairs": max_queued_pairs,
         }
         return cls(open_parts(model, settings))
 
@@ -170,10 +176,8 @@ class KalmReranker(Reranker):
 
     def warm_up(self, *, encoder: bool = True, decoder: bool = True) -> None:
         """Load weights now: the encoder's instead of at the first miss, the decoder's instead of at the first score."""
-        self.runtime.embedding()
-        for side, is_wanted in (("encoder", encoder), ("decoder", decoder)):
-            if is_wanted:
-                self.runtime.stack(side)
+        wanted = [side for side, is_wanted in (("encoder", encoder), ("decoder", decoder)) if is_wanted]
+        self._driver.run(self._ranker.load(wanted))
 
     def encode_passages(self, texts: Iterable[str], show_progress: bool = False) -> list[EncodedPassage]:
         """Encode passages; duplicates, and passages still in memory, are not encoded again.
@@ -190,11 +194,19 @@ class KalmReranker(Reranker):
             EncodingTooLargeError: a passage does not fit `max_inline_bytes` even at the coarsest ratio, and there is no
                 `payload_store`.
         """
-        return self._ranker.writer.fit_inline(self._ranker.writer.encode_texts(texts, show_progress=show_progress))
+        return self._driver.run(self._ranker.encode_passages(texts, show_progress=show_progress))
+
+    async def aencode_passages(self, texts: Iterable[str], show_progress: bool = False) -> list[EncodedPassage]:
+        """Do what `encode_passages` does; no thread waits, and what is left is not encoded if the coroutine is cancelled."""
+        return await self._driver.arun(self._ranker.encode_passages(texts, show_progress=show_progress))
 
     def encode_to_metadata(self, texts: Iterable[str], show_progress: bool = False) -> list[Metadata]:
         """Do what `encode_passages` does, but return the metadata to store: for each passage `kalm_encoding` and `kalm_fp`."""
-        return self._ranker.writer.to_metadata(self._ranker.writer.encode_texts(texts, show_progress=show_progress))
+        return self._driver.run(self._ranker.encode_to_metadata(texts, show_progress=show_progress))
+
+    async def aencode_to_metadata(self, texts: Iterable[str], show_progress: bool = False) -> list[Metadata]:
+        """Do what `encode_to_metadata` does, as `aencode_passages` does it."""
+        return await self._driver.arun(self._ranker.encode_to_metadata(texts, show_progress=show_progress))
 
     def read(self, passages: Iterable[AnyPassage]) -> Reading:
         """Return the status of each passage's encoding: stored, cached, missing, stale or corrupt.
@@ -206,11 +218,19 @@ class KalmReranker(Reranker):
             SettingsError: a passage has the wrong type.
             StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
         """
-        return self._ranker.reader.read(passages)
+        return call_plainly(lambda: self._ranker.reader.read(passages))
+
+    async def aread(self, passages: Iterable[AnyPassage]) -> Reading:
+        """See `Reranker`."""
+        return await call_aside(lambda: self._ranker.reader.read(passages))
 
     def answer(self, request: RankRequest) -> list[Ranking]:
         """See `Reranker`."""
-        return self._ranker.answer(request)
+        return self._driver.run(self._ranker.answer(request), request.timeout)
+
+    async def aanswer(self, request: RankRequest) -> list[Ranking]:
+        """See `Reranker`: no thread waits."""
+        return await self._driver.arun(self._ranker.answer(request), request.timeout)
 
     def prepare(
         self, passages: Iterable[AnyPassage] | Reading, instruction: str | None = None, show_progress: bool = False
@@ -229,7 +249,7 @@ class KalmReranker(Reranker):
             SettingsError: an argument has the wrong type, or there is nowhere to keep states.
             StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
         """
-        self._ranker.prepare(passages, instruction, show_progress=show_progress)
+        self._driver.run(self._ranker.prepare(passages, instruction, show_progress=show_progress))
 
     def __repr__(self) -> str:
         """Return checkpoint, device, precision, ratio and codec."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -13,6 +12,8 @@ import torch
 from kalm_integrations.core.checkpoint.locate import resolve
 from kalm_integrations.core.checkpoint.opened import Checkpoint
 from kalm_integrations.core.checkpoint.tokenization import PromptTokenizer
+from kalm_integrations.core.engine import Engine
+from kalm_integrations.core.forks import ForkSafeLock
 from kalm_integrations.core.model.layers import EmbeddingWeights, StackWeights
 from kalm_integrations.core.settings import check_dtype
 from kalm_integrations.errors import SettingsError
@@ -28,9 +29,9 @@ class Runtime:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
-        # Re-entrant, because a pass loads weights. One pass at a time: it uses all cores (or the whole GPU) anyway, and
-        # two threads that miss the same passage do not both encode it.
-        self.lock = threading.RLock()
+        self.engine = Engine()
+        """Runs the passes, one at a time: each uses all cores, or the whole GPU."""
+        self._lock = ForkSafeLock()
         self._tokenizers: dict[bool, PromptTokenizer] = {}
         self._embedding: EmbeddingWeights | None = None
         self._stacks: dict[str, StackWeights] = {}
@@ -50,7 +51,7 @@ class Runtime:
 
     def tokenizer(self, *, allow_special_tokens: bool) -> PromptTokenizer:
         """Return the tokenizer that reads special-token strings as text, or as control tokens."""
-        with self.lock:
+        with self._lock:
             if allow_special_tokens not in self._tokenizers:
                 loaded = self.checkpoint.load_tokenizer()
                 self._tokenizers[allow_special_tokens] = PromptTokenizer(loaded, allow_special_tokens=allow_special_tokens)
@@ -58,14 +59,14 @@ class Runtime:
 
     def embedding(self) -> EmbeddingWeights:
         """Return the token embeddings, loading them the first time."""
-        with self.lock:
+        with self._lock:
             if self._embedding is None:
                 self._embedding = self.checkpoint.load_embedding(self.device)
             return self._embedding
 
     def stack(self, side: str) -> StackWeights:
         """Return the layers of the "encoder" or the "decoder", loading them the first time."""
-        with self.lock:
+        with self._lock:
             if side not in self._stacks:
                 logger.info("loading the %s of %s", side, self.checkpoint.folder)
                 self._stacks[side] = self.checkpoint.load_stack(side, self.device, self.dtype)
@@ -73,7 +74,7 @@ class Runtime:
 
 
 _runtimes: WeakValueDictionary[tuple[object, ...], Runtime] = WeakValueDictionary()
-_runtimes_lock = threading.Lock()
+_runtimes_lock = ForkSafeLock()
 
 
 def get_runtime(

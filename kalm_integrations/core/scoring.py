@@ -6,11 +6,22 @@ import time
 import zlib
 from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
 
+from tqdm.auto import tqdm
+
+from kalm_integrations.core.engine import Job
+from kalm_integrations.core.flows import Flow
 from kalm_integrations.core.model.kv_cache import PrefixStates
 from kalm_integrations.core.passages.caches import BoundedCache
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.passages.prefixes import PREFIX_DTYPES, Candidate, Prefix, PrefixKey
-from kalm_integrations.core.passes import compute_margins, prepare_prefixes
+from kalm_integrations.core.passes import (
+    Row,
+    check_margins,
+    check_vocabulary,
+    prepare_work,
+    score_rows,
+    score_work,
+)
 from kalm_integrations.core.reading import Reader
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.core.settings import QuerySettings
@@ -44,7 +55,7 @@ class Scorer:
         readings: Sequence[Reading],
         encodings: Mapping[Hashable, EncodedPassage],
         instruction: str | None,
-    ) -> list[list[float]]:
+    ) -> Flow[list[list[float]]]:
         """Return the margins of each query's passages.
 
         Args:
@@ -61,21 +72,22 @@ class Scorer:
         position = {key: index for index, key in enumerate(encodings)}
         asked = [[(query, position[key]) for key in reading.keys] for query, reading in enumerate(readings)]
         pairs = list(dict.fromkeys(pair for row in asked for pair in row))
-        margins = compute_margins(
-            self._runtime,
-            prompts,
-            [_candidate(encoding) for encoding in encodings.values()],
-            pairs,
-            tokenizer.answer_ids,
-            self._query.score_batch_size,
-            self._prefix(tokenizer.prompt_prefix(*parts)),
-        )
-        self._reader.count(passages_scored=len(pairs), score_seconds=time.perf_counter() - started)
+        prefix = self._prefix(tokenizer.prompt_prefix(*parts))
+        candidates = [_candidate(encoding) for encoding in encodings.values()]
+        margins = [0.0] * len(pairs)
+        seconds = time.perf_counter() - started
+        for used, chosen, rows in score_rows(self._runtime, prompts, candidates, pairs, prefix):
+            job = Job(score_work(self._runtime, tokenizer.answer_ids, self._query.score_batch_size, used), rows)
+            for index, margin in zip(chosen, (yield job), strict=True):
+                margins[index] = margin
+            seconds += job.seconds
+        check_margins(margins, self._runtime)
+        self._reader.count(passages_scored=len(pairs), score_seconds=seconds)
         by_pair = dict(zip(pairs, margins, strict=True))
         return [[by_pair[pair] for pair in row] for row in asked]
 
-    def prepare(self, encodings: Iterable[EncodedPassage], instruction: str | None, *, show_progress: bool) -> None:
-        """Compute and keep the prefix states of passages.
+    def prepare(self, encodings: Iterable[EncodedPassage], instruction: str | None, *, show_progress: bool) -> Flow[None]:
+        """Compute and keep the prefix states of passages, as bulk work.
 
         Raises:
             SettingsError: there is nowhere to keep them.
@@ -85,8 +97,12 @@ class Scorer:
         if prefix is None:
             msg = "prepare needs somewhere to keep prefix states, but prefix_cache_bytes is 0 and there is no prefix_store"
             raise SettingsError(msg)
-        candidates = [_candidate(encoding) for encoding in encodings]
-        prepare_prefixes(self._runtime, candidates, prefix, self._query.score_batch_size, show_progress=show_progress)
+        check_vocabulary([list(prefix.token_ids)], self._runtime.checkpoint.decoder_config)
+        rows = [Row([], _candidate(encoding), prefix) for encoding in encodings]
+        rows.sort(key=lambda row: -len(row.candidate.states))
+        with tqdm(total=len(rows), desc="Prefill", unit="passage", disable=not show_progress) as progress:
+            work = prepare_work(self._runtime, self._query.score_batch_size)
+            yield Job(work, rows, is_bulk=True, report=progress.update)
 
     def _instructions(self, instruction: str | None) -> tuple[str, str]:
         """Return the system instruction, and the instruction of a call."""

@@ -121,6 +121,8 @@ class QuerySettings(_Settings):
     prefix_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     calibration: bool | Calibration = False
     """True takes the checkpoint's."""
+    max_queued_pairs: PositiveInt = 2**16
+    """Pairs (or passages to encode) that may wait for the model, of all callers together, for a new request to be taken."""
 
 
 STORE_SETTINGS = ("payload_store", "prefix_store")

@@ -115,9 +115,9 @@ class RankedPassage:
     index: int
     """Position in the passages that were given."""
     score: float
-    """P(yes), between 0 and 1."""
+    """P(yes), between 0 and 1; NaN in a ranking that was not reranked."""
     margin: float
-    """logit(yes) - logit(no): the score before the sigmoid, which keeps apart what rounds to the same score."""
+    """logit(yes) - logit(no): the score before the sigmoid, which keeps apart what rounds to the same score. NaN as above."""
     fused: float | None = None
     """What the ranking is ordered by if it is fused with the first stage's; comparable within one query only."""
     text: str | None = field(default=None, compare=False)
@@ -130,8 +130,8 @@ class RankedPassage:
         return f"RankedPassage(index={self.index}, score={self.score!r}, margin={self.margin!r}{fused}{text})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, for JSON."""
-        return asdict(self)
+        """Return the fields, for JSON, which has no NaN."""
+        return {name: None if value != value else value for name, value in asdict(self).items()}
 
 
 _SHORT = reprlib.Repr()
@@ -150,6 +150,8 @@ class Ranking(list[RankedPassage]):
         reading: Reading,
         encoded: Iterable[int] = (),
         write: Callable[[Sequence[int]], list[Metadata]] | None = None,
+        *,
+        reranked: bool = True,
     ) -> None:
         """Put a ranking together; `KalmReranker.rank` does.
 
@@ -158,8 +160,10 @@ class Ranking(list[RankedPassage]):
             reading: of all passages that were given, also those that were cut off.
             encoded: indices of the passages that had to be encoded.
             write: returns the metadata of passages that are not stored, by their indices.
+            reranked: False if this is the order in which the passages came, unscored: the reranker failed or was late.
         """
         super().__init__(passages)
+        self.reranked = reranked
         self.reading = reading.without_encodings()
         self._encoded = tuple(encoded)
         self._write = write
@@ -187,16 +191,16 @@ class Ranking(list[RankedPassage]):
         return dict(zip(indices, self._write(indices), strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the ranked passages and the counts, for JSON."""
-        return {"results": [passage.to_dict() for passage in self], "counts": self.counts}
+        """Return the ranked passages, whether they were reranked, and the counts, for JSON."""
+        return {"results": [passage.to_dict() for passage in self], "reranked": self.reranked, "counts": self.counts}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel with what was made instead of the means to make it."""
-        return _restore_ranking, (list(self), self.reading, self.made)
+        return _restore_ranking, (list(self), self.reading, self.made, self.reranked)
 
 
-def _restore_ranking(passages: list[RankedPassage], reading: Reading, made: dict[int, Metadata]) -> Ranking:
-    return Ranking(passages, reading, made, lambda indices: [made[index] for index in indices])
+def _restore_ranking(passages: list[RankedPassage], reading: Reading, made: dict[int, Metadata], reranked: bool) -> Ranking:
+    return Ranking(passages, reading, made, lambda indices: [made[index] for index in indices], reranked=reranked)
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,75 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
 
 from kalm_integrations.core.checkpoint.prompts import passage_text
+from kalm_integrations.core.engine import Job, Work
+from kalm_integrations.core.flows import Flow
+from kalm_integrations.core.passages.caches import BoundedCache
 from kalm_integrations.core.passages.encoding import EncodedPassage
-from kalm_integrations.core.passes import encode_tokens
+from kalm_integrations.core.passes import (
+    check_states,
+    check_vocabulary,
+    choose_batch_size,
+    choose_batch_tokens,
+    encode_batch,
+)
 from kalm_integrations.core.reading import Reader
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.core.settings import EncoderSettings, StorageSettings, poolable_ratios
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata, checked_list
 from kalm_integrations.errors import EncodingTooLargeError, SettingsError
+
+BULK_SLICE = 4096
+"""Passages that bulk work tokenises and queues at a time."""
+
+
+@dataclass(frozen=True)
+class _Unencoded:
+    """A passage to encode."""
+
+    key: Hashable
+    token_ids: list[int]
+    cache: BoundedCache[Hashable, EncodedPassage]
+    """Where another request may have left the encoding meanwhile."""
+    finish: Callable[[Hashable, list[int], torch.Tensor], EncodedPassage]
+    """Makes an encoding of key, tokens and states."""
+
+
+def _encode_work(runtime: Runtime, ratio: int, batch_size: int | None) -> Work[_Unencoded, tuple[EncodedPassage, bool]]:
+    """Return how passages are encoded: into their encodings, and whether each had to be made."""
+
+    def encode(rows: list[_Unencoded]) -> list[tuple[EncodedPassage, bool]]:
+        # Those of one cache and key are of one reranker and text, whoever asks.
+        names = [(id(row.cache), row.key) for row in rows]
+        known = {name: row.cache.get_many([row.key]).get(row.key) for name, row in zip(names, rows, strict=True)}
+        missing = {name: row for name, row in zip(names, rows, strict=True) if known[name] is None}
+        all_states = encode_batch(runtime, [row.token_ids for row in missing.values()], ratio) if missing else []
+        made = {}
+        for (name, row), states in zip(missing.items(), all_states, strict=True):
+            made[name] = encoding = row.finish(row.key, row.token_ids, states)
+            if bool(states.isfinite().all()):
+                row.cache.put_many({row.key: encoding})
+        results = []
+        for name in names:
+            found = known[name]
+            results.append((made[name], True) if found is None else (found, False))
+            # What a second request asks for is there by now.
+            known[name] = known[name] or made[name]
+        return results
+
+    return Work(
+        encode,
+        batch_size or choose_batch_size("encode", runtime),
+        ("encode", ratio),
+        length=lambda row: len(row.token_ids),
+        max_tokens=choose_batch_tokens(runtime) if batch_size is None else None,
+    )
 
 
 class Writer:
@@ -28,8 +87,8 @@ class Writer:
         self._storage = storage
         self._batch_size = batch_size
 
-    def encode_texts(self, texts: Iterable[str], *, show_progress: bool = False) -> list[EncodedPassage]:
-        """Return the encoding of each text, in order; duplicates, and what is in memory, are not encoded again.
+    def encode_texts(self, texts: Iterable[str], *, show_progress: bool = False) -> Flow[list[EncodedPassage]]:
+        """Return the encoding of each text, in order, as bulk work; duplicates, and what is in memory, are not encoded again.
 
         Raises:
             SettingsError: `texts` is one string, or holds something else than strings.
@@ -39,22 +98,36 @@ class Writer:
             if not isinstance(text, str):
                 msg = f"texts must be strings, but got {type(text).__name__}"
                 raise SettingsError(msg)
-        keys = [self._reader.key(text) for text in checked]
-        encodings = self.encode(dict(zip(keys, checked, strict=True)), show_progress=show_progress)
+        keys: list[Hashable] = [self._reader.key(text) for text in checked]
+        unique = list(dict(zip(keys, checked, strict=True)).items())
+        encodings: dict[Hashable, EncodedPassage] = {}
+        with tqdm(total=len(unique), desc="Encoding", unit="passage", disable=not show_progress) as progress:
+            for start in range(0, len(unique), BULK_SLICE):
+                some = dict(unique[start : start + BULK_SLICE])
+                encodings |= yield from self.encode(some, is_bulk=True, report=progress.update)
         return [encodings[key] for key in keys]
 
-    def encode(self, texts: Mapping[Hashable, str], *, show_progress: bool = False) -> dict[Hashable, EncodedPassage]:
-        """Return the encodings of texts by key, from memory or from the encoder, at the reranker's ratio."""
-        if not texts:
-            return {}
-        # Under the model's lock, so that what another thread is encoding right now is found in memory afterwards.
-        with self._runtime.lock:
-            found = self._reader.cache.get_many(texts)
-            missing = {key: text for key, text in texts.items() if key not in found}
-            made = self._encode_now(missing, show_progress=show_progress) if missing else {}
-            self._reader.cache.put_many(made)
-        self._reader.count(cache_hits=len(found), cache_misses=len(missing))
-        return found | made
+    def encode(
+        self, texts: Mapping[Hashable, str], *, is_bulk: bool = False, report: Callable[[int], object] | None = None
+    ) -> Flow[dict[Hashable, EncodedPassage]]:
+        """Return the encodings of texts by key, from memory or from the encoder, at the reranker's ratio.
+
+        Args:
+            texts: what the passages are, by key.
+            is_bulk: no query waits for them.
+            report: is told how many have been done since it was last called.
+        """
+        found = self._reader.cache.get_many(texts)
+        missing = {key: text for key, text in texts.items() if key not in found}
+        if report is not None:
+            report(len(found))
+        n_found = len(found)
+        if missing:
+            made, n_made = yield from self._encode_now(missing, is_bulk=is_bulk, report=report)
+            found |= made
+            n_found += len(made) - n_made
+        self._reader.count(cache_hits=n_found, cache_misses=len(texts) - n_found)
+        return found
 
     def fit_inline(self, encodings: Sequence[EncodedPassage]) -> list[EncodedPassage]:
         """Return each encoding at the finest published ratio whose string has at most `max_inline_bytes`.
@@ -86,7 +159,10 @@ class Writer:
             for value, encoding in zip(values, fitting, strict=True)
         ]
 
-    def _encode_now(self, texts: Mapping[Hashable, str], *, show_progress: bool) -> dict[Hashable, EncodedPassage]:
+    def _encode_now(
+        self, texts: Mapping[Hashable, str], *, is_bulk: bool, report: Callable[[int], object] | None
+    ) -> Flow[tuple[dict[Hashable, EncodedPassage], int]]:
+        """Return encodings by key, and how many of them had to be made: some may have come into memory meanwhile."""
         started = time.perf_counter()
         tokenizer = self._runtime.tokenizer(allow_special_tokens=self._encoder.allow_special_tokens)
         whole = tokenizer.passages([passage_text(text) for text in texts.values()])
@@ -96,15 +172,23 @@ class Writer:
             rule = "%d of %d passages are longer than max_passage_tokens=%d and were cut (counted in stats.truncated)"
             self._reader.warn_once("truncated", rule, n_truncated, len(whole), limit)
         token_ids = [ids[:limit] for ids in whole]
-        ratio, codec = self._storage.compression_ratio, self._storage.storage_codec
-        states = encode_tokens(self._runtime, token_ids, ratio, self._batch_size, show_progress=show_progress)
+        check_vocabulary(token_ids, self._runtime.checkpoint.encoder_config)
         seconds = time.perf_counter() - started
-        self._reader.count(passages_encoded=len(texts), truncated=n_truncated, encode_seconds=seconds)
-        current = self._reader.fingerprint
-        return {
-            key: EncodedPassage(rows, len(ids), ratio, current, str(key), codec)
-            for key, ids, rows in zip(texts, token_ids, states, strict=True)
-        }
+        current, ratio, codec = self._reader.fingerprint, self._storage.compression_ratio, self._storage.storage_codec
+
+        def finish(key: Hashable, ids: list[int], states: torch.Tensor) -> EncodedPassage:
+            return EncodedPassage(states, len(ids), ratio, current, str(key), codec)
+
+        rows = [_Unencoded(key, ids, self._reader.cache, finish) for key, ids in zip(texts, token_ids, strict=True)]
+        # Like lengths together, so that little is padded.
+        rows.sort(key=lambda row: -len(row.token_ids))
+        work = _encode_work(self._runtime, ratio, self._batch_size)
+        job = Job(work, rows, is_bulk=is_bulk, report=report)
+        results: list[tuple[EncodedPassage, bool]] = yield job
+        check_states([encoding.states for encoding, _ in results], self._runtime)
+        n_made = sum(is_made for _, is_made in results)
+        self._reader.count(passages_encoded=n_made, truncated=n_truncated, encode_seconds=seconds + job.seconds)
+        return {row.key: encoding for row, (encoding, _) in zip(rows, results, strict=True)}, n_made
 
     def _fit(self, encoding: EncodedPassage, index: int) -> EncodedPassage:
         limit = self._storage.max_inline_bytes

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Generic, Protocol, TypeVar
 
 from cachetools import LRUCache
+
+from kalm_integrations.core.forks import ForkSafeLock
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -28,7 +29,7 @@ class BoundedCache(Generic[Key, Entry]):
     def __init__(self, max_bytes: int) -> None:
         """Make an empty cache; 0 bytes keeps nothing."""
         self._entries: LRUCache[Key, Entry] = LRUCache(max_bytes, getsizeof=lambda entry: entry.nbytes)
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     @property
     def max_bytes(self) -> int:

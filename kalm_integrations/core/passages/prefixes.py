@@ -47,6 +47,11 @@ class Prefix:
     count: Callable[[int, int, int], None]
     """Told how many states were found in memory, how many in the store, and how many were computed."""
 
+    @property
+    def group(self) -> Hashable:
+        """What rows must have in common to be computed together."""
+        return self.token_ids, self.dtype
+
     def key(self, candidate: Candidate) -> PrefixKey:
         """Return what a passage's states are kept under."""
         return (*candidate.key, self.token_ids, str(self.dtype), str(self.computed_in))
