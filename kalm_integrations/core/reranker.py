@@ -144,7 +144,7 @@ class KalmReranker(Reranker):
             "calibration": calibration,
             "max_queued_pairs": max_queued_pairs,
         }
-        return cls(open_parts(model, settings))
+        return cls(call_plainly(lambda: open_parts(model, settings)))
 
     @property
     def fingerprint(self) -> str:
