@@ -89,13 +89,14 @@ class Writer:
     def _encode_now(self, texts: Mapping[Hashable, str], *, show_progress: bool) -> dict[Hashable, EncodedPassage]:
         started = time.perf_counter()
         tokenizer = self._runtime.tokenizer(allow_special_tokens=self._encoder.allow_special_tokens)
-        whole = tokenizer.passages([passage_text(text) for text in texts.values()])
         limit = self._encoder.max_passage_tokens
-        n_truncated = sum(len(ids) > limit for ids in whole)
+        # One more than the limit tells which passages are longer.
+        given = tokenizer.passages([passage_text(text) for text in texts.values()], limit + 1)
+        n_truncated = sum(len(ids) > limit for ids in given)
         if n_truncated:
             rule = "%d of %d passages are longer than max_passage_tokens=%d and were cut (counted in stats.truncated)"
-            self._reader.warn_once("truncated", rule, n_truncated, len(whole), limit)
-        token_ids = [ids[:limit] for ids in whole]
+            self._reader.warn_once("truncated", rule, n_truncated, len(given), limit)
+        token_ids = [ids[:limit] for ids in given]
         ratio, codec = self._storage.compression_ratio, self._storage.storage_codec
         states = encode_tokens(self._runtime, token_ids, ratio, self._batch_size, show_progress=show_progress)
         seconds = time.perf_counter() - started
