@@ -1,17 +1,17 @@
 """The first tokens of a text, at the cost of what they need, however long the text is.
 
-Only the start of a long text is tokenised. Its first tokens are those of the whole text if a later boundary between two of its
-tokens is one in the whole text too. With byte-pair encoding such a boundary can be seen: where no token of the vocabulary holds
-the last character of one token and the first of the next side by side, no merge can cross, whatever follows, and the merges on
-one side of such a place do not depend on the other side. In text with spaces nearly every word begins at one.
+Only the start of a long text is tokenised. Its first tokens are those of the whole text if a later boundary between two of
+its tokens is one in the whole text too. With byte-pair encoding such a boundary can be seen: where no token of the vocabulary
+holds the last character of one token and the first of the next side by side, no merge can cross, whatever follows, and the
+merges on one side of such a place do not depend on the other side. In text with spaces nearly every word begins at one.
 
-Normaliser and pre-tokeniser, which come first, look a few characters ahead at most. So the last `SLACK` tokens of a start prove
-nothing, and a start never ends before a combining mark, unless there are more than `MAX_MARKS` in a row.
+Normaliser and pre-tokeniser, which come first, look a few characters ahead at most. So the last `SLACK` tokens of a start
+prove nothing, and a start never ends before a combining mark, unless there are more than `MAX_MARKS` in a row.
 
 A text without such a boundary (one letter 100,000 times) is read up to `CHARACTERS_READ` characters for each token asked for.
-A merge depends on what is further right only through merges that come before it in the vocabulary's list, so to be felt at the
-first tokens, what is left out would have to act through a chain of thousands of different merges. Of a text that hardly has
-tokens (spaces that the tokenizer drops), no more than `CHARACTERS_SEARCHED` characters for each token asked for are looked at.
+A merge depends on what is further right only through merges that come before it in the vocabulary's list, so to be felt at
+the first tokens, what is left out would have to act through a chain of thousands of different merges. Of a text that hardly
+has tokens (spaces that the tokenizer drops), no more than `CHARACTERS_SEARCHED` characters for each token are looked at.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class FirstTokens:
 
     def _has_boundary(self, tokens: Sequence[str]) -> bool:
         """Return whether no merge can join some token and the next, whatever text they stand in."""
-        pairs = dict.fromkeys(left[-1:] + right[:1] for left, right in zip(tokens, tokens[1:], strict=False))
+        pairs = dict.fromkeys(left[-1:] + right[:1] for left, right in pairwise(tokens))
         return self._is_concatenative and any(pair not in self._vocabulary for pair in pairs)
 
     @cached_property

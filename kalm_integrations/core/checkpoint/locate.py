@@ -89,7 +89,7 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None, token: s
     if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _fetch(name, revision, token)
     known = ", ".join((*BUILT_IN_ALIASES, *ALIASES))
-    if os.sep in name or os.path.exists(name):  # noqa: PTH110
+    if name == "" or os.sep in name or os.path.exists(name):  # noqa: PTH110
         msg = f"a local checkpoint must be an existing folder, but got {name!r}; check the path, or use one of: {known}"
         raise CheckpointNotFoundError(msg)
     msg = f"model must be one of {known}, a hub id (owner/name) or a local folder, but got {name!r}"

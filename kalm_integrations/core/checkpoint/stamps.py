@@ -45,6 +45,11 @@ class OpenFiles:
         """Remember what the files are now; one that is not there must not appear either."""
         self._stamps = {path: stamp_of(path) for path in paths}
 
+    @property
+    def nbytes(self) -> int:
+        """The size that they had."""
+        return sum(stamp.size for stamp in self._stamps.values() if stamp is not None)
+
     def check(self, paths: Iterable[Path] | None = None) -> None:
         """Check that files still are what they were; None: all of them.
 

@@ -62,6 +62,8 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 MAX_WIDTH = 2**20
 """Of whatever config.json gives the size of; checked before anything of that size is made."""
 
+MAX_TOKEN_ID = 2**31
+
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length of the input."""
 
@@ -162,6 +164,9 @@ def stack_config(config: Any, eoi_token_id: int, path: Path) -> StackConfig:
         if not 1 <= getattr(config, name) <= MAX_WIDTH:
             msg = f"{path}: {name} must be from 1 to {MAX_WIDTH}, but is {getattr(config, name)!r}"
             raise InvalidCheckpointError(msg)
+    if not 0 <= eoi_token_id < MAX_TOKEN_ID:
+        msg = f"{path}: eoi_token_index must be from 0 to {MAX_TOKEN_ID - 1}, but is {eoi_token_id!r}"
+        raise InvalidCheckpointError(msg)
     if not 0 < config.query_pre_attn_scalar < math.inf:
         msg = f"{path}: query_pre_attn_scalar must be positive, but is {config.query_pre_attn_scalar!r}"
         raise InvalidCheckpointError(msg)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kalm_integrations.core.checkpoint.stamps import OpenFiles, hash_file
+from kalm_integrations.core.checkpoint.stamps import OpenFiles, hash_file, stamp_of
 from kalm_integrations.errors import InvalidCheckpointError
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -65,8 +65,8 @@ class TensorReader:
 
     @property
     def nbytes(self) -> int:
-        """The size of all files: no tensor has more elements, whatever config.json says."""
-        return sum(path.stat().st_size for path in self.files)
+        """The size of all files when they were opened: no tensor has more elements, whatever config.json says."""
+        return self._opened.nbytes
 
     @property
     def files(self) -> list[Path]:
@@ -132,7 +132,7 @@ def _shards(index: Path) -> list[Path]:
     except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
         msg = f"{index} must be a JSON object with a 'weight_map', but it is not ({error}); fetch it again"
         raise InvalidCheckpointError(msg) from error
-    missing = [path.name for path in paths if not path.is_file()]
+    missing = [path.name for path in paths if stamp_of(path) is None]
     if missing:
         msg = f"{index.name} names shards that are not in {index.parent}: {', '.join(missing)}; fetch the checkpoint again"
         raise InvalidCheckpointError(msg)
