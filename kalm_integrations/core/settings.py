@@ -7,6 +7,7 @@ loaded.
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -83,10 +84,12 @@ def check_instruction_length(instruction: str) -> str:
     Raises:
         SettingsError: it is.
     """
-    if len(instruction) > MAX_INSTRUCTION_CHARACTERS:
+    # Tokenizers normalise text, and a single character can become eighteen.
+    n_characters = max(len(instruction), len(unicodedata.normalize("NFKC", instruction[: MAX_INSTRUCTION_CHARACTERS + 1])))
+    if n_characters > MAX_INSTRUCTION_CHARACTERS:
         msg = (
-            f"an instruction must have at most {MAX_INSTRUCTION_CHARACTERS} characters, but got {len(instruction)}; "
-            "shorten it: what differs from query to query belongs into the query"
+            f"an instruction must have at most {MAX_INSTRUCTION_CHARACTERS} characters, also in Unicode's form NFKC, but got "
+            f"{n_characters}; shorten it: what differs from query to query belongs into the query"
         )
         raise SettingsError(msg)
     return instruction
