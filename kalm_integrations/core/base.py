@@ -10,6 +10,7 @@ from typing import Any
 
 from kalm_integrations.core.fallback import OnError, check_on_error, check_timeout, keeps_order, note_answer, unranked
 from kalm_integrations.core.ranking import RankRules, check_first_stages
+from kalm_integrations.core.settings import check_instruction_length
 from kalm_integrations.core.types import (
     AnyPassage,
     FusionMethod,
@@ -281,9 +282,11 @@ def check_instruction(instruction: object) -> str | None:
     """Return an instruction.
 
     Raises:
-        SettingsError: it is no string.
+        SettingsError: it is no string, or too long.
     """
-    if instruction is not None and not isinstance(instruction, str):
+    if instruction is None:
+        return None
+    if not isinstance(instruction, str):
         msg = f"instruction must be a string or None, but got {type(instruction).__name__}"
         raise SettingsError(msg)
-    return instruction
+    return check_instruction_length(instruction)

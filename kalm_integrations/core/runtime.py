@@ -11,6 +11,7 @@ import torch
 
 from kalm_integrations.core.checkpoint.locate import resolve
 from kalm_integrations.core.checkpoint.opened import Checkpoint
+from kalm_integrations.core.checkpoint.stamps import folder_stamps
 from kalm_integrations.core.checkpoint.tokenization import PromptTokenizer
 from kalm_integrations.core.engine import Engine
 from kalm_integrations.core.forks import ForkSafeLock
@@ -94,8 +95,7 @@ def get_runtime(
     chosen_dtype = choose_dtype(dtype, chosen_device)
     folder = resolve(model, revision, token)
     # A folder that was written anew is another checkpoint.
-    written = tuple(sorted((p.name, p.stat().st_mtime_ns) for p in folder.glob("*") if p.is_file()))
-    key = (os.path.realpath(folder), written, chosen_device, chosen_dtype)
+    key = (os.path.realpath(folder), folder_stamps(folder), chosen_device, chosen_dtype)
     with _runtimes_lock:
         runtime = _runtimes.get(key)
         if runtime is None:

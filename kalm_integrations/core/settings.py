@@ -7,6 +7,7 @@ loaded.
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -34,6 +35,13 @@ DEFAULT_CODEC = "fp16"
 
 DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 """What a run may be computed in, and torch's name for it."""
+
+
+MAX_INSTRUCTION_CHARACTERS = 16_384
+"""Of an instruction, and of a system instruction. They are never cut, and every query's prompt repeats them."""
+
+MAX_INSTRUCTION_TOKENS = 8_192
+"""Of what stands before the query in a prompt: both instructions and the template."""
 
 
 def poolable_ratios(ratio: int) -> tuple[int, ...]:
@@ -68,6 +76,26 @@ def check_dtype(dtype: object) -> str:
         msg = f"dtype must be one of {', '.join(DTYPES)}, but got {dtype!r}{why}"
         raise SettingsError(msg)
     return DTYPES[name]
+
+
+def check_instruction_length(instruction: str) -> str:
+    """Return an instruction, or a system instruction, if it is not too long.
+
+    Raises:
+        SettingsError: it is.
+    """
+    # Tokenizers normalise text, and a single character can become eighteen.
+    n_characters = max(len(instruction), len(unicodedata.normalize("NFKC", instruction[: MAX_INSTRUCTION_CHARACTERS + 1])))
+    if n_characters > MAX_INSTRUCTION_CHARACTERS:
+        msg = (
+            f"an instruction must have at most {MAX_INSTRUCTION_CHARACTERS} characters, also in Unicode's form NFKC, but got "
+            f"{n_characters}; shorten it: what differs from query to query belongs into the query"
+        )
+        raise SettingsError(msg)
+    return instruction
+
+
+Instruction = Annotated[str, AfterValidator(check_instruction_length)]
 
 
 class Calibration(BaseModel):
@@ -112,8 +140,8 @@ class QuerySettings(_Settings):
     """What happens at query time."""
 
     max_query_tokens: PositiveInt = 512
-    instruction: str = INSTRUCTION
-    system_instruction: str = SYSTEM_INSTRUCTION
+    instruction: Instruction = INSTRUCTION
+    system_instruction: Instruction = SYSTEM_INSTRUCTION
     encode_batch_size: PositiveInt | None = None
     score_batch_size: PositiveInt | None = None
     cache_bytes: int = Field(default=256 * 2**20, ge=0)

@@ -165,13 +165,14 @@ class Writer:
         """Return encodings by key, and how many of them had to be made: some may have come into memory meanwhile."""
         started = time.perf_counter()
         tokenizer = self._runtime.tokenizer(allow_special_tokens=self._encoder.allow_special_tokens)
-        whole = tokenizer.passages([passage_text(text) for text in texts.values()])
         limit = self._encoder.max_passage_tokens
-        n_truncated = sum(len(ids) > limit for ids in whole)
-        if n_truncated:
+        # One more than the limit tells which passages are longer.
+        given = tokenizer.passages([passage_text(text) for text in texts.values()], limit + 1)
+        cut = {key for key, ids in zip(texts, given, strict=True) if len(ids) > limit}
+        if cut:
             rule = "%d of %d passages are longer than max_passage_tokens=%d and were cut (counted in stats.truncated)"
-            self._reader.warn_once("truncated", rule, n_truncated, len(whole), limit)
-        token_ids = [ids[:limit] for ids in whole]
+            self._reader.warn_once("truncated", rule, len(cut), len(given), limit)
+        token_ids = [ids[:limit] for ids in given]
         check_vocabulary(token_ids, self._runtime.checkpoint.encoder_config)
         seconds = time.perf_counter() - started
         current, ratio, codec = self._reader.fingerprint, self._storage.compression_ratio, self._storage.storage_codec
@@ -186,9 +187,9 @@ class Writer:
         job = Job(work, rows, is_bulk=is_bulk, report=report)
         results: list[tuple[EncodedPassage, bool]] = yield job
         check_states([encoding.states for encoding, _ in results], self._runtime)
-        n_made = sum(is_made for _, is_made in results)
-        self._reader.count(passages_encoded=n_made, truncated=n_truncated, encode_seconds=seconds + job.seconds)
-        return {row.key: encoding for row, (encoding, _) in zip(rows, results, strict=True)}, n_made
+        made = {row.key for row, (_, is_made) in zip(rows, results, strict=True) if is_made}
+        self._reader.count(passages_encoded=len(made), truncated=len(cut & made), encode_seconds=seconds + job.seconds)
+        return {row.key: encoding for row, (encoding, _) in zip(rows, results, strict=True)}, len(made)
 
     def _fit(self, encoding: EncodedPassage, index: int) -> EncodedPassage:
         limit = self._storage.max_inline_bytes

@@ -109,5 +109,5 @@ def _matches(path: Path, patterns: Iterable[str]) -> bool:
 def _is_t5gemma2(config: Path) -> bool:
     try:
         return bool(json.loads(config.read_bytes())["model_type"] == "t5gemma2")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return False

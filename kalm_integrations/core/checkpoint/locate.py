@@ -71,7 +71,11 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None, token: s
         SettingsError: neither an alias, nor a hub id, nor a folder; or a revision of something without revisions.
     """
     name = os.fspath(model)
-    is_local = name in BUILT_IN_ALIASES or (name != "" and name not in ALIASES and Path(name).is_dir())
+    if not isinstance(name, str):
+        msg = f"model must be a string or a path of text, but got {name!r}; decode it with os.fsdecode"
+        raise SettingsError(msg)
+    # os.path's functions say no of names that no file can have; pathlib's raise for some.
+    is_local = name in BUILT_IN_ALIASES or (name not in ALIASES and os.path.isdir(name))  # noqa: PTH112
     if is_local and revision is not None:
         msg = f"revision applies to hub repositories only, but got revision={revision!r} with model={name!r}; leave it out"
         raise SettingsError(msg)
@@ -85,7 +89,7 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None, token: s
     if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _fetch(name, revision, token)
     known = ", ".join((*BUILT_IN_ALIASES, *ALIASES))
-    if os.sep in name or Path(name).exists():
+    if name == "" or os.sep in name or os.path.exists(name):  # noqa: PTH110
         msg = f"a local checkpoint must be an existing folder, but got {name!r}; check the path, or use one of: {known}"
         raise CheckpointNotFoundError(msg)
     msg = f"model must be one of {known}, a hub id (owner/name) or a local folder, but got {name!r}"

@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from kalm_integrations.core.checkpoint.locate import DEFAULTS_FILE, TOKENIZER_FILES
+from kalm_integrations.core.checkpoint.stamps import OpenFiles, hash_file
 from kalm_integrations.core.checkpoint.t5gemma2 import (
     CONFIG_FIELDS,
     EMBEDDING_TENSORS,
@@ -23,10 +24,10 @@ from kalm_integrations.core.checkpoint.t5gemma2 import (
     stack_weights,
     tensor_names,
 )
-from kalm_integrations.core.checkpoint.tensors import TensorReader, hash_file
+from kalm_integrations.core.checkpoint.tensors import TensorReader
 from kalm_integrations.core.model import packing
 from kalm_integrations.core.model.layers import EmbeddingWeights, StackConfig, StackWeights
-from kalm_integrations.core.settings import MAX_TOKENS, Calibration
+from kalm_integrations.core.settings import MAX_TOKENS, Calibration, Instruction
 from kalm_integrations.errors import InvalidCheckpointError
 
 if TYPE_CHECKING:
@@ -36,10 +37,10 @@ if TYPE_CHECKING:
 class CheckpointDefaults(BaseModel):
     """Contents of a checkpoint's optional `kalm_reranker.json`; unset fields leave the published defaults."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
-    instruction: str | None = None
-    system_instruction: str | None = None
+    instruction: Instruction | None = None
+    system_instruction: Instruction | None = None
     max_passage_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     max_query_tokens: PositiveInt | None = None
     max_compression_ratio: PositiveInt | None = None
@@ -59,6 +60,8 @@ class Checkpoint:
     is_tied: bool
     _encoder_fields: Mapping[str, Any]
     _reader: TensorReader
+    _opened: OpenFiles
+    """Configuration and tokenizer; the reader knows the weights."""
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -71,12 +74,15 @@ class Checkpoint:
         from transformers import AutoConfig
 
         path = folder / "config.json"
+        # Before anything is read.
+        opened = OpenFiles([path, *(folder / name for name in TOKENIZER_FILES)])
+        _check_entries(folder)
         if not path.is_file():
             msg = f"a checkpoint folder must hold config.json, but {folder} does not; pass the folder of a T5Gemma2 reranker"
             raise InvalidCheckpointError(msg)
         try:
             model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError) as error:
+        except (OSError, ValueError, RecursionError, AttributeError) as error:
             msg = f"{path} must be a JSON object, but it cannot be parsed ({error}); fetch the checkpoint again"
             raise InvalidCheckpointError(msg) from error
         if model_type != "t5gemma2":
@@ -84,21 +90,24 @@ class Checkpoint:
             raise InvalidCheckpointError(msg)
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises its own validation classes here
+            text, end_of_image = config.encoder.text_config, config.encoder.eoi_token_index
+            encoder_config = stack_config(text, end_of_image, path)
+            decoder_config = stack_config(config.decoder, end_of_image, path)
+            encoder_fields = {**{field: getattr(text, field) for field in CONFIG_FIELDS}, "eoi_token_index": end_of_image}
+        except InvalidCheckpointError:
+            raise
+        except Exception as error:  # transformers raises its own validation classes here, and values can be anything
             msg = f"{path} is not a valid T5Gemma2 configuration: {error}"
             raise InvalidCheckpointError(msg) from error
-        text = config.encoder.text_config
         return cls(
             folder=folder,
-            encoder_config=stack_config(text, config.encoder.eoi_token_index, path),
-            decoder_config=stack_config(config.decoder, config.encoder.eoi_token_index, path),
+            encoder_config=encoder_config,
+            decoder_config=decoder_config,
             defaults=_read_defaults(folder / DEFAULTS_FILE),
             is_tied=bool(config.tie_word_embeddings),
-            _encoder_fields={
-                **{field: getattr(text, field) for field in CONFIG_FIELDS},
-                "eoi_token_index": config.encoder.eoi_token_index,
-            },
+            _encoder_fields=encoder_fields,
             _reader=TensorReader.open(folder),
+            _opened=opened,
         )
 
     @cached_property
@@ -106,23 +115,30 @@ class Checkpoint:
         """Hash of everything in the folder that changes an encoding: weights, tokenizer, encoder configuration.
 
         The content decides, not the place: a hub snapshot and a copy of it agree, on any machine.
+
+        Raises:
+            InvalidCheckpointError: a file was deleted or written anew since the checkpoint was opened, or the hub's cache
+                has one under the hash of another.
         """
         tokenizer = [self.folder / name for name in TOKENIZER_FILES]
         parts = {
-            "weights": [hash_file(self._reader.unchanged(path)) for path in self._reader.files],
+            "weights": self._reader.hashes(),
             "tokenizer": {path.name: hash_file(path) for path in tokenizer if path.is_file()},
             "config": dict(self._encoder_fields),
         }
+        self._opened.check()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the fast tokenizer, with padding and truncation switched off.
 
         Raises:
-            InvalidCheckpointError: there is no fast tokenizer in the folder.
+            InvalidCheckpointError: there is no fast tokenizer in the folder, or its files are no longer those that were
+                there when the checkpoint was opened.
         """
         from transformers import AutoTokenizer
 
+        self._opened.check()
         try:
             loaded = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
             backend = loaded.backend_tokenizer
@@ -132,6 +148,7 @@ class Checkpoint:
                 "save it there with tokenizer.save_pretrained(folder)"
             )
             raise InvalidCheckpointError(msg) from error
+        self._opened.check()
         backend.no_truncation()
         backend.no_padding()
         tokenizer: Tokenizer = backend
@@ -167,6 +184,8 @@ class Checkpoint:
         read = self._side(side)
         is_packed = packing.can_pack(dtype, device)
         largest = max(config.mlp_width, config.query_width, 2 * config.kv_width) * config.hidden_width
+        # Shapes are checked tensor by tensor, later.
+        largest = min(largest, self._reader.nbytes)
         # Always in the same place: tensors that come and go between the packed ones would leave holes in memory.
         staging = torch.empty(largest if is_packed else 0, dtype=dtype)
 
@@ -203,11 +222,19 @@ class Checkpoint:
         return lambda name: self._reader.read(self._reader.first_of(tensor_names(side, name)))
 
 
+def _check_entries(folder: Path) -> None:
+    """Check that a folder holds files that end: reading a pipe waits for ever, reading a device goes on for ever."""
+    for path in folder.glob("*"):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            msg = f"a checkpoint consists of plain files, but {path} is a pipe, a socket or a device; remove it"
+            raise InvalidCheckpointError(msg)
+
+
 def _read_defaults(path: Path) -> CheckpointDefaults:
     if not path.is_file():
         return CheckpointDefaults()
     try:
         return CheckpointDefaults.model_validate_json(path.read_bytes())
-    except ValidationError as error:
+    except (OSError, ValidationError) as error:
         msg = f"{path} is not valid: {error}"
         raise InvalidCheckpointError(msg) from error

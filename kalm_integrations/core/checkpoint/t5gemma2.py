@@ -5,6 +5,7 @@ The only module of the core that knows names which are not ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,11 @@ CONFIG_FIELDS = (
 """Encoder fields that change an encoding; they enter the fingerprint."""
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+
+MAX_WIDTH = 2**20
+"""Of whatever config.json gives the size of; checked before anything of that size is made."""
+
+MAX_TOKEN_ID = 2**31
 
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length of the input."""
@@ -153,6 +159,19 @@ def stack_config(config: Any, eoi_token_id: int, path: Path) -> StackConfig:
         raise InvalidCheckpointError(msg)
     if not set(config.layer_types) <= set(LAYER_TYPES):
         msg = f"{path}: layer_types must be {' or '.join(LAYER_TYPES)}, but are {', '.join(sorted(set(config.layer_types)))}"
+        raise InvalidCheckpointError(msg)
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        if not 1 <= getattr(config, name) <= MAX_WIDTH:
+            msg = f"{path}: {name} must be from 1 to {MAX_WIDTH}, but is {getattr(config, name)!r}"
+            raise InvalidCheckpointError(msg)
+    if not 0 <= eoi_token_id < MAX_TOKEN_ID:
+        msg = f"{path}: eoi_token_index must be from 0 to {MAX_TOKEN_ID - 1}, but is {eoi_token_id!r}"
+        raise InvalidCheckpointError(msg)
+    if not 0 < config.query_pre_attn_scalar < math.inf:
+        msg = f"{path}: query_pre_attn_scalar must be positive, but is {config.query_pre_attn_scalar!r}"
+        raise InvalidCheckpointError(msg)
+    if "sliding_attention" in config.layer_types and not (config.sliding_window or 0) > 0:
+        msg = f"{path}: sliding_window must be positive where layers slide, but is {config.sliding_window!r}"
         raise InvalidCheckpointError(msg)
     return StackConfig(
         hidden_width=config.hidden_size,

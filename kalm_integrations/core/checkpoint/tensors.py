@@ -5,14 +5,13 @@ Only what is asked for enters memory, so a vision tower never does. What the nam
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from kalm_integrations.core.checkpoint.stamps import OpenFiles, hash_file, stamp_of
 from kalm_integrations.errors import InvalidCheckpointError
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -22,10 +21,10 @@ WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class TensorReader:
     """Reads tensors of a single-file or sharded safetensors checkpoint by name."""
 
-    def __init__(self, files: dict[str, Path]) -> None:
-        """Take the file of each tensor name; use `open` to find them."""
+    def __init__(self, files: dict[str, Path], opened: OpenFiles) -> None:
+        """Take the file of each tensor name, and what the files were before they were read; use `open` to find them."""
         self._files = files
-        self._written = {path: _written(path) for path in self.files}
+        self._opened = opened
 
     @classmethod
     def open(cls, folder: Path) -> TensorReader:
@@ -48,15 +47,16 @@ class TensorReader:
                 "are not read: convert the weights with save_pretrained(..., safe_serialization=True)"
             )
             raise InvalidCheckpointError(msg)
+        opened = OpenFiles(paths)
         files: dict[str, Path] = {}
         for path in paths:
             try:
                 with safe_open(path, framework="pt") as file:
                     files.update(dict.fromkeys(file.keys(), path))
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 msg = f"{path} cannot be read as safetensors ({error}); fetch the checkpoint again"
                 raise InvalidCheckpointError(msg) from error
-        return cls(files)
+        return cls(files, opened)
 
     @property
     def names(self) -> list[str]:
@@ -64,22 +64,24 @@ class TensorReader:
         return list(self._files)
 
     @property
+    def nbytes(self) -> int:
+        """The size of all files when they were opened: no tensor has more elements, whatever config.json says."""
+        return self._opened.nbytes
+
+    @property
     def files(self) -> list[Path]:
         """The weight files, sorted by name."""
         return sorted(set(self._files.values()))
 
-    def unchanged(self, path: Path) -> Path:
-        """Return one of the files if it still is what it was when the checkpoint was opened.
-
-        Weights are loaded late: tensors of two checkpoints must not meet in one model, nor under one identity.
+    def hashes(self) -> list[str]:
+        """Return the SHA-256 of each of the files.
 
         Raises:
-            InvalidCheckpointError: it was deleted or written anew.
+            InvalidCheckpointError: one was deleted or written anew, or the hub's cache has it under another hash.
         """
-        if _written(path) != self._written[path]:
-            msg = f"{path} must stay as it is while its checkpoint is open, but was deleted or written anew; open it again"
-            raise InvalidCheckpointError(msg)
-        return path
+        made = [hash_file(path) for path in self.files]
+        self._opened.check()
+        return made
 
     def first_of(self, candidates: Sequence[str]) -> str:
         """Return the first name that the files have.
@@ -104,11 +106,14 @@ class TensorReader:
         """
         from safetensors import SafetensorError, safe_open
 
+        path = self._files[full_name]
+        # Weights are loaded late: tensors of two checkpoints must not meet in one model, nor under one identity.
+        self._opened.check([path])
         try:
-            with safe_open(self.unchanged(self._files[full_name]), framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 tensor: torch.Tensor = file.get_tensor(full_name)
-        except SafetensorError as error:
-            msg = f"tensor {full_name} cannot be read from {self._files[full_name]} ({error}); fetch it again"
+        except (SafetensorError, OSError) as error:
+            msg = f"tensor {full_name} cannot be read from {path} ({error}); fetch it again"
             raise InvalidCheckpointError(msg) from error
         if tensor.dtype not in WEIGHT_DTYPES:
             msg = (
@@ -124,28 +129,11 @@ def _shards(index: Path) -> list[Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         paths = sorted({index.parent / Path(str(shard)).name for shard in weight_map.values()})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
         msg = f"{index} must be a JSON object with a 'weight_map', but it is not ({error}); fetch it again"
         raise InvalidCheckpointError(msg) from error
-    missing = [path.name for path in paths if not path.is_file()]
+    missing = [path.name for path in paths if stamp_of(path) is None]
     if missing:
         msg = f"{index.name} names shards that are not in {index.parent}: {', '.join(missing)}; fetch the checkpoint again"
         raise InvalidCheckpointError(msg)
     return paths
-
-
-def _written(path: Path) -> int | None:
-    """Return when a file was written, in nanoseconds, or None if it is not there."""
-    return path.stat().st_mtime_ns if path.is_file() else None
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex; a file of the hub's cache is named after its hash, which saves reading it."""
-    target = path.resolve()
-    if path.is_symlink() and target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
-        return target.name
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kalm_integrations.core.checkpoint import prompts
-from kalm_integrations.core.settings import INSTRUCTION, SYSTEM_INSTRUCTION
-from kalm_integrations.errors import InvalidCheckpointError
+from kalm_integrations.core.checkpoint.first_tokens import FirstTokens
+from kalm_integrations.core.settings import INSTRUCTION, MAX_INSTRUCTION_TOKENS, SYSTEM_INSTRUCTION
+from kalm_integrations.errors import InvalidCheckpointError, SettingsError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -34,6 +35,7 @@ class PromptTokenizer:
             InvalidCheckpointError: the tokenizer lacks an answer, or cannot keep special tokens apart from text.
         """
         self._tokenizer = tokenizer
+        self._first = FirstTokens(tokenizer, self._encodings)
         self._allow_special_tokens = allow_special_tokens
         self._special_ids = {
             token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
@@ -53,13 +55,13 @@ class PromptTokenizer:
                 )
                 raise InvalidCheckpointError(msg)
 
-    def passages(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of encoder texts (see `prompts.passage_text`), not truncated."""
-        return self._encode(list(texts))
+    def passages(self, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
+        """Return the ids of encoder texts (see `prompts.passage_text`): the first `max_tokens` of each, or all."""
+        return self._encode(list(texts)) if max_tokens is None else self._first.ids(texts, max_tokens)
 
     def truncate_query(self, query: str, max_tokens: int) -> str:
         """Return the query cut to `max_tokens` tokens, by decoding them, as the reference does for every query."""
-        ids = self._encode([query])[0][:max_tokens]
+        [ids] = self._first.ids([query], max_tokens)
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
@@ -82,14 +84,29 @@ class PromptTokenizer:
         return ids + (self._encode([text])[0] if text else [])
 
     def prompt_prefix(self, system_instruction: str, instruction: str) -> list[int]:
-        """Return the ids that prompts begin with whatever the query, a token that merges with the query's start left out."""
+        """Return the ids that prompts begin with whatever the query, a token that merges with the query's start left out.
+
+        Raises:
+            SettingsError: there are more than `MAX_INSTRUCTION_TOKENS`.
+        """
         # Two queries that begin with nothing in common.
         first, second = (self.prompt(system_instruction, instruction, query) for query in ("which", "42"))
-        return first[: n_shared(first, second)]
+        n_tokens = n_shared(first, second)
+        if n_tokens > MAX_INSTRUCTION_TOKENS:
+            msg = (
+                f"instruction and system_instruction may take {MAX_INSTRUCTION_TOKENS} tokens together with the template, but "
+                f"take {n_tokens}; shorten them: they are never cut, and every query repeats them"
+            )
+            raise SettingsError(msg)
+        return first[:n_tokens]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._encodings(texts)]
+
+    def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
         whole = [_without_surrogates(text) for text in texts]
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(whole, add_special_tokens=False)]
+        encodings: list[Encoding] = self._tokenizer.encode_batch(whole, add_special_tokens=False)
+        return encodings
 
     def _answer_id(self, answer: str) -> int:
         ids = self._encode([answer])[0]

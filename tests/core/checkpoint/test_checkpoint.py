@@ -152,13 +152,24 @@ def test_aliases_are_pinned(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert KalmReranker.from_pretrained("nano").score("query", ["passage"]) == use(folder)
 
 
-def test_large_blobs_are_not_read_for_the_identity(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache has verified what it names by SHA-256: the name is the hash. Here the name is wrong, and is what counts."""
+def test_a_blob_under_the_hash_of_another_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache's names are hashes that it checked when it wrote them; what lies there now may be something else."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    fill_hub_cache(folder, tmp_path / "cache", "owner/one", "a" * 40, weights_blob="1" * 64)
-    fill_hub_cache(folder, tmp_path / "cache", "owner/two", "a" * 40, weights_blob="2" * 64)
-    one, two = (KalmReranker.from_pretrained(f"owner/{name}").fingerprint for name in ("one", "two"))
-    assert len({one, two, KalmReranker.from_pretrained(folder).fingerprint}) == 3
+    fill_hub_cache(folder, tmp_path / "cache", "owner/name", "a" * 40, weights_blob="1" * 64)
+    with pytest.raises(InvalidCheckpointError, match=r"blobs/1+ must hold the bytes whose SHA-256 is its name"):
+        _ = KalmReranker.from_pretrained("owner/name").fingerprint
+
+
+def test_a_file_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all runtimes of a folder, and again when it is another file."""
+    read: list[str] = []
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *args, **kwargs: read.append(path.name) or opened(path, *args, **kwargs))
+    prints = {KalmReranker.from_pretrained(folder, dtype=dtype).fingerprint for dtype in ("float32", "bfloat16")}
+    assert (len(prints), read.count(WEIGHTS), read.count("tokenizer.json")) == (1, 1, 1)
+    change_tensors(folder, lambda tensors: tensors[ENCODER_TENSOR].mul_(2))
+    assert KalmReranker.from_pretrained(folder).fingerprint not in prints
+    assert (read.count(WEIGHTS), read.count("tokenizer.json")) == (2, 1)
 
 
 # Refusing what is not a reranker. All but missing and misshapen tensors is found when the checkpoint is opened.
@@ -327,6 +338,54 @@ def test_weights_that_change_while_open(folder: Path, other_checkpoint: Path, ch
         reranker.score("query", ["passage"])
     if change == "rewrite":
         assert use(folder) == use(other_checkpoint)
+
+
+def replace_keeping_time(path: Path, contents: bytes) -> None:
+    """Put another file in the place of one, with the same size and the same time."""
+    before = path.stat()
+    other = path.with_name("other")
+    other.write_bytes(contents.ljust(before.st_size))
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def spoil_merges(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:20]
+    replace_keeping_time(folder / "tokenizer.json", json.dumps(tokenizer).encode())
+
+
+CHANGES_WHILE_OPEN: dict[str, Callable[[Path], object]] = {
+    "tokenizer.json": spoil_merges,
+    "tokenizer_config.json": lambda folder: (folder / "tokenizer_config.json").unlink(),
+    "added_tokens.json": lambda folder: (folder / "added_tokens.json").write_text('{"panthers": 300}'),
+    "config.json": lambda folder: replace_keeping_time(folder / "config.json", (folder / "config.json").read_bytes()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_WHILE_OPEN.values(), ids=CHANGES_WHILE_OPEN.keys())
+@pytest.mark.parametrize("first", ["fingerprint", "tokenizer", "neither"])
+def test_tokenizers_that_change_while_open(folder: Path, change: Callable[[Path], object], first: str) -> None:
+    """What is loaded is what was hashed, in either order; else tokens of one tokenizer are stored under another's name."""
+    reranker = KalmReranker.from_pretrained(folder)
+    if first == "fingerprint":
+        _ = reranker.fingerprint
+    elif first == "tokenizer":
+        reranker.runtime.tokenizer(allow_special_tokens=False)
+    change(folder)
+    with pytest.raises(InvalidCheckpointError, match=r"json must stay as it is while its checkpoint is open"):
+        reranker.encode_to_metadata(["The Panthers"])
+
+
+def test_a_folder_changed_within_one_tick_is_another_runtime(folder: Path, other_checkpoint: Path) -> None:
+    before = KalmReranker.from_pretrained(folder)
+    replace_keeping_time(folder / WEIGHTS, (other_checkpoint / WEIGHTS).read_bytes())
+    after = KalmReranker.from_pretrained(folder)
+    assert after.runtime is not before.runtime
+    assert after.score("query", ["passage"]) == use(other_checkpoint)
+    with pytest.raises(InvalidCheckpointError, match="deleted or written anew"):
+        _ = before.fingerprint
 
 
 def test_no_code_is_executed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
