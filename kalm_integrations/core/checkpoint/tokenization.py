@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kalm_integrations.core.checkpoint import prompts
 from kalm_integrations.core.settings import INSTRUCTION, SYSTEM_INSTRUCTION
+from kalm_integrations.core.text import without_surrogates
 from kalm_integrations.errors import InvalidCheckpointError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class PromptTokenizer:
@@ -88,7 +86,7 @@ class PromptTokenizer:
         return first[: n_shared(first, second)]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        whole = [_without_surrogates(text) for text in texts]
+        whole = [without_surrogates(text) for text in texts]
         return [encoding.ids for encoding in self._tokenizer.encode_batch(whole, add_special_tokens=False)]
 
     def _answer_id(self, answer: str) -> int:
@@ -102,10 +100,3 @@ class PromptTokenizer:
 def n_shared(first: Sequence[int], second: Sequence[int]) -> int:
     """Return how many tokens two sequences have in common from the start."""
     return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
-
-
-def _without_surrogates(text: str) -> str:
-    """Join surrogate pairs and replace lone surrogates by U+FFFD: stores hold such text, and tokenizers refuse it."""
-    if not SURROGATE.search(text):
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
