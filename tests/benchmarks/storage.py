@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-
 from benchmarks.plan import SHORT
 from benchmarks.rows import Models
 from benchmarks.workload import Workload
