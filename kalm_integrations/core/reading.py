@@ -6,13 +6,15 @@ import logging
 from collections import Counter
 from collections.abc import Hashable, Iterable, MutableMapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from kalm_integrations.core.checkpoint.opened import Checkpoint
 from kalm_integrations.core.checkpoint.prompts import PASSAGE_TEMPLATE, passage_text
 from kalm_integrations.core.forks import ForkSafeLock
 from kalm_integrations.core.passages.caches import BoundedCache
-from kalm_integrations.core.passages.encoding import EncodedPassage, fingerprint, hash_text
+from kalm_integrations.core.passages.codecs import state_limits
+from kalm_integrations.core.passages.encoding import EncodedPassage, Expected, fingerprint, hash_text
 from kalm_integrations.core.settings import EncoderSettings
 from kalm_integrations.core.types import AnyPassage, Passage, Reading, RuntimeStats, Status, checked_list
 from kalm_integrations.errors import CorruptEncodingError, SettingsError, StaleEncodingError
@@ -77,6 +79,7 @@ class Reader:
         Raises:
             SettingsError: a passage has the wrong type.
             StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
+            CorruptEncodingError: an `EncodedPassage` is none that this checkpoint can have made.
         """
         passages = checked_list(passages, "passages")
         if not passages:
@@ -87,14 +90,15 @@ class Reader:
         texts: list[str | None] = []
         keys: list[Hashable] = []
         found: dict[Hashable, EncodedPassage] = {}
-        decoded: dict[object, EncodedPassage | None] = {}
+        decoded: dict[object, EncodedPassage | Status] = {}
         known: dict[tuple[str, object], Status] = {}
         tally: Counter[str] = Counter()
         for passage in passages:
             if isinstance(passage, EncodedPassage):
                 # A text may be given at several ratios on purpose: here the object decides what is the same.
                 if id(passage) not in found:
-                    found[id(passage)] = self._at_ratio(_checked(passage, current), tally)
+                    passage.check(self._expected)
+                    found[id(passage)] = self._at_ratio(passage, tally)
                 statuses.append("stored")
                 texts.append(None)
                 keys.append(id(passage))
@@ -111,10 +115,10 @@ class Reader:
                 decoded[name] = self._decode(value)
             stored = decoded[name]
             if (key, name) not in known:
-                known[key, name] = status = self._status(value, stored, key, current)
+                known[key, name] = status = _status(stored, key)
                 if status in ("stale", "corrupt"):
                     tally[status] += 1
-                elif stored is not None and key not in found:
+                elif isinstance(stored, EncodedPassage) and key not in found:
                     tally["metadata_hits"] += 1
                     found[key] = self._at_ratio(stored, tally)
             statuses.append(known[key, name])
@@ -149,36 +153,33 @@ class Reader:
         """Return what identifies a passage's text: the hash of what the encoder reads."""
         return hash_text(passage_text(text))
 
-    def _decode(self, value: Any) -> EncodedPassage | None:
-        """Return the encoding of a metadata value, or None if there is none or it is corrupt."""
+    @cached_property
+    def _expected(self) -> Expected:
+        """What encodings of this checkpoint have in common."""
+        limits = state_limits(self._checkpoint.encoder_bound)
+        return Expected(self.fingerprint, len(limits), self._encoder.max_passage_tokens, limits)
+
+    def _decode(self, value: Any) -> EncodedPassage | Status:
+        """Return the encoding of a metadata value, or what the value is if that is none of this checkpoint."""
         try:
-            return None if value is None else EncodedPassage.from_metadata(value, self.payload_store)
+            return "missing" if value is None else EncodedPassage.from_metadata(value, self.payload_store, self._expected)
+        except StaleEncodingError:
+            return "stale"
         except CorruptEncodingError as error:
             self.warn_once("corrupt", "a stored encoding is made anew (counted in stats.corrupt): %s", error)
-            return None
-
-    def _status(self, value: Any, stored: EncodedPassage | None, key: str, current: str) -> Status:
-        """Return what a metadata value, decoded, is to a text."""
-        if stored is None:
-            return "missing" if value is None else "corrupt"
-        width = self._checkpoint.encoder_config.hidden_width
-        is_valid = stored.fingerprint == current and stored.text_hash == key and stored.states.shape[1] == width
-        return "stored" if is_valid else "stale"
+            return "corrupt"
 
     def _at_ratio(self, encoding: EncodedPassage, tally: Counter[str]) -> EncodedPassage:
         """Pool a finer encoding to the reranker's ratio; one that cannot be is scored at its own."""
         if encoding.compression_ratio > self._ratio:
             tally["coarser"] += 1
-        elif self._ratio % encoding.compression_ratio == 0:
+        elif encoding.compression_ratio < self._ratio and self._ratio % encoding.compression_ratio == 0:
             return encoding.pool(self._ratio)
         return encoding
 
 
-def _checked(passage: EncodedPassage, current: str) -> EncodedPassage:
-    if passage.fingerprint != current:
-        msg = (
-            f"an EncodedPassage must carry this reranker's fingerprint {current}, but has {passage.fingerprint}; encode "
-            "the text again, or pass Passage(text, encoding), which does so by itself"
-        )
-        raise StaleEncodingError(msg)
-    return passage
+def _status(stored: EncodedPassage | Status, key: str) -> Status:
+    """Return what a metadata value, decoded, is to the text with a key."""
+    if isinstance(stored, EncodedPassage):
+        return "stored" if stored.text_hash == key else "stale"
+    return stored

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
+from functools import cached_property
 
 from tqdm.auto import tqdm
 
@@ -13,7 +13,7 @@ from kalm_integrations.core.flows import Flow
 from kalm_integrations.core.model.kv_cache import PrefixStates
 from kalm_integrations.core.passages.caches import BoundedCache
 from kalm_integrations.core.passages.encoding import EncodedPassage
-from kalm_integrations.core.passages.prefixes import PREFIX_DTYPES, Candidate, Prefix, PrefixKey
+from kalm_integrations.core.passages.prefixes import PREFIX_DTYPES, Candidate, Prefix, PrefixKey, hash_config
 from kalm_integrations.core.passes import (
     Row,
     check_margins,
@@ -113,15 +113,25 @@ class Scorer:
         if self.prefixes.max_bytes == 0 and self._prefix_store is None:
             return None
 
-        def count(n_in_memory: int, n_stored: int, n_computed: int) -> None:
-            self._reader.count(prefix_hits=n_in_memory, prefix_store_hits=n_stored, prefix_misses=n_computed)
+        def count(n_in_memory: int, n_stored: int, n_computed: int, n_refused: int) -> None:
+            counts = {"prefix_hits": n_in_memory, "prefix_store_hits": n_stored, "prefix_misses": n_computed}
+            self._reader.count(**counts, prefix_corrupt=n_refused)
+            if n_refused:
+                rule = "stored prefix states are damaged, or another passage's, and are computed anew (stats.prefix_corrupt)"
+                self._reader.warn_once("prefix_corrupt", rule)
 
         name = self._query.prefix_dtype
         dtype = self._runtime.dtype if name is None else PREFIX_DTYPES[name]
-        return Prefix(tuple(token_ids), self.prefixes, self._prefix_store, dtype, self._runtime.dtype, count)
+        ids = tuple(token_ids)
+        return Prefix(ids, self._decoder, self.prefixes, self._prefix_store, dtype, self._runtime.dtype, count)
+
+    @cached_property
+    def _decoder(self) -> str:
+        """Hash of the decoder's configuration; its weights are in every encoding's fingerprint."""
+        return hash_config(self._runtime.checkpoint.decoder_config)
 
 
 def _candidate(encoding: EncodedPassage) -> Candidate:
     """Return a passage to score; its key tells apart states of one text at several ratios and from several codecs."""
-    checksum = zlib.crc32(encoding.states.numpy().data)
-    return Candidate(encoding.states, (encoding.fingerprint, encoding.text_hash, encoding.compression_ratio, checksum))
+    key = (encoding.fingerprint, encoding.text_hash, encoding.compression_ratio, encoding.digest)
+    return Candidate(encoding.states, key)

@@ -229,6 +229,8 @@ class RuntimeStats:
     """Scored from prefix states in the `prefix_store`."""
     prefix_misses: int = 0
     """Prefix states had to be computed."""
+    prefix_corrupt: int = 0
+    """Prefix states in the `prefix_store` were damaged, or another passage's; part of `prefix_misses`."""
     encode_seconds: float = 0.0
     score_seconds: float = 0.0
 

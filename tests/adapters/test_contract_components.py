@@ -384,9 +384,9 @@ def test_a_query_decodes_each_string_once_and_encodes_each_missing_passage_once(
     stored = host.encode(host.encoder(model=reranker), documents(host))[:2]
     original, original_encode = EncodedPassage.from_metadata.__func__, passes.encode
 
-    def from_metadata(cls, value, payload_store=None):
+    def from_metadata(cls, value, *arguments):
         decoded.append(value)
-        return original(cls, value, payload_store)
+        return original(cls, value, *arguments)
 
     def encode(token_ids, n_tokens, *arguments):
         encoding.extend(n_tokens.tolist())

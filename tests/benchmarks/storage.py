@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from safetensors.torch import load
-
 from benchmarks.plan import SHORT
 from benchmarks.rows import Models
 from benchmarks.workload import Workload
@@ -50,10 +48,10 @@ def measure_prefix_states(models: Models, passage_tokens: Sequence[int]) -> list
     for n_tokens in passage_tokens:
         encoding = workload.encodings(models.encoder, n_tokens, 1)
         for dtype in PREFIX_DTYPES:
-            store: dict[str, bytes] = {}
-            models.reranker(prefix_dtype=dtype, prefix_store=store).prepare(encoding, workload.instruction(SHORT))
-            [value] = store.values()
-            measured.append({"dtype": dtype, "n_tokens": n_tokens, "bytes": load(value)["pairs"].nbytes})
+            reranker = models.reranker(prefix_dtype=dtype)
+            reranker.prepare(encoding, workload.instruction(SHORT))
+            n_bytes = reranker._ranker.scorer.prefixes.nbytes
+            measured.append({"dtype": dtype, "n_tokens": n_tokens, "bytes": n_bytes})
     return measured
 
 

@@ -43,9 +43,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     strings: list[str] = []
     original = EncodedPassage.from_metadata.__func__
 
-    def from_metadata(cls, value, payload_store=None):
+    def from_metadata(cls, value, *arguments):
         strings.append(value)
-        return original(cls, value, payload_store)
+        return original(cls, value, *arguments)
 
     monkeypatch.setattr(EncodedPassage, "from_metadata", classmethod(from_metadata))
     return strings

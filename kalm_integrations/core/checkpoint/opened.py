@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,6 +129,19 @@ class Checkpoint:
         }
         self._opened.check()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def encoder_bound(self) -> torch.Tensor:
+        """How large each feature of an encoder state can be, by the final norm. Shape: (hidden,).
+
+        Means of states keep to it too. Only this norm is read, and its rounding to bfloat16 is allowed for.
+
+        Raises:
+            InvalidCheckpointError: it is missing or has the wrong shape.
+        """
+        width = self.encoder_config.hidden_width
+        weight = check_shape(self._side("encoder")("norm.weight"), (width,), "norm.weight").float()
+        return math.sqrt(width) * ((1 + weight).abs() + weight.abs() * 2.0**-8)
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the fast tokenizer, with padding and truncation switched off.

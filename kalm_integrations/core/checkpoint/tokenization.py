@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kalm_integrations.core.checkpoint import prompts
 from kalm_integrations.core.checkpoint.first_tokens import FirstTokens
 from kalm_integrations.core.settings import INSTRUCTION, MAX_INSTRUCTION_TOKENS, SYSTEM_INSTRUCTION
+from kalm_integrations.core.text import without_surrogates
 from kalm_integrations.errors import InvalidCheckpointError, SettingsError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
-
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class PromptTokenizer:
@@ -104,7 +102,7 @@ class PromptTokenizer:
         return [encoding.ids for encoding in self._encodings(texts)]
 
     def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
-        whole = [_without_surrogates(text) for text in texts]
+        whole = [without_surrogates(text) for text in texts]
         encodings: list[Encoding] = self._tokenizer.encode_batch(whole, add_special_tokens=False)
         return encodings
 
@@ -119,10 +117,3 @@ class PromptTokenizer:
 def n_shared(first: Sequence[int], second: Sequence[int]) -> int:
     """Return how many tokens two sequences have in common from the start."""
     return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
-
-
-def _without_surrogates(text: str) -> str:
-    """Join surrogate pairs and replace lone surrogates by U+FFFD: stores hold such text, and tokenizers refuse it."""
-    if not SURROGATE.search(text):
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

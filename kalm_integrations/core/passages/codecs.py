@@ -24,6 +24,9 @@ from kalm_integrations.errors import CorruptEncodingError, NonFiniteScoreError
 INT4_GROUP = 64
 """Values that share a scale in int4."""
 
+LARGEST = torch.finfo(torch.float32).max
+"""What no finite number exceeds."""
+
 
 @dataclass(frozen=True)
 class Codec:
@@ -52,19 +55,51 @@ def write_states(states: torch.Tensor, codec: str) -> tuple[str, bytes]:
     return codec, b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
 
 
-def read_states(payload: bytes, codec: str, n_states: int, width: int) -> torch.Tensor:
+def read_states(payload: bytes, codec: str, n_states: int, width: int, limits: torch.Tensor | float = LARGEST) -> torch.Tensor:
     """Read what `write_states` wrote as float32 (n_states, width).
 
     The caller has checked that `payload` has `n_bytes(n_states, width)` bytes.
 
+    Args:
+        payload: the bytes.
+        codec: how they were written.
+        n_states: how many states they hold.
+        width: of a state.
+        limits: what no magnitude may exceed, see `state_limits`; without, the largest float.
+
     Raises:
-        CorruptEncodingError: a value or a scale is not finite.
+        CorruptEncodingError: a state or a scale is not finite, or a state exceeds its limit.
     """
     states = CODECS[codec].read(torch.frombuffer(bytearray(payload), dtype=torch.uint8), n_states, width)
-    if not bool(states.isfinite().all()):
-        msg = "a passage encoding must hold finite numbers, but a state or a scale is NaN or infinite; encode it again"
-        raise CorruptEncodingError(msg)
+    check_limits(states, limits)
     return states
+
+
+def check_limits(states: torch.Tensor, limits: torch.Tensor | float) -> None:
+    """Check that states are finite and within their limits.
+
+    Raises:
+        CorruptEncodingError: they are not.
+    """
+    # NaN is not below anything, so that one comparison finds it too.
+    if not bool((states.abs() <= limits).all()):
+        msg = (
+            "a passage encoding must hold finite numbers that its checkpoint's encoder can give, but a state or a scale is "
+            "NaN, infinite or too large; encode it again"
+        )
+        raise CorruptEncodingError(msg)
+
+
+def state_limits(bound: torch.Tensor) -> torch.Tensor:
+    """Return how large states within a bound can be after their way through any codec. Shapes: (width,).
+
+    The room that is left is two roundings to bfloat16 and a whole step of int8 and of int4, whichever is larger: an encoding
+    may have been written with one codec, read, and written with another.
+    """
+    width = len(bound)
+    groups = F.pad(bound, (0, -width % INT4_GROUP)).view(-1, INT4_GROUP).amax(1) / 7
+    steps = torch.maximum(groups.repeat_interleave(INT4_GROUP)[:width], bound.amax() / 127)
+    return bound * (1 + 2.0**-6) + steps + torch.finfo(torch.float16).smallest_normal
 
 
 def _is_finite(tensors: list[torch.Tensor]) -> bool:

@@ -34,9 +34,10 @@ import pybase64
 import torch
 
 from kalm_integrations.core.model.pooling import n_pooled_states, repool_states
-from kalm_integrations.core.passages.codecs import CODECS, read_states, write_states
+from kalm_integrations.core.passages.codecs import CODECS, LARGEST, check_limits, read_states, write_states
 from kalm_integrations.core.settings import MAX_TOKENS
-from kalm_integrations.errors import CorruptEncodingError, EncodingTooLargeError, SettingsError
+from kalm_integrations.core.text import without_surrogates
+from kalm_integrations.errors import CorruptEncodingError, EncodingTooLargeError, SettingsError, StaleEncodingError
 
 PREFIX = "kalm1"
 REFERENCE_PREFIX = "kalm1r"
@@ -50,14 +51,29 @@ _CHECKSUM_BYTES = 8
 
 
 def hash_text(text: str) -> str:
-    """Return the hash (BLAKE2b, 32 hex digits) of the exact text that the encoder reads."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    """Return the hash (BLAKE2b, 32 hex digits) of the exact text that the encoder reads.
+
+    What the tokenizer does not tell apart has one hash: JSON joins the halves of a surrogate pair on its way to a store.
+    """
+    return hashlib.blake2b(without_surrogates(text).encode(), digest_size=16).hexdigest()
 
 
 def fingerprint(facts: dict[str, Any]) -> str:
     """Return the hash (BLAKE2b, 32 hex digits) of JSON-able facts about what makes an encoding."""
     canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What all encodings of one checkpoint and one setting of its encoder have in common."""
+
+    fingerprint: str
+    width: int
+    max_tokens: int
+    """`max_passage_tokens`."""
+    limits: torch.Tensor
+    """The largest magnitudes of a state. Shape: (width,)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +92,21 @@ class EncodedPassage:
     """Hash of the text the encoder read."""
     codec: str
     """How `to_metadata` writes the states."""
+    # Not for `replace`: what has other states has another digest.
+    _digest: str | None = field(default=None, init=False, repr=False)
+
+    @property
+    def digest(self) -> str:
+        """Hash (BLAKE2b, in hex) that names the states, together with text and ratio; they must not be changed in place.
+
+        What was read from a string has the checksum that came with its payload, so that nothing is hashed a second time.
+        """
+        if self._digest is not None:
+            return self._digest
+        states = self.states.detach().cpu().contiguous()
+        hashed = hashlib.blake2b(_json([self.n_tokens, self.compression_ratio, *states.shape]), digest_size=16)
+        hashed.update(states.view(torch.uint8).numpy().data)
+        return _with_digest(self, hashed.hexdigest()).digest
 
     @property
     def nbytes(self) -> int:
@@ -109,15 +140,20 @@ class EncodedPassage:
         return value
 
     @classmethod
-    def from_metadata(cls, value: str, payload_store: Mapping[str, bytes] | None = None) -> EncodedPassage:
+    def from_metadata(
+        cls, value: str, payload_store: Mapping[str, bytes] | None = None, expected: Expected | None = None
+    ) -> EncodedPassage:
         """Read a string made by `to_metadata`.
 
         Args:
             value: the string.
             payload_store: where the payload lies if the string refers to one.
+            expected: refuse what does not keep to it, as early as the header shows it; rerankers do.
 
         Raises:
-            CorruptEncodingError: it is anything else, was changed in any character, or its payload is not there.
+            CorruptEncodingError: it is anything else, was changed in any character, or its payload is not there; or what
+                was expected cannot have made it.
+            StaleEncodingError: its header says that something else was expected; whether the rest is sound stays open.
         """
         if not isinstance(value, str):
             _refuse(f"be a string, but got {type(value).__name__}")
@@ -129,16 +165,42 @@ class EncodedPassage:
                 # Sizes first: nothing is allocated for a payload that does not have the length its header claims.
                 if len(body) != _base64_length(_n_bytes(fields)):
                     _refuse(f"hold {_n_bytes(fields)} bytes of payload, but has {len(body)} base64 characters")
+                _check_expected(fields, expected)
                 payload = _from_base64(body)
                 _check_header(fields, header, payload)
+                digest = fields["x"]
             case [prefix, header] if prefix == REFERENCE_PREFIX:
                 fields = _read_header(header)
                 _check_header(fields, header)
-                payload = _fetch_payload(fields, payload_store)
+                _check_expected(fields, expected)
+                digest, payload = _fetch_payload(fields, payload_store)
             case _:
                 _refuse(f"look like {PREFIX}.<header>.<payload>, but got {value[:24]!r}")
-        states = read_states(payload, fields["c"], *fields["s"])
-        return cls(states, fields["n"], fields["r"], fields["fp"], fields["th"], fields["c"])
+        n_states, width = fields["s"]
+        limits = LARGEST if expected is None else expected.limits
+        states = read_states(payload, fields["c"], n_states, width, limits)
+        return _with_digest(cls(states, fields["n"], fields["r"], fields["fp"], fields["th"], fields["c"]), digest)
+
+    def check(self, expected: Expected) -> None:
+        """Check an object that somebody may have put together.
+
+        Raises:
+            StaleEncodingError: another checkpoint or encoder setting made it.
+            CorruptEncodingError: a field breaks a rule, or what is expected cannot have made the states.
+        """
+        states, n_tokens, ratio = self.states, self.n_tokens, self.compression_ratio
+        if not isinstance(self.text_hash, str) or not isinstance(self.codec, str) or self.codec not in CODECS:
+            _refuse(f"have a string as text_hash and a codec out of {', '.join(CODECS)}")
+        if not all(type(number) is int and 1 <= number <= MAX_TOKENS for number in (n_tokens, ratio)):
+            _refuse(f"have whole numbers between 1 and {MAX_TOKENS} as n_tokens and compression_ratio")
+        is_plain = isinstance(states, torch.Tensor) and states.layout == torch.strided and states.device.type == "cpu"
+        if not is_plain or states.dtype != torch.float32 or states.ndim != 2:
+            _refuse("have as states a float32 tensor on the CPU of shape (n_states, hidden)")
+        _check_expected(self._fields(self.codec), expected)
+        n_states = n_pooled_states(n_tokens, ratio)
+        if len(states) != n_states:
+            _refuse(f"have ceil(n_tokens / compression_ratio) states, {n_states}, but has {len(states)}")
+        check_limits(states, expected.limits)
 
     def pool(self, ratio: int) -> EncodedPassage:
         """Return the encoding at a coarser compression ratio, exactly as if it had been encoded at it.
@@ -150,7 +212,8 @@ class EncodedPassage:
             msg = f"a compression ratio must be a whole number up to {MAX_TOKENS}, but got {ratio!r}"
             raise SettingsError(msg)
         states = repool_states(self.states, self.n_tokens, self.compression_ratio, ratio)
-        return replace(self, states=states, compression_ratio=ratio)
+        # The digest of what was pooled will do, beside the ratio: it is known already where a string was read.
+        return _with_digest(replace(self, states=states, compression_ratio=ratio), self.digest)
 
     def metadata_length(self) -> int:
         """Return the length of `to_metadata()` in characters."""
@@ -161,6 +224,27 @@ class EncodedPassage:
         shape = [int(size) for size in self.states.shape]
         values = (self.fingerprint, self.text_hash, self.n_tokens, self.compression_ratio, shape, codec)
         return dict(zip(_HEADER_KEYS, values, strict=False))
+
+
+def _with_digest(encoding: EncodedPassage, digest: str) -> EncodedPassage:
+    """Note an encoding's digest on it."""
+    object.__setattr__(encoding, "_digest", digest)
+    return encoding
+
+
+def _check_expected(fields: dict[str, Any], expected: Expected | None) -> None:
+    """Compare what a header says with what is expected."""
+    if expected is None:
+        return
+    if fields["fp"] != expected.fingerprint or fields["s"][1] != expected.width:
+        msg = (
+            f"an encoding must carry this reranker's fingerprint {expected.fingerprint} and states of width {expected.width}, "
+            f"but has {fields['fp']} and {fields['s'][1]}; encode the text again, or pass Passage(text, encoding), which does "
+            "so by itself"
+        )
+        raise StaleEncodingError(msg)
+    if fields["n"] > expected.max_tokens:
+        _refuse(f"be of at most max_passage_tokens={expected.max_tokens} tokens, but has {fields['n']}")
 
 
 def _checksum(fields: dict[str, Any], payload: bytes) -> bytes:
@@ -185,7 +269,8 @@ def _without_checksum(fields: dict[str, Any]) -> dict[str, Any]:
     return {key: fields[key] for key in _HEADER_KEYS[:-1]}
 
 
-def _fetch_payload(fields: dict[str, Any], store: Mapping[str, bytes] | None) -> bytes:
+def _fetch_payload(fields: dict[str, Any], store: Mapping[str, bytes] | None) -> tuple[str, bytes]:
+    """Return the checksum, in hex, and the payload that a reference refers to."""
     key = _payload_key(fields)
     entry = None if store is None else store.get(key)
     if not isinstance(entry, bytes):
@@ -196,7 +281,7 @@ def _fetch_payload(fields: dict[str, Any], store: Mapping[str, bytes] | None) ->
     checksum, payload = entry[:_CHECKSUM_BYTES], entry[_CHECKSUM_BYTES:]
     if checksum != _checksum(_without_checksum(fields), payload):
         _refuse("have a payload that matches its checksum, but the one in the payload_store does not")
-    return payload
+    return checksum.hex(), payload
 
 
 def _payload_key(fields: dict[str, Any]) -> str:
@@ -241,8 +326,8 @@ def _read_header(text: str) -> dict[str, Any]:
     return fields
 
 
-def _json(fields: dict[str, Any]) -> bytes:
-    return json.dumps(fields, separators=(",", ":")).encode()
+def _json(facts: object) -> bytes:
+    return json.dumps(facts, separators=(",", ":")).encode()
 
 
 def _to_base64(data: bytes) -> str:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
+import math
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 from kalm_integrations.core.model.kv_cache import PrefixStates
+from kalm_integrations.core.model.layers import StackConfig
 from kalm_integrations.core.passages.caches import BoundedCache
-
-logger = logging.getLogger(__name__)
 
 PREFIX_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 PrefixKey = tuple[Hashable, ...]
+
+_MAX_MAGNITUDE = 2.0**40
+"""Of stored keys and values: no layer gives more, and less overflows nowhere, so that a forged value fails no query."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,17 @@ class Prefix:
     """What prompts begin with, and where its states are kept."""
 
     token_ids: tuple[int, ...]
+    decoder: str
+    """What `hash_config` gives for the decoder's configuration."""
     cache: BoundedCache[PrefixKey, PrefixStates]
     store: MutableMapping[str, bytes] | None
     dtype: torch.dtype
     """Of the kept states."""
     computed_in: torch.dtype
     """Precision of the run: a store may serve runs that differ in it."""
-    count: Callable[[int, int, int], None]
-    """Told how many states were found in memory, how many in the store, and how many were computed."""
+    count: Callable[[int, int, int, int], None]
+    """Told how many states were found in memory and in the store, how many have to be computed, and for how many of these
+    the store had something else."""
 
     @property
     def group(self) -> Hashable:
@@ -54,7 +57,7 @@ class Prefix:
 
     def key(self, candidate: Candidate) -> PrefixKey:
         """Return what a passage's states are kept under."""
-        return (*candidate.key, self.token_ids, str(self.dtype), str(self.computed_in))
+        return (*candidate.key, self.token_ids, self.decoder, str(self.dtype), str(self.computed_in))
 
     def find(
         self, candidates: Iterable[Candidate], layout: Sequence[int], device: torch.device
@@ -68,27 +71,37 @@ class Prefix:
         """
         wanted = {self.key(candidate): candidate for candidate in candidates}
         found = self.cache.get_many(wanted)
-        n_in_memory = len(found)
+        n_in_memory, n_refused = len(found), 0
         if self.store is not None:
             n_layers, n_heads, width = layout
             stored = {}
             for key, candidate in wanted.items():
-                if key not in found:
-                    n_states = len(candidate.states)
-                    shape = (n_layers, 2, n_heads, n_states + len(self.token_ids), width)
-                    pairs = _load(self.store.get(_name(key)), shape, self.dtype)
-                    if pairs is not None:
-                        stored[key] = PrefixStates(pairs.to(device), n_states)
+                if key in found:
+                    continue
+                name, n_states = _name(key), len(candidate.states)
+                value = self.store.get(name)
+                pairs = _load(value, name, (n_layers, 2, n_heads, n_states + len(self.token_ids), width), self.dtype)
+                if pairs is not None:
+                    stored[key] = PrefixStates(pairs.to(device), n_states)
+                elif value is not None:
+                    n_refused += 1
             self.cache.put_many(stored)
             found |= stored
-        self.count(n_in_memory, len(found) - n_in_memory, len(wanted) - len(found))
+        self.count(n_in_memory, len(found) - n_in_memory, len(wanted) - len(found), n_refused)
         return found
 
     def keep(self, states: Mapping[PrefixKey, PrefixStates]) -> None:
         """Keep states that were computed."""
         self.cache.put_many(states)
         if self.store is not None:
-            self.store.update({_name(key): _dump(entry.pairs) for key, entry in states.items()})
+            named = {_name(key): entry.pairs for key, entry in states.items()}
+            self.store.update({name: _dump(pairs, name) for name, pairs in named.items()})
+
+
+def hash_config(config: StackConfig) -> str:
+    """Return a hash of all that a decoder's configuration says: prefix states depend on it as on the weights."""
+    facts = json.dumps(asdict(config), sort_keys=True, default=torch.Tensor.tolist)
+    return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
 
 
 def _name(key: PrefixKey) -> str:
@@ -96,27 +109,30 @@ def _name(key: PrefixKey) -> str:
     return "prefix:" + hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
 
 
-def _dump(pairs: torch.Tensor) -> bytes:
-    """Return safetensors with the keys and values and a checksum of them; see `_load`."""
-    pairs = pairs.cpu().contiguous()
-    return save({"pairs": pairs, "checksum": _checksum(pairs)})
+def _dump(pairs: torch.Tensor, name: str) -> bytes:
+    """Return the keys and values as bytes, behind their name and a checksum; see `_load`."""
+    data = pairs.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return _head(data, name) + data
 
 
-def _load(value: bytes | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
-    """Return the keys and values of a stored value, or None if there is none or it is not the one that is needed."""
-    if value is None:
+def _load(value: object, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+    """Return the keys and values of what was stored under a name, or None if it is not what was kept under it."""
+    start = len(_head(b"", name))
+    if not isinstance(value, bytes) or len(value) != start + math.prod(shape) * dtype.itemsize:
         return None
-    try:
-        found = load(value)
-        pairs, checksum = found["pairs"], found["checksum"]
-        is_valid = pairs.shape == shape and pairs.dtype == dtype and torch.equal(checksum, _checksum(pairs))
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
-        is_valid = False
-    if not is_valid:
-        logger.warning("stored prefix states are damaged, or not of this passage; they are computed anew")
+    data = memoryview(value)[start:]
+    if value[:start] != _head(data, name):
         return None
-    return pairs
+    pairs = torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+    least, largest = pairs.aminmax()
+    # NaN, which is neither, is refused too.
+    return pairs if least.item() >= -_MAX_MAGNITUDE and largest.item() <= _MAX_MAGNITUDE else None
 
 
-def _checksum(pairs: torch.Tensor) -> torch.Tensor:
-    return torch.tensor([zlib.crc32(pairs.view(torch.uint8).numpy().data)], dtype=torch.int64)
+def _head(data: bytes | memoryview, name: str) -> bytes:
+    """Return what stands before the keys and values: their name, and a checksum that finds damage.
+
+    It need not be hard to forge: who writes to the store can compute any. BLAKE2b would make a query from disk a third slower.
+    """
+    encoded = name.encode()
+    return encoded + zlib.crc32(data, zlib.crc32(encoded)).to_bytes(4, "little")

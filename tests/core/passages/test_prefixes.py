@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
+import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from tools import plain_format
 from tools.checkpoints import TEXTS, make_checkpoint
 from tools.parity import TOLERANCE, Parity
 
-from kalm_integrations import KalmReranker, RankedPassage
+from kalm_integrations import EncodedPassage, KalmReranker, Passage, RankedPassage
+from kalm_integrations.core.passages import prefixes
 from kalm_integrations.errors import SettingsError
 
 MakeReranker = Callable[..., KalmReranker]
@@ -209,15 +217,24 @@ def test_a_store_keeps_runs_of_different_precision_apart(make_reranker: MakeRera
         lambda value: b"",
         lambda value: value[:-1],
         lambda value: value[:-1] + bytes([value[-1] ^ 1]),
-        lambda value: value.replace(b"F32", b"F64", 1),
-        lambda value: b"other\n" + value,
-        lambda value: value[:8] + b"{" + value[8:],
+        lambda value: value[:50] + bytes([value[50] ^ 1]) + value[51:],
+        lambda value: bytes([value[0] ^ 1]) + value[1:],
+        lambda value: value + b"x",
+        lambda value: bytes(len(value)),
+        bytearray,
+        memoryview,
+        lambda value: value.decode("latin-1"),
+        lambda value: list(value[:10]),
+        lambda value: 5,
+        lambda value: forged(value, math.nan),
+        lambda value: forged(value, -math.inf),
+        lambda value: forged(value, 1e30),
     ],
 )
-def test_damaged_states_on_disk_are_computed_again(
-    make_reranker: MakeReranker, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+def test_what_is_not_the_states_that_were_kept_is_computed_again(
+    make_reranker: MakeReranker, damage: Callable[[bytes], object], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A damaged value is no error and no wrong score; it is replaced."""
+    """It is no error and no wrong score; it is counted, logged once, and replaced."""
     store: dict[str, bytes] = {}
     make_reranker(prefix_store=store).prepare(PASSAGES)
     valid = dict(store)
@@ -225,10 +242,114 @@ def test_damaged_states_on_disk_are_computed_again(
     reranker = make_reranker(prefix_store=store)
     expected = make_reranker(prefix_cache_bytes=0).score(FIRST, PASSAGES)
     assert reranker.score(FIRST, PASSAGES) == pytest.approx(expected, abs=1e-6)
-    assert reranker.stats.prefix_misses == len(PASSAGES)
-    assert store.keys() == valid.keys()
-    assert make_reranker(prefix_store=store).score(FIRST, PASSAGES) == pytest.approx(expected, abs=1e-6)
-    assert "damaged" in caplog.text
+    assert reranker.stats.prefix_misses == reranker.stats.prefix_corrupt == len(PASSAGES)
+    assert store == valid
+    assert caplog.text.count("stored prefix states are damaged") == 1
+
+
+def forged(value: bytes, number: float) -> bytes:
+    """Return a value of the same key with a right checksum that holds a number somewhere."""
+    name = value[: value.index(b":") + 33].decode()
+    start = len(prefixes._head(b"", name))
+    pairs = torch.frombuffer(bytearray(value[start:]), dtype=torch.float32)
+    pairs[7] = number
+    return prefixes._dump(pairs, name)
+
+
+def test_states_of_another_passage_are_refused(make_reranker: MakeReranker) -> None:
+    """Two values of like length change places in the store: each belongs to its key."""
+    store: dict[str, bytes] = {}
+    texts = ["Otters eat fish.", "Otters eat crab."]
+    make_reranker(prefix_store=store).prepare(texts)
+    (first, one), (second, other) = store.items()
+    assert len(one) == len(other)
+    store.update({first: other, second: one})
+    reranker = make_reranker(prefix_store=store)
+    expected = make_reranker(prefix_cache_bytes=0).score(FIRST, texts)
+    assert expected[0] != pytest.approx(expected[1], abs=1e-4)
+    assert reranker.score(FIRST, texts) == pytest.approx(expected, abs=1e-6)
+    assert (reranker.stats.prefix_store_hits, reranker.stats.prefix_corrupt) == (0, 2)
+    assert list(store.values()) == [one, other], "and replaced"
+
+
+def with_checksum_of(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return states with the CRC-32 of others: 40 of their lowest bits are chosen for it, by elimination."""
+    data, wanted = bytearray(states.numpy().tobytes()), zlib.crc32(target.numpy().tobytes())
+    start = zlib.crc32(data)
+    basis: dict[int, tuple[int, int]] = {}
+    bits = [(4 * number, bit) for number in range(10) for bit in range(4)]
+    for index, (position, bit) in enumerate(bits):
+        changed = data.copy()
+        changed[position] ^= 1 << bit
+        effect, used = zlib.crc32(changed) ^ start, 1 << index
+        while effect and effect.bit_length() in basis:
+            base, base_used = basis[effect.bit_length()]
+            effect, used = effect ^ base, used ^ base_used
+        if effect:
+            basis[effect.bit_length()] = effect, used
+    difference, chosen = start ^ wanted, 0
+    while difference:
+        base, base_used = basis[difference.bit_length()]
+        difference, chosen = difference ^ base, chosen ^ base_used
+    for index, (position, bit) in enumerate(bits):
+        data[position] ^= (chosen >> index & 1) << bit
+    return torch.frombuffer(data, dtype=torch.float32).view(states.shape)
+
+
+@pytest.mark.parametrize("as_string", [True, False])
+def test_a_forged_encoding_changes_nobody_elses_score(make_reranker: MakeReranker, as_string: bool) -> None:
+    """Its states have the CRC-32 of the honest ones; once they were kept under the same key."""
+    server = make_reranker(prefix_store={}, storage_codec="fp32")
+    text, honest = PASSAGES[0], server.encode_passages(PASSAGES[:1])[0]
+    other = server.encode_passages([PASSAGES[1]])[0].states
+    states = with_checksum_of(other[:1].repeat(len(honest.states), 1), honest.states)
+    assert zlib.crc32(states.numpy().tobytes()) == zlib.crc32(honest.states.numpy().tobytes())
+    lie, truth = replace(honest, states=states), honest
+
+    def given(encoding: EncodedPassage) -> Passage | EncodedPassage:
+        return Passage(text, encoding.to_metadata()) if as_string else encoding
+
+    [expected] = make_reranker(prefix_cache_bytes=0).score(FIRST, [truth])
+    [of_lie] = server.score(FIRST, [given(lie)])
+    assert of_lie != pytest.approx(expected, abs=1e-3)
+    assert server.score(FIRST, [given(truth)]) == pytest.approx([expected], abs=1e-6)
+    another = make_reranker(prefix_store=server._ranker.scorer._prefix_store)
+    assert another.score(FIRST, [given(truth)]) == pytest.approx([expected], abs=1e-6)
+    assert another.stats.prefix_store_hits == 1, "the honest states, which are there by now"
+
+
+def test_states_of_another_decoder_are_not_used(tmp_path: Path) -> None:
+    """Weights, tokenizer and encoder are the same, so encodings are shared; the decoder's window is another."""
+    store: dict[str, bytes] = {}
+    folder = make_checkpoint(tmp_path / "one")
+    shutil.copytree(folder, tmp_path / "two")
+    config = json.loads((folder / "config.json").read_text())
+    config["decoder"]["sliding_window"] = 3
+    (tmp_path / "two" / "config.json").write_text(json.dumps(config))
+    one = KalmReranker.from_pretrained(folder, prefix_store=store)
+    two = KalmReranker.from_pretrained(tmp_path / "two", prefix_store=store)
+    assert one.fingerprint == two.fingerprint
+    one.prepare(PASSAGES)
+    expected = KalmReranker.from_pretrained(tmp_path / "two", prefix_cache_bytes=0).score(FIRST, PASSAGES)
+    assert two.score(FIRST, PASSAGES) == pytest.approx(expected, abs=1e-6)
+    assert (two.stats.prefix_store_hits, two.stats.prefix_misses) == (0, len(PASSAGES))
+
+
+def test_prefix_states_are_found_by_what_a_string_carries(make_reranker: MakeReranker) -> None:
+    """Its checksum names the states: no query hashes the states of what it reads, pooled ones neither."""
+    reranker = make_reranker(compression_ratio=8)
+    fine = make_reranker(compression_ratio=4)
+    values = [m["kalm_encoding"] for m in fine.encode_to_metadata(PASSAGES)]
+    passages = [Passage(text, value) for text, value in zip(PASSAGES, values, strict=True)]
+    for value, encoding in zip(values, map(EncodedPassage.from_metadata, values), strict=True):
+        header = plain_format.read_base64(value.split(".")[1]).decode()
+        assert f'"x":"{encoding.digest}"' in header
+        assert encoding.pool(8).digest == encoding.digest
+        assert replace(encoding, states=encoding.states + 1).digest not in (encoding.digest, replace(encoding).digest)
+        assert replace(encoding).digest == replace(encoding, states=encoding.states.clone()).digest
+    reranker.score(FIRST, passages)
+    reranker.score(SECOND, passages)
+    assert (reranker.stats.prefix_hits, reranker.stats.prefix_misses) == (len(PASSAGES), len(PASSAGES))
 
 
 def test_what_prepare_and_its_store_refuse(make_reranker: MakeReranker, tmp_path: Path) -> None:
