@@ -272,8 +272,8 @@ class RerankFields(QueryFields, EncodingFields):
     on_missing: Literal["encode", "error"] = "encode"
     """What to do about documents without a valid encoding of their text."""
     write_back: Function | None = Field(default=None, repr=False, exclude=True)
-    """Called after scoring with copies of the documents that came without a valid encoding, their encodings in the metadata;
-    see `write_back_to`. What it raises is logged, and fails no query."""
+    """Called after the answer, in a background thread, with copies of the documents that came without a valid encoding, their
+    encodings in the metadata; see `write_back_to`. What it raises is logged, and fails no query."""
 
     def __init__(self, **values: Any) -> None:
         """Check the fields, all together; what would be without effect is refused here, where all are given at once.
