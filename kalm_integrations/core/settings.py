@@ -205,6 +205,12 @@ def describe_problems(error: ValidationError) -> str:
             # Our own validators say all of that themselves.
             rule = str(problem["ctx"]["error"]).removeprefix("invalid settings: ")
         else:
-            rule = f"{problem['msg']}, but got {problem['input']!r}"
+            rule = f"{problem['msg']}, but got {_shown(problem['loc'], problem['input'])}"
         described.append(rule if not place or rule.startswith(place) else f"{place}: {rule}")
     return "; ".join(described)
+
+
+def _shown(place: tuple[str | int, ...], given: object) -> str:
+    """Return what was given, for a message; only its type where a token may be in it."""
+    is_plain = given is None or isinstance(given, (bool, int, float, str, bytes))
+    return repr(given) if is_plain and not {"token", "model_kwargs"} & set(place) else type(given).__name__

@@ -28,7 +28,7 @@ _locks_lock = threading.Lock()
 
 def _renew_locks() -> None:
     """Forget the locks in a forked child, where the threads that hold them are not."""
-    global _locks, _locks_lock  # noqa: PLW0603
+    global _locks, _locks_lock
     _locks, _locks_lock = WeakValueDictionary(), threading.Lock()
 
 
