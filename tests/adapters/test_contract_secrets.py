@@ -168,6 +168,15 @@ class TestHaystack:
             haystack.KalmRanker(token=token)
         assert TOKEN not in refusals(caught)
 
+    @pytest.mark.parametrize("end", ["\n", " ", "\u00e9"], ids=["newline", "space", "accent"])
+    def test_a_token_that_http_would_refuse_is_refused_before_without_showing_it(self, monkeypatch, end):
+        """A secret that was read from a file may end with a newline."""
+        monkeypatch.setenv("MY_TOKEN", TOKEN + end)
+        ranker = haystack.KalmRanker(token=Secret.from_env_var("MY_TOKEN"))
+        with pytest.raises(SettingsError, match="token must be of printable ASCII characters without spaces") as caught:
+            ranker.warm_up()
+        assert TOKEN not in refusals(caught)
+
     def test_an_environment_variable_is_written_as_its_name(self, monkeypatch):
         monkeypatch.setenv("MY_TOKEN", TOKEN)
         ranker = haystack.KalmRanker(token=Secret.from_env_var("MY_TOKEN"))
