@@ -159,10 +159,12 @@ def test_a_store_that_hangs_too_long_is_given_up_and_the_others_are_written(host
     before = write_back_stats().n_dropped
     ask(host, component)
     assert hanging.began.wait(SECONDS)
+    # Not for the others, which a busy machine may make slow.
+    monkeypatch.undo()
     ask(host, host.reranker(model=FakeReranker(), write_back=other.write))
     assert wait_for_write_back(SECONDS)
     assert [len(given) for given in other.written] == [3]
-    assert "writing back the encodings of 3 documents takes more than 0.05 seconds: it is given up" in caplog.text
+    assert "writing back the encodings of 3 documents takes more than" in caplog.text
     ask(host, component)
     assert "an earlier write to the same place has not ended yet" in caplog.text
     assert write_back_stats().n_dropped == before + 6
@@ -294,7 +296,8 @@ def test_a_store_of_haystack_that_hangs_holds_up_no_query_and_no_other_store(mon
         store.write_documents([Document(id="one", content="text")])
         ranker = haystack.KalmRanker(model=FakeReranker(), document_store=store)
         assert len(ranker.run(QUERY, store.filter_documents())["documents"]) == 1
-    assert began.wait(SECONDS)
+        assert began.wait(SECONDS)
+        monkeypatch.undo()  # only the first is timed
     assert wait_for_write_back(SECONDS)
     assert ["kalm_fp" in store.filter_documents()[0].meta for store in stores] == [False, True]
     # Backfill of the other store, too, waits for nobody.
