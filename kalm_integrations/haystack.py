@@ -13,8 +13,17 @@ from haystack_integrations.components.embedders.kalm import KalmDocumentEncoder
 from haystack_integrations.components.rankers.kalm import KalmRanker
 from kalm_integrations.hosting import stores as hosting
 from kalm_integrations.hosting.stores import BackfillReport
+from kalm_integrations.hosting.write_back import WriteBackStats, wait_for_write_back, write_back_stats
 
-__all__ = ["BackfillReport", "KalmDocumentEncoder", "KalmRanker", "backfill"]
+__all__ = [
+    "BackfillReport",
+    "KalmDocumentEncoder",
+    "KalmRanker",
+    "WriteBackStats",
+    "backfill",
+    "wait_for_write_back",
+    "write_back_stats",
+]
 
 
 def backfill(

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kalm_integrations.core.checkpoint.locate import published_max_ratio
@@ -39,7 +39,7 @@ class Parts:
     calibration: Calibration | None
     payload_store: MutableMapping[str, bytes] | None
     prefix_store: MutableMapping[str, bytes] | None
-    given: Mapping[str, Any]
+    given: Mapping[str, Any] = field(repr=False)
     """The settings that were given, to open the same again."""
 
 

@@ -205,6 +205,11 @@ def build_settings(given: Mapping[str, Any]) -> tuple[EncoderSettings, StorageSe
         if given.get(name) is not None and not isinstance(given[name], str):
             msg = f"{name} must be a string or None, but got {type(given[name]).__name__}"
             raise SettingsError(msg)
+    token = given.get("token") or ""
+    if any(not "!" <= character <= "~" for character in token):
+        # HTTP libraries refuse it in a message that shows it.
+        msg = "token must be of printable ASCII characters without spaces, but got another one; strip line ends from it"
+        raise SettingsError(msg)
     if given.get("payload_store") is None and given.get("storage_mode") == "reference":
         msg = "storage_mode='reference' needs a payload_store, but got None; pass a mapping or the folder of an LMDB store"
         raise SettingsError(msg)
@@ -235,6 +240,13 @@ def describe_problems(error: ValidationError) -> str:
             # Our own validators say all of that themselves.
             rule = str(problem["ctx"]["error"]).removeprefix("invalid settings: ")
         else:
-            rule = f"{problem['msg']}, but got {problem['input']!r}"
+            rule = f"{problem['msg']}, but got {_shown(problem['loc'], problem['input'])}"
         described.append(rule if not place or rule.startswith(place) else f"{place}: {rule}")
     return "; ".join(described)
+
+
+def _shown(place: tuple[str | int, ...], given: object) -> str:
+    """Return what was given, for a message; only its type where a token may be in it."""
+    items = given if isinstance(given, (list, tuple)) else [given]
+    is_plain = all(item is None or isinstance(item, (bool, int, float, str, bytes)) for item in items)
+    return repr(given) if is_plain and not {"token", "model_kwargs"} & set(place) else type(given).__name__

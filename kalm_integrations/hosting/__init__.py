@@ -4,6 +4,7 @@
 * `fields`: the settings of components as pydantic fields, checked together and assigned whole or not at all.
 * `documents`: where an encoding lies in a document's metadata, and what may be passed as documents.
 * `ranking`: one query: what is missing, who is told, what is written back.
+* `write_back`: the queue by which it is written after the answer.
 * `stores`: encodings into documents that a store has already: write-back and backfill.
 * `qdrant`: what stores of several hosts do with Qdrant's client.
 
@@ -13,5 +14,6 @@ Importing this loads neither torch nor a framework.
 from __future__ import annotations
 
 from kalm_integrations.hosting.models import as_reranker
+from kalm_integrations.hosting.write_back import WriteBackStats, wait_for_write_back, write_back_stats
 
-__all__ = ["as_reranker"]
+__all__ = ["WriteBackStats", "as_reranker", "wait_for_write_back", "write_back_stats"]

@@ -32,7 +32,7 @@ from kalm_integrations.core.settings import STORE_SETTINGS, check_names, describ
 from kalm_integrations.core.types import ENCODING_KEY, FusionMethod
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import check_encoding_key
-from kalm_integrations.hosting.models import Opened, WithModel, check_model, check_model_kwargs
+from kalm_integrations.hosting.models import Opened, WithModel, check_model, check_model_kwargs, check_no_token
 
 MODEL_FIELDS = (
     "revision",
@@ -113,7 +113,8 @@ Function = Annotated[Callable[[Any], object], WithJsonSchema({"type": "null"})]
 class CheckedModel(BaseModel):
     """A pydantic model whose errors are ours, and that an assignment which is refused leaves as it was."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+    # What was given may hold a token; our own messages show the rest.
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", hide_input_in_errors=True)
 
     def __init__(self, **values: Any) -> None:
         """Check the fields, all together.
@@ -122,7 +123,7 @@ class CheckedModel(BaseModel):
             SettingsError: one is unknown or breaks a rule; the message names it.
         """
         kind = type(self)
-        check_names(values, kind.model_fields, f"settings of {kind.__name__}")
+        _check_names(kind, values, kind.__name__)
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -158,7 +159,7 @@ def assigned(kind: type[AnyModel], values: Mapping[str, Any], component: str) ->
     Raises:
         SettingsError: one is unknown or breaks a rule.
     """
-    check_names(values, kind.model_fields, f"settings of {component}")
+    _check_names(kind, values, component)
     made = kind.__new__(kind)
     try:
         # Not by the constructor, which refuses what is without effect.
@@ -166,6 +167,13 @@ def assigned(kind: type[AnyModel], values: Mapping[str, Any], component: str) ->
     except ValidationError as error:
         raise _refusal(component, error) from error
     return made
+
+
+def _check_names(kind: type[BaseModel], values: Mapping[str, Any], component: str) -> None:
+    what = f"settings of {component}"
+    if "token" not in kind.model_fields:
+        check_no_token(values, what)
+    check_names(values, kind.model_fields, what)
 
 
 def _refusal(component: str, error: ValidationError) -> SettingsError:
@@ -193,12 +201,18 @@ class ModelFields(CheckedModel, WithModel):
     max_passage_tokens: Whole = None
     """Longer passages are cut; 1,024 if not set."""
     model_kwargs: dict[str, Any] = Field(default_factory=dict, repr=False)
-    """What else `KalmReranker.from_pretrained` takes: storage_mode, payload_store, cache_bytes, batch sizes, …"""
+    """What else `KalmReranker.from_pretrained` takes: storage_mode, payload_store, cache_bytes, batch sizes, … A token belongs
+    into HF_TOKEN, a saved login, or a reranker that is given as model."""
 
     _opened: Opened | None = PrivateAttr(None)
 
     def model_settings(self) -> dict[str, Any]:
-        """Return what `as_reranker` takes beside the model."""
+        """Return what `as_reranker` takes beside the model.
+
+        Raises:
+            SettingsError: a token was put into `model_kwargs` after they were checked.
+        """
+        check_no_token(self.model_kwargs, "model_kwargs")
         return {name: value for name in MODEL_FIELDS if (value := getattr(self, name, None)) is not None} | self.model_kwargs
 
     @model_validator(mode="after")
@@ -218,7 +232,7 @@ class ModelFields(CheckedModel, WithModel):
     def _serialize_model_kwargs(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         stores = {name: model_kwargs[name] for name in STORE_SETTINGS if name in model_kwargs}
         paths = {name: os.fspath(store) for name, store in stores.items() if isinstance(store, (str, os.PathLike))}
-        # Mappings live in this process, and a token is nobody else's affair.
+        # Mappings live in this process, and a token that was put in after the check is nobody else's affair.
         return {name: value for name, value in model_kwargs.items() if name not in (*stores, "token")} | paths
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> ModelFields:
@@ -272,8 +286,8 @@ class RerankFields(QueryFields, EncodingFields):
     on_missing: Literal["encode", "error"] = "encode"
     """What to do about documents without a valid encoding of their text."""
     write_back: Function | None = Field(default=None, repr=False, exclude=True)
-    """Called after scoring with copies of the documents that came without a valid encoding, their encodings in the metadata;
-    see `write_back_to`. What it raises is logged, and fails no query."""
+    """Called after the answer, in a background thread, with copies of the documents that came without a valid encoding, their
+    encodings in the metadata; see `write_back_to`. What it raises is logged, and fails no query."""
 
     def __init__(self, **values: Any) -> None:
         """Check the fields, all together; what would be without effect is refused here, where all are given at once.

@@ -78,14 +78,39 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any], fields: Iterable[str]) -
     """Check the names of what a component passes on to `KalmReranker.from_pretrained` beside its fields.
 
     Raises:
-        SettingsError: one is a field of the component, or unknown.
+        SettingsError: one is a field of the component, unknown, or something that must not be shown.
     """
     fields = set(fields)
     repeated = sorted(model_kwargs.keys() & fields)
     if repeated:
         msg = f"model_kwargs must not repeat fields, but got {', '.join(repeated)}; give them directly"
         raise SettingsError(msg)
-    check_names(model_kwargs, set(SETTING_NAMES) - fields, "model_kwargs")
+    check_no_token(model_kwargs, "model_kwargs")
+    check_names(model_kwargs, {*SETTING_NAMES} - fields - {"token"}, "model_kwargs")
+    for name in STORE_SETTINGS:
+        store = model_kwargs.get(name)
+        if isinstance(store, str) and "://" in store:
+            # Not shown: there may be a password in it.
+            scheme = store.partition("://")[0]
+            msg = (
+                f"{name} must be a mapping or a folder, but got a URL of {scheme}; open its store and wrap that in a mapping "
+                "(LangChain: ByteStorePayloads, LlamaIndex: KVPayloadStore)"
+            )
+            raise SettingsError(msg)
+
+
+def check_no_token(settings: Iterable[str], what: str) -> None:
+    """Check that no hub token is among a component's settings, which are shown, saved and sent to other processes.
+
+    Raises:
+        SettingsError: there is one; the message says where it belongs.
+    """
+    if "token" in settings:
+        msg = (
+            f"{what} must hold no token, because settings are shown, saved and sent to other processes, but got one; set "
+            "HF_TOKEN or log in by `hf auth login`, or pass KalmReranker.from_pretrained(..., token=...) as model"
+        )
+        raise SettingsError(msg)
 
 
 @dataclass(frozen=True)
@@ -187,6 +212,11 @@ def check_callable_travels(function: Callable[..., object] | None, name: str) ->
     except Exception as error:
         msg = (
             f"{name} must be a function that can be imported by its name to go to another process (pickling, num_workers), "
-            f"but got {function!r} ({error}); define it at the top of a module, or set it in the process that queries"
+            f"but got {_name_of(function)} ({error}); define it at the top of a module, or set it in the process that queries"
         )
         raise SettingsError(msg) from error
+
+
+def _name_of(function: object) -> str:
+    """Return a function's name: the arguments of a partial one are nobody else's affair."""
+    return getattr(function, "__qualname__", type(function).__name__)

@@ -11,6 +11,7 @@ from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata, Passage, Ranking, Reading
 from kalm_integrations.errors import EncodingError, SettingsError
 from kalm_integrations.hosting.fields import RerankFields
+from kalm_integrations.hosting.write_back import hand_over
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +50,19 @@ def rank(
     query: str,
     passages: Sequence[Passage],
     names: Sequence[str],
-    attach: Callable[[int, Metadata], Doc],
+    copy: Callable[[int], Doc],
+    attach: Callable[[Doc, Metadata], Doc],
     *,
     top_k: int | None,
     score_threshold: float | None = None,
     instruction: str | None = None,
     first_stage_scores: Sequence[Any] | None = None,
     write: Callable[[list[Doc]], object] | None = None,
+    store: object = None,
 ) -> Ranking:
     """Rank a host's documents by the rules of a component, and hand over those that came without a valid encoding.
+
+    They are written in the background, after the answer; see `write_back`.
 
     Every encoding is read once, and every missing passage encoded once.
 
@@ -67,12 +72,14 @@ def rank(
         query: the query.
         passages: the documents' texts, with the encodings that came with them.
         names: of the documents, for messages; of several with one name the last is handed over.
-        attach: makes a copy of the document at an index that carries what to store.
+        copy: makes a copy of the document at an index that its owner cannot change any more.
+        attach: makes a copy of such a copy that carries what to store.
         top_k: how many to return at most; None returns all.
         score_threshold: replaces the component's for this call.
         instruction: replaces the component's for this call.
         first_stage_scores: of the documents; None in it: a document has none.
         write: takes the documents with their encodings; None takes the component's `write_back`.
+        store: what `write` writes to, if that is not the component's `write_back`.
 
     Raises:
         EncodingError: `on_missing` is "error", and a document has no valid encoding.
@@ -95,25 +102,31 @@ def rank(
         # Without a fusion a weight has no effect.
         fusion_weight=None if fields.fusion is None else fields.fusion_weight,
     )
-    _write_back(write or fields.write_back, ranking, names, attach)
+    write = fields.write_back if write is None else write
+    if write is not None:
+        _write_back(write if store is None else store, write, ranking, names, copy, attach)
     return ranking
 
 
 def _write_back(
-    target: Callable[[list[Doc]], object] | None,
+    target: object,
+    write: Callable[[list[Doc]], object],
     ranking: Ranking,
     names: Sequence[str],
-    attach: Callable[[int, Metadata], Doc],
+    copy: Callable[[int], Doc],
+    attach: Callable[[Doc, Metadata], Doc],
 ) -> None:
-    """Hand over documents with their encodings. What fails is logged: a lost encoding costs time, never a result."""
-    missing = list({names[index]: index for index in ranking.reading.not_stored}.values())
-    if target is None or not missing:
+    """Hand over documents with their encodings: what is copied here belongs to the query, all else is done after it."""
+    missing = {names[index]: index for index in ranking.reading.not_stored}.values()
+    copies = {index: copy(index) for index in missing}
+    if not copies:
         return
-    try:
-        made = ranking.to_metadata(missing)
-        target([attach(index, metadata) for index, metadata in made.items()])
-    except Exception:
-        logger.exception("could not write back the encodings of %d documents; the query is answered", len(missing))
+
+    def work() -> None:
+        made = ranking.to_metadata(list(copies))
+        write([attach(copies[index], metadata) for index, metadata in made.items()])
+
+    hand_over(target, len(copies), work)
 
 
 def _check_stored(reading: Reading, names: Sequence[str]) -> None:

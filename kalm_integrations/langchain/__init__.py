@@ -19,6 +19,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError(_message) from error
 
 from kalm_integrations.hosting.stores import BackfillReport
+from kalm_integrations.hosting.write_back import WriteBackStats, wait_for_write_back, write_back_stats
 from kalm_integrations.langchain.cross_encoder import KalmCrossEncoder
 from kalm_integrations.langchain.encode import KalmPassageEncoder, kalm_key_encoder
 from kalm_integrations.langchain.payloads import ByteStorePayloads
@@ -34,7 +35,10 @@ __all__ = [
     "KalmPassageEncoder",
     "KalmRerank",
     "KalmRetriever",
+    "WriteBackStats",
     "backfill",
     "kalm_key_encoder",
+    "wait_for_write_back",
+    "write_back_stats",
     "write_back_to",
 ]

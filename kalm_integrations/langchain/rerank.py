@@ -23,6 +23,7 @@ from kalm_integrations.hosting.documents import (
     checked_documents,
     ranked_metadata,
     with_encoding,
+    without_encodings,
 )
 from kalm_integrations.hosting.fields import Count, RerankFields, check_count
 from kalm_integrations.hosting.ranking import rank
@@ -170,8 +171,11 @@ class KalmRerank(RerankFields, BaseDocumentCompressor):
         if self.fusion is not None and self.first_stage_score_key is not None:
             scores = [document.metadata.get(self.first_stage_score_key) for document in documents]
 
-        def attach(index: int, metadata: Metadata) -> Document:
-            return with_metadata(documents[index], with_encoding(documents[index].metadata, metadata, key))
+        def copy(index: int) -> Document:
+            return with_metadata(documents[index], without_encodings(documents[index].metadata, key))
+
+        def attach(document: Document, metadata: Metadata) -> Document:
+            return with_metadata(document, with_encoding(document.metadata, metadata, key))
 
         passages = [to_passage(document, key) for document in documents]
         top_k = check_count(self.top_n if top_n is None else top_n, "top_n")
@@ -181,6 +185,7 @@ class KalmRerank(RerankFields, BaseDocumentCompressor):
             query,
             passages,
             names,
+            copy,
             attach,
             top_k=top_k,
             instruction=instruction,

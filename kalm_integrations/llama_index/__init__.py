@@ -12,6 +12,7 @@ except ImportError as error:
     raise MissingExtraError(msg) from error
 
 from kalm_integrations.hosting.stores import BackfillReport, DocumentAccess
+from kalm_integrations.hosting.write_back import WriteBackStats, wait_for_write_back, write_back_stats
 from kalm_integrations.llama_index.encode import KalmPassageEncoder
 from kalm_integrations.llama_index.payloads import KVPayloadStore
 from kalm_integrations.llama_index.rerank import KalmRerank, WriteBack
@@ -24,6 +25,9 @@ __all__ = [
     "KalmPassageEncoder",
     "KalmRerank",
     "WriteBack",
+    "WriteBackStats",
     "backfill",
+    "wait_for_write_back",
+    "write_back_stats",
     "write_back_to",
 ]

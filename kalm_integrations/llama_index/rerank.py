@@ -106,7 +106,8 @@ class KalmRerank(NodeFields, RerankFields, BaseNodePostprocessor):
             query,
             [to_passage(node.node, key, self.metadata_mode) for node in nodes],
             names,
-            lambda index, metadata: with_encoding(nodes[index].node, metadata, key),
+            lambda index: stripped(nodes[index].node, key),
+            lambda node, metadata: with_encoding(node, metadata, key),
             top_k=self.top_n,
             first_stage_scores=[node.score for node in nodes] if self.fusion == "z_score" else None,
         )

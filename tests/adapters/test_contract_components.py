@@ -15,7 +15,7 @@ from kalm_integrations import EncodedPassage, KalmReranker
 from kalm_integrations.core import passes
 from kalm_integrations.core.passages.stores import LmdbPayloadStore
 from kalm_integrations.errors import CheckpointNotFoundError, SettingsError
-from kalm_integrations.hosting import models
+from kalm_integrations.hosting import models, wait_for_write_back
 from kalm_integrations.hosting import ranking as hosting_ranking
 from kalm_integrations.testing import FakeReranker
 
@@ -262,6 +262,7 @@ def test_copies_of_what_was_given_share_it(host, tmp_path):
     made = copy.deepcopy(component)
     assert made.model is fake
     host.use(made, QUERY, documents(host))
+    assert wait_for_write_back(10)
     assert len(written) == len(TEXTS)
     encoder = host.encoder(model_kwargs={"storage_mode": "reference", "payload_store": payloads})
     assert copy.deepcopy(encoder).model_kwargs["payload_store"] is payloads
@@ -367,6 +368,7 @@ def test_returned_and_written_documents_share_no_nested_metadata(host, strip_enc
     lock = threading.Lock()
     given[0] = host.document("id-0", TEXTS[0], {"page": 0, "tags": {"a": ["b"]}, "lock": lock})
     ranked = host.use(component, QUERY, given)
+    assert wait_for_write_back(10)
     encoded = host.encode(host.encoder(model=FakeReranker()), given)
     assert len(ranked) == len(written) == len(encoded) == len(TEXTS)
     for document in (*ranked, *written, *encoded):
@@ -396,6 +398,7 @@ def test_a_query_decodes_each_string_once_and_encodes_each_missing_passage_once(
     monkeypatch.setattr(passes, "encode", encode)
     plain = documents(host, [*TEXTS, "another text"])[2:]
     host.use(host.reranker(model=reranker, write_back=written.extend), QUERY, [*stored, *plain])
+    assert wait_for_write_back(10)
     assert (len(decoded), len(encoding), len(written)) == (2, 2, 2)
     assert all(host.metadata(document)["kalm_encoding"].startswith("kalm1.") for document in written)
 
@@ -431,5 +434,6 @@ def test_write_back_gets_what_memory_has_too(host):
     written = []
     host.use(host.reranker(model=reranker), QUERY, documents(host))
     host.use(host.reranker(model=reranker, write_back=written.extend), QUERY, documents(host))
+    assert wait_for_write_back(10)
     assert reranker.stats.passages_encoded == len(TEXTS)
     assert len(written) == len(TEXTS)

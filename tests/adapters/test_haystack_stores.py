@@ -8,7 +8,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +34,7 @@ from haystack_integrations.document_stores.qdrant import QdrantDocumentStore
 from haystack_integrations.common.kalm.stores import access_to
 from kalm_integrations import KalmReranker
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.haystack import BackfillReport, KalmDocumentEncoder, KalmRanker, backfill
+from kalm_integrations.haystack import BackfillReport, KalmDocumentEncoder, KalmRanker, backfill, wait_for_write_back
 from kalm_integrations.sentence_transformers import KalmCrossEncoder
 from kalm_integrations.testing import FakeReranker
 
@@ -233,6 +232,7 @@ def test_write_back_persists_what_a_query_encoded(backend: Backend, make_reranke
     reranker = make_reranker()
     ranker = KalmRanker(model=reranker, document_store=store)
     first = ask(query_pipeline(backend.make_retriever(document_store=store), ranker))
+    assert wait_for_write_back(10)
     assert reranker.stats.passages_encoded == 3
     assert all(document.meta == {"page": 1} for document in first)
 
@@ -254,6 +254,7 @@ def test_documents_that_were_handed_out_stay_as_they_are(make_reranker: MakeRera
     store.write_documents(given)
     found = store.filter_documents()
     KalmRanker(model=make_reranker(), document_store=store).run(query=QUERY, documents=found)
+    assert wait_for_write_back(10)
     assert all(document.meta == {"page": 1} for document in [*given, *found])
     assert_all_stored(store, make_reranker(), TEXTS)
 
@@ -271,6 +272,7 @@ def test_write_back_fails_no_query(backend: Backend, make_reranker: MakeReranker
     ranker = KalmRanker(model=make_reranker(), document_store=store)
     changed = Document(id=documents(TEXTS[1])[0].id, content="as it was retrieved")
     assert len(ranker.run(query=QUERY, documents=[documents()[0], changed, documents()[2]])["documents"]) == 3
+    assert wait_for_write_back(10)
     held = by_text(store.filter_documents())
     assert {text: "kalm_fp" in document.meta for text, document in held.items()} == {TEXTS[0]: True, TEXTS[1]: False}
     assert "2 of 3 encodings were not written back: 1 gone, 1 have another text now" in caplog.text
@@ -290,33 +292,11 @@ async def test_fifty_concurrent_queries_write_back(
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(16))
     results = await asyncio.gather(*(ranker.run_async(query=f"query {n}", documents=found) for n in range(50)))
     assert all(len(result["documents"]) == 3 for result in results)
+    assert wait_for_write_back(10)
     assert reranker.stats.passages_encoded == 3
     assert not [record for record in caplog.records if record.name.startswith("kalm") and record.levelno >= logging.WARNING]
     assert_all_stored(store, make_reranker(), TEXTS)
     backend.close(store)
-
-
-def test_a_store_that_hangs_holds_up_no_other() -> None:
-    began, may_end = threading.Event(), threading.Event()
-
-    class Hanging(InMemoryDocumentStore):
-        def update_by_filter(self, filters: dict[str, Any], meta: dict[str, Any]) -> int:
-            began.set()
-            assert may_end.wait(10)
-            return super().update_by_filter(filters, meta)
-
-    rankers = [KalmRanker(model=FakeReranker(), document_store=store) for store in (Hanging(), InMemoryDocumentStore())]
-    for ranker in rankers:
-        ranker.document_store.write_documents(documents())
-    thread = threading.Thread(target=rankers[0].run, args=(QUERY, documents()))
-    thread.start()
-    assert began.wait(10)
-    rankers[1].run(QUERY, documents())
-    assert thread.is_alive()
-    may_end.set()
-    thread.join()
-    for ranker in rankers:
-        assert all("kalm_fp" in document.meta for document in ranker.document_store.filter_documents())
 
 
 @pytest.mark.parametrize("moment", ["write-back", "first look of backfill", "second look of backfill"])
@@ -342,6 +322,7 @@ def test_what_others_write_meanwhile_is_not_undone(store: Any, moment: str, monk
     reranker = FakeReranker()
     if moment == "write-back":
         KalmRanker(model=reranker, document_store=store).run(query=QUERY, documents=given)
+        assert wait_for_write_back(10)
     else:
         report = backfill(store, KalmDocumentEncoder(model=reranker), progress_bar=False)
         n_seen = 1 if moment.startswith("first") else 0
@@ -387,6 +368,7 @@ def test_metadata_that_others_change_after_every_read_survive(
         monkeypatch.setattr(reader, name, changing(getattr(reader, name)))
     if moment == "write-back":
         KalmRanker(model=FakeReranker(), document_store=store).run(query=QUERY, documents=given)
+        assert wait_for_write_back(10)
     else:
         backfill(store, KalmDocumentEncoder(model=FakeReranker()), progress_bar=False)
     monkeypatch.undo()

@@ -30,6 +30,7 @@ from tools.langchain_helpers import TEXTS, CountingEmbeddings, make_documents
 
 from kalm_integrations import KalmReranker
 from kalm_integrations.errors import EncodingError, EncodingTooLargeError, SettingsError
+from kalm_integrations.hosting import wait_for_write_back
 from kalm_integrations.langchain import (
     KalmCrossEncoder,
     KalmPassageEncoder,
@@ -324,9 +325,11 @@ def test_write_back_gets_copies_of_what_was_missing_after_scoring():
 
     rerank = KalmRerank(model=reranker, top_n=1, write_back=write_back)
     rerank.compress_documents(encoded_documents(), QUERY)
+    assert wait_for_write_back(10)
     assert received == []
     plain = make_documents()[3:]
     rerank.compress_documents([*encoded_documents()[:3], *plain], QUERY)
+    assert wait_for_write_back(10)
     assert received == encoded_documents()[3:]
     assert not any("kalm_encoding" in document.metadata for document in plain)
 
@@ -338,6 +341,7 @@ def test_a_failing_write_back_is_logged_and_the_query_answered(caplog: pytest.Lo
 
     results = KalmRerank(model=FakeReranker(), write_back=write_back).compress_documents(make_documents(), QUERY)
     assert len(results) == 3
+    assert wait_for_write_back(10)
     assert "could not write back the encodings of 5 documents" in caplog.text
     assert "the store is gone" in caplog.text
 

@@ -33,6 +33,7 @@ from kalm_integrations.langchain import (
     KalmRerank,
     backfill,
     kalm_key_encoder,
+    wait_for_write_back,
     write_back_to,
 )
 from kalm_integrations.langchain.stores import access_to
@@ -224,6 +225,7 @@ def test_write_back_makes_the_next_process_encode_nothing(host: VectorHost, embe
     rerank = KalmRerank(model=first, top_n=2, write_back=write_back_to(host.store))
 
     before = rerank.compress_documents(host.retrieve(), QUERY)
+    assert wait_for_write_back(10)
     assert first.stats.passages_encoded >= len(documents)
     host.restart()
 
@@ -240,6 +242,7 @@ def test_write_back_leaves_the_retrieved_documents_as_they_are(host: VectorHost)
     host.add(make_documents())
     retrieved = host.retrieve()
     KalmRerank(model=FakeReranker(), write_back=write_back_to(host.store)).compress_documents(retrieved, QUERY)
+    assert wait_for_write_back(10)
     assert not any("kalm_encoding" in document.metadata for document in retrieved)
     assert all("kalm_encoding" in document.metadata for document in host.retrieve())
 
@@ -513,6 +516,7 @@ def test_write_back_finds_docstore_keys_in_metadata(embeddings: CountingEmbeddin
     docstore.mset([(document.metadata["doc_id"], document) for document in documents])
     write_back = write_back_to(docstore, id_of=lambda document: document.metadata["doc_id"])
     KalmRerank(model=FakeReranker(), write_back=write_back).compress_documents(documents, QUERY)
+    assert wait_for_write_back(10)
     assert all("kalm_encoding" in document.metadata for document in docstore.mget([f"key {i}" for i in range(len(TEXTS))]))
     assert not any("kalm_encoding" in document.metadata for document in documents)
 

@@ -44,6 +44,7 @@ from pydantic import Field
 from kalm_integrations import KalmReranker
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
 from kalm_integrations.errors import EncodingError, MissingExtraError, SettingsError
+from kalm_integrations.hosting import wait_for_write_back
 from kalm_integrations.llama_index import KalmPassageEncoder, KalmRerank
 from kalm_integrations.testing import FakeReranker
 
@@ -281,11 +282,13 @@ def test_write_back_gets_copies_of_what_was_encoded_after_scoring(make_reranker)
     written = []
     reranker = make_reranker()
     rerank(KalmRerank(reranker, top_n=1, write_back=written.extend), [first, *nodes[1:]])
+    assert wait_for_write_back(10)
     assert [node.node_id for node in written] == ["n1", "n2", "n3", "n4"]
     assert reranker.stats.passages_encoded == 4
     assert not any(has_encoding(node.to_json()) for node in nodes)
     rerank(KalmRerank(reranker, on_missing="error"), written)
     rerank(KalmRerank(reranker, write_back=written.clear), [first])
+    assert wait_for_write_back(10)
     assert len(written) == 4
 
 
@@ -296,6 +299,7 @@ def test_write_back_never_fails_a_query(caplog):
 
     with caplog.at_level(logging.ERROR, logger="kalm_integrations"):
         assert rerank(KalmRerank(FakeReranker(), write_back=fail), make_nodes())
+        assert wait_for_write_back(10)
     assert "the store is down" in caplog.text
 
 

@@ -43,6 +43,7 @@ from kalm_integrations.llama_index import (
     KalmRerank,
     KVPayloadStore,
     backfill,
+    wait_for_write_back,
     write_back_to,
 )
 from kalm_integrations.testing import FakeReranker
@@ -169,6 +170,7 @@ def test_what_a_query_encodes_is_written_back_and_read_after_a_restart(reopen, m
     index = make_index(context, make_nodes(), embedding)
     reranker = make_reranker(storage_codec="fp32")
     first = query(index, model=reranker, write_back=write_back_to(store))
+    assert wait_for_write_back(10)
     assert reranker.stats.passages_encoded == len(TEXTS)
     context, store = reopen()
     reranker = make_reranker(storage_codec="fp32")
@@ -190,6 +192,7 @@ def test_write_back_changes_nothing_but_the_encoding(reopen, make_reranker):
         reranker = make_reranker()
         rerank = KalmRerank(reranker, keep_retrieval_score=True, write_back=write_back_to(store))
         index.as_query_engine(llm=MockLLM(), similarity_top_k=5, node_postprocessors=[window, rerank]).query(QUERY)
+        assert wait_for_write_back(10)
         return reranker.stats.passages_encoded
 
     assert ask(index, store) == len(nodes)
@@ -304,6 +307,7 @@ def test_write_back_passes_over_a_text_that_changed_since_it_was_retrieved(reope
     change(store)
     with caplog.at_level(logging.WARNING, logger="kalm_integrations"):
         KalmRerank(FakeReranker(), write_back=write_back_to(store)).postprocess_nodes(retrieved, query_str=QUERY)
+        assert wait_for_write_back(10)
     assert "2 of 5 encodings were not written back: 1 gone, 1 have another text now" in caplog.text
     assert is_as_changed(store)
     assert [ENCODING_KEY in node.metadata for node in read(store, 0, 2, 3, 4)] == [False, True, True, True]
@@ -439,6 +443,7 @@ def test_write_back_does_not_make_pipelines_ingest_again():
     nodes = pipeline.run(documents=documents)
     retrieved = [NodeWithScore(node=node, score=0.1) for node in nodes]
     KalmRerank(fake, write_back=write_back_to(docstore)).postprocess_nodes(retrieved, query_str=QUERY)
+    assert wait_for_write_back(10)
     assert backfill(docstore, KalmPassageEncoder(fake), show_progress=False) == BackfillReport(5, 0, 0)
     assert pipeline.run(documents=documents) == []
 
@@ -449,6 +454,7 @@ def test_refresh_after_write_back_finds_nothing_new():
     context = StorageContext.from_defaults(docstore=docstore)
     index = VectorStoreIndex.from_documents(documents, storage_context=context, embed_model=MockEmbedding(embed_dim=3))
     query(index, model=fake, write_back=write_back_to(docstore))
+    assert wait_for_write_back(10)
     assert all(ENCODING_KEY in node.metadata for node in docstore.docs.values())
     assert index.refresh_ref_docs(documents) == [False] * len(documents)
     index.delete_ref_doc("d0", delete_from_docstore=True)
@@ -492,6 +498,7 @@ def test_nodes_that_a_store_does_not_have_are_left_out_and_logged(caplog):
     retrieved = [NodeWithScore(node=node, score=0.1) for node in make_nodes()]
     with caplog.at_level(logging.WARNING, logger="kalm_integrations"):
         KalmRerank(FakeReranker(), write_back=write_back_to(docstore)).postprocess_nodes(retrieved, query_str=QUERY)
+        assert wait_for_write_back(10)
     assert "3 of 5 encodings were not written back: 3 gone" in caplog.text
     assert [ENCODING_KEY in node.metadata for node in docstore.docs.values()] == [True, True]
 

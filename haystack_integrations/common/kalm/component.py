@@ -49,7 +49,7 @@ class ComponentFields(EncodingFields):
     """Parameters of both components, with the rules that `hosting` has for them."""
 
     device: Annotated[InstanceOf[ComponentDevice] | None, BeforeValidator(_to_device)] = None  # type: ignore[assignment]
-    token: InstanceOf[Secret] | None = None
+    token: InstanceOf[Secret] | None = Field(default=None, repr=False)
     meta_fields_to_embed: Annotated[list[str], BeforeValidator(_to_names)]
     embedding_separator: str
     model_kwargs: Annotated[dict[str, Any], BeforeValidator(lambda given: {} if given is None else given)] = Field(repr=False)
@@ -131,18 +131,22 @@ class KalmComponent(WithModel):
                 function that can be imported, or `token` a plain token.
         """
         super().check_travels()
-        parameters = self._parameters()
+        parameters = self._parameters() | {"token": self._described_token()}
+        model_kwargs = self._fields.model_kwargs.items()
+        parameters["model_kwargs"] = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in model_kwargs} or None
+        return default_to_dict(self, **parameters)
+
+    def _described_token(self) -> dict[str, Any] | None:
+        """Return where the token is to be found, for YAML and pickles, into which the token itself must not go."""
+        token = self._fields.token
         try:
-            parameters["token"] = self._fields.token and self._fields.token.to_dict()
+            return None if token is None else token.to_dict()
         except ValueError as error:
             msg = (
                 "token must name an environment variable to be serialised, but got a plain token; give "
                 "Secret.from_env_var('HF_TOKEN') instead"
             )
             raise SettingsError(msg) from error
-        model_kwargs = self._fields.model_kwargs.items()
-        parameters["model_kwargs"] = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in model_kwargs} or None
-        return default_to_dict(self, **parameters)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -156,6 +160,7 @@ class KalmComponent(WithModel):
             SettingsError: a part lives in this process only; the message says what to give instead.
         """
         super().check_travels()
+        self._described_token()
         store = getattr(self, "document_store", None)
         if store is not None:
             msg = (

@@ -9,7 +9,7 @@ from typing import Any
 from haystack import Document
 
 from kalm_integrations.core.types import Metadata, Passage, RankedPassage
-from kalm_integrations.hosting.documents import encoding_keys, ranked_metadata, with_encoding
+from kalm_integrations.hosting.documents import encoding_keys, ranked_metadata, with_encoding, without_encodings
 from kalm_integrations.hosting.stores import DocumentKind
 
 
@@ -31,6 +31,10 @@ class DocumentLayout:
         texts = [str(value) for value in values if value is not None]
         text = self.embedding_separator.join([*texts, document.content or ""])
         return Passage(text, document.meta.get(self.encoding_key))
+
+    def bare(self, document: Document) -> Document:
+        """Return a copy of a document, with the same id, without encodings and with meta of its own."""
+        return replace(document, meta=without_encodings(document.meta, self.encoding_key))
 
     def attach(self, document: Document, metadata: Metadata) -> Document:
         """Return a copy of a document, with the same id, that carries what `Reranker.encode_to_metadata` made of it."""

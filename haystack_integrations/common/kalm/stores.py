@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -18,10 +20,19 @@ from kalm_integrations.hosting.stores import Changes, DocumentAccess, DocumentId
 
 Filters = dict[str, Any]
 
-# One lock a store: pipelines run components in several threads, which a local Qdrant does not bear, and pgvector's cursor
-# is not made for.
+# One lock for each store that has a connection of its own: see `_OneAtATime`. Nothing that may hang is done under the lock of
+# the locks.
 _locks: WeakValueDictionary[int, threading.Lock] = WeakValueDictionary()
 _locks_lock = threading.Lock()
+
+
+def _renew_locks() -> None:
+    """Forget the locks in a forked child, where the threads that hold them are not."""
+    global _locks, _locks_lock
+    _locks, _locks_lock = WeakValueDictionary(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 def check_updatable(document_store: Any) -> Any:
@@ -60,8 +71,7 @@ class _AnyStore:
         self._store = store
         self._filters = filters
         self._contents: dict[DocumentId, str | None] = {}
-        with _locks_lock:
-            self._lock = _locks.setdefault(id(store), threading.Lock())
+        self._turn: AbstractContextManager[Any] = nullcontext()
 
     def find_ids(self, fingerprint: str | None) -> list[DocumentId]:
         filters = self._filters
@@ -69,17 +79,17 @@ class _AnyStore:
             outdated = {"field": f"meta.{FINGERPRINT_KEY}", "operator": "!=", "value": fingerprint}
             # Chroma refuses an AND of one.
             filters = _all_of(filters, outdated) if filters else outdated
-        with self._lock:
+        with self._turn:
             return [document.id for document in self._store.filter_documents(filters)]
 
     def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, Document]:
-        with self._lock:
+        with self._turn:
             held: dict[DocumentId, Document] = {document.id: document for document in self._find(ids)}
         self._contents = {document_id: document.content for document_id, document in held.items()}
         return held
 
     def add_metadata(self, changes: Changes) -> None:
-        with self._lock:
+        with self._turn:
             self._add(changes)
 
     def _find(self, ids: Sequence[DocumentId]) -> list[Document]:
@@ -107,7 +117,18 @@ class _InMemory(_AnyStore):
                 self._store.storage[document.id] = changed
 
 
-class _Pgvector(_AnyStore):
+class _OneAtATime(_AnyStore):
+    """For a store that must not be used by two threads at once: write-back has one thread, backfill works in its caller's."""
+
+    def __init__(self, store: Any, filters: Filters | None) -> None:
+        super().__init__(store, filters)
+        with _locks_lock:
+            self._turn = _locks.setdefault(id(store), threading.Lock())
+
+
+class _Pgvector(_OneAtATime):
+    """It has one cursor."""
+
     def _find(self, ids: Sequence[DocumentId]) -> list[Document]:
         found: list[Document] = self._store.filter_documents({"field": "id", "operator": "in", "value": list(ids)})
         return found
@@ -137,8 +158,11 @@ class _Chroma(_AnyStore):
         return self._store._collection  # noqa: SLF001
 
 
-class _Qdrant(_AnyStore):
-    """By the client, which changes payloads on a condition: `update_by_filter` writes whole points that it has read before."""
+class _Qdrant(_OneAtATime):
+    """By the client, which changes payloads on a condition: `update_by_filter` writes whole points that it has read before.
+
+    Its local mode is not made for threads.
+    """
 
     def _find(self, ids: Sequence[DocumentId]) -> list[Document]:
         found: list[Document] = self._store.get_documents_by_id(list(ids))

@@ -13,7 +13,7 @@ from haystack_integrations.common.kalm.component import HUB_TOKEN, ComponentFiel
 from haystack_integrations.common.kalm.stores import access_to, check_updatable
 from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.ranking import check_fusion
-from kalm_integrations.core.types import ENCODING_KEY, FusionMethod, Metadata
+from kalm_integrations.core.types import ENCODING_KEY, FusionMethod
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import checked_documents
 from kalm_integrations.hosting.fields import Count, RerankFields, check_count, check_threshold
@@ -115,7 +115,8 @@ class KalmRanker(KalmComponent):
             strip_encodings: return documents without encodings, so that none reaches a prompt or a trace.
             encoding_key: meta key of the encoding.
             on_missing: what to do with documents whose encoding is missing or stale: "encode" them, or raise an "error".
-            document_store: write encodings made at query time into this store, through its `update_by_filter`.
+            document_store: write encodings made at query time into this store, through its `update_by_filter`, in the
+                background after the answer; see `kalm_integrations.haystack.wait_for_write_back`.
             write_back: or hand them to this callable: copies of the documents that were encoded, with encodings in `meta`.
             model_kwargs: further arguments of `KalmReranker.from_pretrained`, such as `cache_bytes` and `payload_store`.
 
@@ -232,9 +233,6 @@ class KalmRanker(KalmComponent):
             return {"documents": []}
         candidates = _best_of_each_id(given)
 
-        def attach(index: int, metadata: Metadata) -> Document:
-            return layout.attach(candidates[index], metadata)
-
         def write(encoded: list[Document]) -> None:
             by_id: dict[DocumentId, Document] = {document.id: document for document in encoded}
             write_encodings(access_to(fields.document_store), layout.kind, by_id)
@@ -245,12 +243,14 @@ class KalmRanker(KalmComponent):
             query,
             [layout.passage(document) for document in candidates],
             [document.id for document in candidates],
-            attach,
+            lambda index: layout.bare(candidates[index]),
+            layout.attach,
             top_k=top_k,
             score_threshold=score_threshold,
             instruction=instruction,
             first_stage_scores=[document.score for document in candidates] if fields.fusion == "z_score" else None,
             write=None if fields.document_store is None else write,
+            store=fields.document_store,
         )
         strip = fields.strip_encodings
         ranked = [layout.scored(candidates[place.index], place, strip=strip) for place in ranking]
