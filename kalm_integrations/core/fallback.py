@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias, get_args
 
 from kalm_integrations.core.types import Passage, RankedPassage, Ranking, Reading
-from kalm_integrations.errors import EncodingError, SettingsError
+from kalm_integrations.errors import DeadlineExceededError, EncodingError, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,15 @@ def keeps_order(error: Exception, on_error: OnError) -> bool:
             error,
         )
     return True
+
+
+def too_late(timeout: float | None) -> DeadlineExceededError:
+    """Return the error for an answer that did not come in `timeout` seconds."""
+    msg = (
+        f"an answer must come within timeout={timeout} seconds, but did not; give more time or fewer candidates, encode at "
+        "ingest, or set on_error='keep_order' to go on with the first stage's order"
+    )
+    return DeadlineExceededError(msg)
 
 
 def note_answer() -> None:

@@ -16,8 +16,8 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from kalm_integrations.core.engine import AnyJob, Engine
+from kalm_integrations.core.fallback import too_late
 from kalm_integrations.core.forks import renew_in_child
-from kalm_integrations.errors import DeadlineExceededError
 
 N_THREADS = 4
 """Threads that do what coroutines ask for between their jobs."""
@@ -53,7 +53,7 @@ class Driver:
             except FutureTimeoutError as error:
                 if job.done():
                     raise  # an error of the job's own
-                raise _too_late(timeout) from error
+                raise too_late(timeout) from error
             finally:
                 # Whatever ended the wait, be it Ctrl-C: nobody wants the rest.
                 job.cancel()
@@ -76,7 +76,7 @@ class Driver:
         except asyncio.TimeoutError as error:
             if not task.cancelled():
                 raise  # an error of the flow's own
-            raise _too_late(timeout) from error
+            raise too_late(timeout) from error
 
     async def _arun(self, flow: Flow[Answer]) -> Answer:
         max_queued: int | None = self._max_queued
@@ -140,11 +140,3 @@ def _advance(flow: Flow[Answer], result: Any) -> tuple[AnyJob | None, Any]:
         return flow.send(result), None
     except StopIteration as end:
         return None, end.value
-
-
-def _too_late(timeout: float | None) -> DeadlineExceededError:
-    msg = (
-        f"an answer must come within timeout={timeout} seconds, but did not; give more time or fewer candidates, encode at "
-        "ingest, or set on_error='keep_order' to go on with the first stage's order"
-    )
-    return DeadlineExceededError(msg)

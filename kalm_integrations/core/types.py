@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -122,6 +123,11 @@ class RankedPassage:
     """What the ranking is ordered by if it is fused with the first stage's; comparable within one query only."""
     text: str | None = field(default=None, compare=False)
     """The passage's text, if one was given."""
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the passage was reranked."""
+        return not math.isnan(self.margin)
 
     def __repr__(self) -> str:
         """Return the fields, a long text cut."""

@@ -16,7 +16,10 @@ RELEVANCE_SCORE_KEY = "relevance_score"
 RETRIEVAL_SCORE_KEY = "retrieval_score"
 """Metadata key of the score that a document came with."""
 
-RESERVED_KEYS = (FINGERPRINT_KEY, FUSED_SCORE_KEY, RELEVANCE_SCORE_KEY, RETRIEVAL_SCORE_KEY)
+RERANKED_KEY = "reranked"
+"""Metadata key that is False on documents that were to be reranked and were not; see `on_error`."""
+
+RESERVED_KEYS = (FINGERPRINT_KEY, FUSED_SCORE_KEY, RELEVANCE_SCORE_KEY, RERANKED_KEY, RETRIEVAL_SCORE_KEY)
 """Metadata keys of ours that hold something else than an encoding."""
 
 Doc = TypeVar("Doc")
@@ -56,13 +59,18 @@ def under_key(encoding: Metadata, encoding_key: str) -> Metadata:
 
 
 def ranked_metadata(metadata: Mapping[Any, Any], place: RankedPassage, encoding_key: str, *, strip: bool) -> dict[Any, Any]:
-    """Return the metadata that a document comes back with: without encodings for `strip`, and with its fused score."""
+    """Return the metadata that a document comes back with: without encodings for `strip`, and with what ranking adds."""
     kept = without_encodings(metadata, encoding_key) if strip else copied(metadata)
-    return kept | fused_score(place)
+    if kept.get(RERANKED_KEY) is False:
+        # From an earlier reranker, which failed.
+        del kept[RERANKED_KEY]
+    return kept | added_metadata(place)
 
 
-def fused_score(place: RankedPassage) -> dict[str, float]:
-    """Return the metadata that say what a fused ranking is ordered by; none of one that is not fused."""
+def added_metadata(place: RankedPassage) -> dict[str, float | bool]:
+    """Return the metadata that ranking adds, beside the score: what a fused ranking is ordered by, or that it failed."""
+    if not place.is_scored:
+        return {RERANKED_KEY: False}
     return {} if place.fused is None else {FUSED_SCORE_KEY: place.fused}
 
 

@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from kalm_integrations.core.base import Reranker, is_reranker
+from kalm_integrations.core.fallback import OnError, check_timeout
 from kalm_integrations.core.ranking import check_fusion
 from kalm_integrations.core.settings import STORE_SETTINGS, check_names, describe_problems
 from kalm_integrations.core.types import ENCODING_KEY, FusionMethod
@@ -104,6 +105,7 @@ Count = Annotated[int | None, BeforeValidator(_count)]
 """How many results, at most; None: all."""
 Whole = Annotated[int | None, Strict()]
 Threshold = Annotated[float | None, BeforeValidator(_threshold)]
+Timeout = Annotated[float | None, BeforeValidator(check_timeout)]
 TorchName = Annotated[str | None, BeforeValidator(_name)]
 EncodingKey = Annotated[str, BeforeValidator(check_encoding_key)]
 Model = Annotated[SkipValidation[str | os.PathLike[str] | Reranker], WithJsonSchema({"type": "string"})]
@@ -285,6 +287,11 @@ class RerankFields(QueryFields, EncodingFields):
     """Leave encodings out of what is returned, and so out of prompts, traces and checkpoints."""
     on_missing: Literal["encode", "error"] = "encode"
     """What to do about documents without a valid encoding of their text."""
+    timeout: Timeout = None
+    """Seconds in which a query must be answered; None waits as long as it takes."""
+    on_error: OnError = "raise"
+    """"keep_order" goes on without reranking if that is late or fails: with the first documents as they came, unscored, their
+    metadata `reranked` False. Why is logged."""
     write_back: Function | None = Field(default=None, repr=False, exclude=True)
     """Called after the answer, in a background thread, with copies of the documents that came without a valid encoding, their
     encodings in the metadata; see `write_back_to`. What it raises is logged, and fails no query."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import os
 import pickle
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from kalm_integrations.core.base import Reranker, is_reranker
+from kalm_integrations.core.forks import ForkSafeLock
 from kalm_integrations.core.passages.stores import check_stores, check_stores_travel
 from kalm_integrations.core.settings import SETTING_NAMES, STORE_SETTINGS, build_settings, check_names
 from kalm_integrations.errors import SettingsError
@@ -21,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 # One lock a model, so that nobody waits for another model's download; kept here, because a lock in a component would forbid
 # copying it.
-_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
-_locks_lock = threading.Lock()
+_locks: defaultdict[str, ForkSafeLock] = defaultdict(ForkSafeLock)
+_locks_lock = ForkSafeLock()
 
 
 def as_reranker(model: Reranker | str | os.PathLike[str], **settings: Any) -> Reranker:
@@ -163,15 +164,30 @@ class WithModel:
             CheckpointError: the checkpoint is not there or cannot be used.
         """
         settings = {"model": self.model, **self.model_settings()}
+        found = self._opened_with(settings)
+        return self._open(settings) if found is None else found
+
+    async def areranker(self) -> Reranker:
+        """Return the reranker; it is opened on another thread, so that the event loop goes on."""
+        settings = {"model": self.model, **self.model_settings()}
+        found = self._opened_with(settings)
+        return await asyncio.to_thread(self._open, settings) if found is None else found
+
+    def _open(self, settings: dict[str, Any]) -> Reranker:
+        with _locks_lock:
+            lock = _locks[str(self.model)]
+        with lock:
+            found = self._opened_with(settings)
+            if found is not None:
+                return found
+            reranker = as_reranker(**settings, **self.credentials())
+            self._opened = Opened(settings, reranker)
+            return reranker
+
+    def _opened_with(self, settings: Mapping[str, Any]) -> Reranker | None:
+        """Return the reranker if it is open, with these settings."""
         opened = self._opened
-        if opened is None or not opened.fits(settings):
-            with _locks_lock:
-                lock = _locks[str(self.model)]
-            with lock:
-                opened = self._opened
-                if opened is None or not opened.fits(settings):
-                    opened = self._opened = Opened(settings, as_reranker(**settings, **self.credentials()))
-        return opened.reranker
+        return opened.reranker if opened is not None and opened.fits(settings) else None
 
     def shared_parts(self) -> Iterator[object]:
         """Yield what copies of the component share instead of copying it: a reranker, its stores, callables."""

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from kalm_integrations.core.base import Reranker
+from kalm_integrations.core.fallback import keeps_order, note_answer, too_late, unranked
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata, Passage, Ranking, Reading
-from kalm_integrations.errors import EncodingError, SettingsError
+from kalm_integrations.errors import DeadlineExceededError, EncodingError, SettingsError
 from kalm_integrations.hosting.fields import RerankFields
+from kalm_integrations.hosting.models import WithModel
 from kalm_integrations.hosting.write_back import hand_over
 
 logger = logging.getLogger(__name__)
 
 N_NOTED = 10
 """A query that has to encode fewer passages than this says nothing about it."""
+
+MIN_TIMEOUT = 1e-6
+"""Seconds that are given to a model for which no time is left."""
 
 Doc = TypeVar("Doc")
 
@@ -26,6 +34,19 @@ _noted = threading.Event()
 def encode(reranker: Reranker, passages: Sequence[Passage], *, show_progress: bool = False) -> list[Metadata]:
     """Return what to store with each passage; those that carry a valid encoding keep it."""
     _, made = encode_missing(reranker, passages, show_progress=show_progress)
+    return _with_kept(reranker, passages, made)
+
+
+async def aencode(component: WithModel, passages: Sequence[Passage], *, show_progress: bool = False) -> list[Metadata]:
+    """Do what `encode` does; no thread waits for the model, and what is left is not encoded if the coroutine is cancelled."""
+    reranker = await component.areranker()
+    missing = (await reranker.aread(passages)).not_stored
+    texts = [passages[index].text for index in missing]
+    made = await reranker.aencode_to_metadata(texts, show_progress) if missing else []
+    return _with_kept(reranker, passages, dict(zip(missing, made, strict=True)))
+
+
+def _with_kept(reranker: Reranker, passages: Sequence[Passage], made: Mapping[int, Metadata]) -> list[Metadata]:
     # A kept encoding may come without its companion, from an export or another host.
     fingerprint = reranker.fingerprint
     return [
@@ -44,87 +65,141 @@ def encode_missing(
     return reading, dict(zip(missing, made, strict=True))
 
 
-def rank(
-    fields: RerankFields,
-    reranker: Reranker,
-    query: str,
-    passages: Sequence[Passage],
-    names: Sequence[str],
-    copy: Callable[[int], Doc],
-    attach: Callable[[Doc, Metadata], Doc],
-    *,
-    top_k: int | None,
-    score_threshold: float | None = None,
-    instruction: str | None = None,
-    first_stage_scores: Sequence[Any] | None = None,
-    write: Callable[[list[Doc]], object] | None = None,
-    store: object = None,
-) -> Ranking:
+@dataclass(frozen=True)
+class HostQuery(Generic[Doc]):
+    """A query of a host: its documents as passages, the component's rules, and how what was encoded is handed over."""
+
+    component: WithModel
+    """Has the reranker, which is opened if need be."""
+    fields: RerankFields
+    """The component's."""
+    query: str
+    passages: Sequence[Passage]
+    """The documents' texts, with the encodings that came with them."""
+    names: Sequence[str]
+    """Of the documents, for messages; of several with one name the last is handed over."""
+    copy: Callable[[int], Doc]
+    """Makes a copy of the document at an index that its owner cannot change any more."""
+    attach: Callable[[Doc, Metadata], Doc]
+    """Makes a copy of such a copy that carries what to store."""
+    top_k: int | None
+    """How many to return at most; None returns all."""
+    score_threshold: float | None = None
+    """Replaces the component's for this call."""
+    instruction: str | None = None
+    """Replaces the component's for this call."""
+    first_stage_scores: Sequence[Any] | None = None
+    """Of the documents; None in it: a document has none."""
+    write: Callable[[list[Doc]], object] | None = None
+    """Takes the documents with their encodings; None takes the component's `write_back`."""
+    store: object = None
+    """What `write` writes to, if that is not the component's `write_back`."""
+
+    def check(self) -> None:
+        """Check what can be checked before the model is asked.
+
+        Raises:
+            SettingsError: a score that `fusion` needs is not there.
+        """
+        if self.first_stage_scores is not None:
+            _check_scored(self.first_stage_scores, self.names)
+
+    def arguments(self, reading: Reading) -> dict[str, Any]:
+        """Return what the reranker is asked once the passages are read.
+
+        Raises:
+            EncodingError: `on_missing` is "error", and a document has no valid encoding.
+        """
+        fields = self.fields
+        if fields.on_missing == "error":
+            _check_stored(reading, self.names)
+        _note(reading)
+        return {
+            "query": self.query,
+            "passages": reading,
+            "top_k": self.top_k,
+            "score_threshold": fields.score_threshold if self.score_threshold is None else self.score_threshold,
+            "instruction": fields.instruction if self.instruction is None else self.instruction,
+            "first_stage_scores": self.first_stage_scores,
+            "fusion": fields.fusion,
+            # Without a fusion a weight has no effect.
+            "fusion_weight": None if fields.fusion is None else fields.fusion_weight,
+        }
+
+    def finish(self, ranking: Ranking) -> Ranking:
+        """Hand over the documents that came without a valid encoding, to be written in the background."""
+        note_answer()
+        write = self.fields.write_back if self.write is None else self.write
+        if write is not None:
+            _write_back(write if self.store is None else self.store, write, ranking, self)
+        return ranking
+
+    def give_up(self, error: Exception) -> Ranking:
+        """Return the documents in their order if the component's `on_error` says so.
+
+        Raises:
+            Exception: the error, if it does not.
+        """
+        if not keeps_order(error, self.fields.on_error):
+            raise error
+        return unranked(self.passages, self.top_k)
+
+
+def rank(query: HostQuery[Any]) -> Ranking:
     """Rank a host's documents by the rules of a component, and hand over those that came without a valid encoding.
 
-    They are written in the background, after the answer; see `write_back`.
-
-    Every encoding is read once, and every missing passage encoded once.
-
-    Args:
-        fields: the component's.
-        reranker: ranks them.
-        query: the query.
-        passages: the documents' texts, with the encodings that came with them.
-        names: of the documents, for messages; of several with one name the last is handed over.
-        copy: makes a copy of the document at an index that its owner cannot change any more.
-        attach: makes a copy of such a copy that carries what to store.
-        top_k: how many to return at most; None returns all.
-        score_threshold: replaces the component's for this call.
-        instruction: replaces the component's for this call.
-        first_stage_scores: of the documents; None in it: a document has none.
-        write: takes the documents with their encodings; None takes the component's `write_back`.
-        store: what `write` writes to, if that is not the component's `write_back`.
+    Every encoding is read once, and every missing passage encoded once. The thread waits.
 
     Raises:
         EncodingError: `on_missing` is "error", and a document has no valid encoding.
         SettingsError: an argument is out of range, or a score that `fusion` needs is not there.
+        KalmError: the reranker is late or fails, and `on_error` is "raise".
     """
-    if first_stage_scores is not None:
-        _check_scored(first_stage_scores, names)
-    reading = reranker.read(passages)
-    if fields.on_missing == "error":
-        _check_stored(reading, names)
-    _note(reading)
-    ranking = reranker.rank(
-        query,
-        reading,
-        top_k=top_k,
-        score_threshold=fields.score_threshold if score_threshold is None else score_threshold,
-        instruction=fields.instruction if instruction is None else instruction,
-        first_stage_scores=first_stage_scores,
-        fusion=fields.fusion,
-        # Without a fusion a weight has no effect.
-        fusion_weight=None if fields.fusion is None else fields.fusion_weight,
-    )
-    write = fields.write_back if write is None else write
-    if write is not None:
-        _write_back(write if store is None else store, write, ranking, names, copy, attach)
-    return ranking
+    query.check()
+    timeout = query.fields.timeout
+    deadline = None if timeout is None else time.monotonic() + timeout
+    try:
+        reranker = query.component.reranker
+        arguments = query.arguments(reranker.read(query.passages))
+        # Something is left in any case: a time-out is positive.
+        left = None if deadline is None else max(MIN_TIMEOUT, deadline - time.monotonic())
+        return query.finish(reranker.rank(**arguments, timeout=left))
+    except DeadlineExceededError:
+        # Named after the component's time-out, not after what was left of it.
+        return query.give_up(too_late(timeout))
+    except Exception as error:
+        return query.give_up(error)
 
 
-def _write_back(
-    target: object,
-    write: Callable[[list[Doc]], object],
-    ranking: Ranking,
-    names: Sequence[str],
-    copy: Callable[[int], Doc],
-    attach: Callable[[Doc, Metadata], Doc],
-) -> None:
+async def arank(query: HostQuery[Any]) -> Ranking:
+    """Do what `rank` does; no thread waits for the model, and a coroutine that is cancelled takes its request back."""
+    query.check()
+    timeout = query.fields.timeout
+    task = asyncio.ensure_future(_arank(query))
+    try:
+        return await asyncio.wait_for(task, timeout)
+    except asyncio.TimeoutError as error:
+        return query.give_up(too_late(timeout) if task.cancelled() else error)
+    except Exception as error:
+        return query.give_up(error)
+
+
+async def _arank(query: HostQuery[Any]) -> Ranking:
+    reranker = await query.component.areranker()
+    arguments = query.arguments(await reranker.aread(query.passages))
+    return query.finish(await reranker.arank(**arguments))
+
+
+def _write_back(target: object, write: Callable[[list[Doc]], object], ranking: Ranking, query: HostQuery[Doc]) -> None:
     """Hand over documents with their encodings: what is copied here belongs to the query, all else is done after it."""
-    missing = {names[index]: index for index in ranking.reading.not_stored}.values()
-    copies = {index: copy(index) for index in missing}
+    missing = {query.names[index]: index for index in ranking.reading.not_stored}.values()
+    copies = {index: query.copy(index) for index in missing}
     if not copies:
         return
 
     def work() -> None:
         made = ranking.to_metadata(list(copies))
-        write([attach(copies[index], metadata) for index, metadata in made.items()])
+        write([query.attach(copies[index], metadata) for index, metadata in made.items()])
 
     hand_over(target, len(copies), work)
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import atexit
 import contextvars
 import logging
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kalm_integrations.core.forks import renew_in_child
 from kalm_integrations.errors import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -210,7 +210,7 @@ class _Queue:
 
 
 _queue = _Queue()
-os.register_at_fork(after_in_child=_queue.renew)
+renew_in_child(_queue.renew)
 
 
 def hand_over(target: object, n_documents: int, work: Callable[[], object]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import date, time
 from decimal import Decimal
 from pathlib import PurePath
@@ -14,11 +14,11 @@ from uuid import UUID
 from langchain_core.documents import BaseDocumentTransformer, Document
 from langchain_core.vectorstores import VectorStore
 
-from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
+from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata, Passage
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import check_encoding_key, checked_documents, with_encoding
 from kalm_integrations.hosting.fields import EncodingFields
-from kalm_integrations.hosting.ranking import encode
+from kalm_integrations.hosting.ranking import aencode, encode
 from kalm_integrations.langchain.documents import to_passage, with_metadata
 from kalm_integrations.langchain.limits import check_store_takes
 
@@ -50,18 +50,32 @@ class KalmPassageEncoder(EncodingFields, BaseDocumentTransformer):
             SettingsError: `kwargs` were given, or something else than documents.
             EncodingTooLargeError: an encoding does not fit `max_inline_bytes`, or is more than `store` takes.
         """
+        given = self._checked(documents, kwargs)
+        if not given:
+            return []
+        return self._encoded(given, encode(self.reranker, self._passages(given), show_progress=self.show_progress))
+
+    async def atransform_documents(self, documents: Iterable[Document], **kwargs: Any) -> list[Document]:
+        """Do what `transform_documents` does; no thread waits for the model."""
+        given = self._checked(documents, kwargs)
+        if not given:
+            return []
+        return self._encoded(given, await aencode(self, self._passages(given), show_progress=self.show_progress))
+
+    def _checked(self, documents: Iterable[Document], kwargs: dict[str, Any]) -> list[Document]:
         if kwargs:
             msg = f"transform_documents takes only documents, but got {', '.join(kwargs)}; set fields of the encoder instead"
             raise SettingsError(msg)
-        given = checked_documents(documents, Document, "KalmPassageEncoder")
-        if not given:
-            return []
+        return checked_documents(documents, Document, "KalmPassageEncoder")
+
+    def _passages(self, documents: Sequence[Document]) -> list[Passage]:
+        return [to_passage(document, self.encoding_key) for document in documents]
+
+    def _encoded(self, documents: Sequence[Document], made: Sequence[Metadata]) -> list[Document]:
         key = self.encoding_key
-        passages = [to_passage(document, key) for document in given]
-        made = encode(self.reranker, passages, show_progress=self.show_progress)
         encoded = [
             with_metadata(document, with_encoding(document.metadata, metadata, key))
-            for document, metadata in zip(given, made, strict=True)
+            for document, metadata in zip(documents, made, strict=True)
         ]
         if self.store is not None:
             check_store_takes(self.store, encoded, key)

@@ -12,21 +12,21 @@ from langchain_core.runnables.config import (
     ensure_config,
     get_async_callback_manager_for_config,
     get_callback_manager_for_config,
-    run_in_executor,
 )
 from pydantic import BaseModel, model_validator
 
-from kalm_integrations.core.types import Metadata, RankedPassage
+from kalm_integrations.core.types import Metadata, RankedPassage, Ranking
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import (
     RELEVANCE_SCORE_KEY,
+    RERANKED_KEY,
     checked_documents,
     ranked_metadata,
     with_encoding,
     without_encodings,
 )
 from kalm_integrations.hosting.fields import Count, RerankFields, check_count
-from kalm_integrations.hosting.ranking import rank
+from kalm_integrations.hosting.ranking import HostQuery, arank, rank
 from kalm_integrations.langchain.documents import to_passage, with_metadata
 
 RUN_NAME = "KalmRerank"
@@ -96,6 +96,7 @@ class KalmRerank(RerankFields, BaseDocumentCompressor):
                 be made from the settings.
             CheckpointError: the checkpoint is not there or cannot be used.
             NonFiniteScoreError: the model produced NaN or infinite logits.
+            EngineError: the answer did not come in time, too much waits already, or torch failed.
         """
         return self._run(documents, query, ensure_config({"callbacks": callbacks}), instruction, top_n)
 
@@ -108,7 +109,7 @@ class KalmRerank(RerankFields, BaseDocumentCompressor):
         instruction: str | None = None,
         top_n: int | None = None,
     ) -> list[Document]:
-        """Do what `compress_documents` does, with the model working off the event loop."""
+        """Do what `compress_documents` does; no thread waits for the model, and what is cancelled is not computed any more."""
         return await self._arun(documents, query, ensure_config({"callbacks": callbacks}), instruction, top_n)
 
     def as_runnable(self) -> Runnable[dict[str, Any], list[Document]]:
@@ -136,7 +137,7 @@ class KalmRerank(RerankFields, BaseDocumentCompressor):
         manager = get_callback_manager_for_config(config)
         run = manager.on_chain_start(None, {"query": query, "n_documents": len(given)}, **_identity(config))
         try:
-            outcome = self._rerank(given, query, instruction, top_n)
+            outcome = self._outcome(given, rank(self._query(given, query, instruction, top_n)))
         except BaseException as error:
             run.on_chain_error(error)
             raise
@@ -157,16 +158,17 @@ class KalmRerank(RerankFields, BaseDocumentCompressor):
         manager = get_async_callback_manager_for_config(config)
         run = await manager.on_chain_start(None, {"query": query, "n_documents": len(given)}, **_identity(config))
         try:
-            outcome = await run_in_executor(None, self._rerank, given, query, instruction, top_n)
+            outcome = self._outcome(given, await arank(self._query(given, query, instruction, top_n)))
         except BaseException as error:
             await run.on_chain_error(error)
             raise
         await run.on_chain_end(outcome.counts)
         return outcome.documents
 
-    def _rerank(self, documents: Sequence[Document], query: str, instruction: str | None, top_n: int | None) -> _Outcome:
+    def _query(
+        self, documents: Sequence[Document], query: str, instruction: str | None, top_n: int | None
+    ) -> HostQuery[Document]:
         key = self.encoding_key
-        names = [document.id or f"document {index}" for index, document in enumerate(documents)]
         scores = None
         if self.fusion is not None and self.first_stage_score_key is not None:
             scores = [document.metadata.get(self.first_stage_score_key) for document in documents]
@@ -177,27 +179,29 @@ class KalmRerank(RerankFields, BaseDocumentCompressor):
         def attach(document: Document, metadata: Metadata) -> Document:
             return with_metadata(document, with_encoding(document.metadata, metadata, key))
 
-        passages = [to_passage(document, key) for document in documents]
-        top_k = check_count(self.top_n if top_n is None else top_n, "top_n")
-        ranking = rank(
+        return HostQuery(
             self,
-            self.reranker,
+            self,
             query,
-            passages,
-            names,
+            [to_passage(document, key) for document in documents],
+            [document.id or f"document {index}" for index, document in enumerate(documents)],
             copy,
             attach,
-            top_k=top_k,
+            top_k=check_count(self.top_n if top_n is None else top_n, "top_n"),
             instruction=instruction,
             first_stage_scores=scores,
         )
-        returned = [self._scored(documents[place.index], place) for place in ranking]
-        found = {f"n_{status}": n for status, n in ranking.counts.items() if n or status in ("stored", "missing")}
-        return _Outcome(returned, {**found, "n_returned": len(returned)})
 
-    def _scored(self, document: Document, place: RankedPassage) -> Document:
+    def _outcome(self, documents: Sequence[Document], ranking: Ranking) -> _Outcome:
+        returned = [self._returned(documents[place.index], place) for place in ranking]
+        found = {f"n_{status}": n for status, n in ranking.counts.items() if n or status in ("stored", "missing")}
+        told = found if ranking.reranked else {RERANKED_KEY: False}
+        return _Outcome(returned, {**told, "n_returned": len(returned)})
+
+    def _returned(self, document: Document, place: RankedPassage) -> Document:
         metadata = ranked_metadata(document.metadata, place, self.encoding_key, strip=self.strip_encodings)
-        return with_metadata(document, {**metadata, RELEVANCE_SCORE_KEY: place.score})
+        scored = {RELEVANCE_SCORE_KEY: place.score} if place.is_scored else {}
+        return with_metadata(document, {**metadata, **scored})
 
 
 class RerankInput(BaseModel):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llama_index.core.schema import BaseNode, TransformComponent
 from pydantic import Field
 
 from kalm_integrations.core.base import Reranker
+from kalm_integrations.core.types import Metadata, Passage
 from kalm_integrations.hosting.documents import checked_documents
-from kalm_integrations.hosting.ranking import encode
+from kalm_integrations.hosting.ranking import aencode, encode
 from kalm_integrations.llama_index.nodes import NodeFields, to_passage, with_encoding
 
 
@@ -60,13 +60,24 @@ class KalmPassageEncoder(NodeFields, TransformComponent):
             EncodingTooLargeError: a passage does not fit `max_inline_bytes`.
         """
         del kwargs
-        given = checked_documents(nodes, BaseNode, self.class_name())  # type: ignore[type-abstract] # only for isinstance
+        given = self._checked(nodes)
         if not given:
             return []
-        passages = [to_passage(node, self.encoding_key, self.metadata_mode) for node in given]
-        encoded = encode(self.reranker, passages, show_progress=self.show_progress)
-        return [with_encoding(node, metadata, self.encoding_key) for node, metadata in zip(given, encoded, strict=True)]
+        return self._encoded(given, encode(self.reranker, self._passages(given), show_progress=self.show_progress))
 
     async def acall(self, nodes: Iterable[BaseNode], **kwargs: Any) -> list[BaseNode]:
-        """Do the same in a thread, so that the event loop is not held up."""
-        return await asyncio.to_thread(self, nodes, **kwargs)
+        """Do the same; no thread waits for the model."""
+        del kwargs
+        given = self._checked(nodes)
+        if not given:
+            return []
+        return self._encoded(given, await aencode(self, self._passages(given), show_progress=self.show_progress))
+
+    def _checked(self, nodes: Iterable[BaseNode]) -> list[BaseNode]:
+        return checked_documents(nodes, BaseNode, self.class_name())  # type: ignore[type-abstract] # only for isinstance
+
+    def _passages(self, nodes: Sequence[BaseNode]) -> list[Passage]:
+        return [to_passage(node, self.encoding_key, self.metadata_mode) for node in nodes]
+
+    def _encoded(self, nodes: Sequence[BaseNode], made: Sequence[Metadata]) -> list[BaseNode]:
+        return [with_encoding(node, metadata, self.encoding_key) for node, metadata in zip(nodes, made, strict=True)]

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 from llama_index.core.schema import BaseNode, MetadataMode, RelatedNodeInfo
 
 from kalm_integrations.core.types import FUSED_SCORE_KEY, Metadata, Passage
-from kalm_integrations.hosting.documents import RETRIEVAL_SCORE_KEY, encoding_keys, under_key, without_encodings
+from kalm_integrations.hosting.documents import (
+    RERANKED_KEY,
+    RETRIEVAL_SCORE_KEY,
+    encoding_keys,
+    under_key,
+    without_encodings,
+)
 from kalm_integrations.hosting.fields import EncodingFields, assigned
 from kalm_integrations.hosting.stores import DocumentKind
 
@@ -40,7 +46,7 @@ def to_passage(node: BaseNode, encoding_key: str, metadata_mode: MetadataMode) -
     The text is that of the node without what rerankers add to it: it is the same before ingest, after retrieval, and behind
     another reranker that keeps the retrieval score or fuses it.
     """
-    added = encoding_keys(encoding_key) | {FUSED_SCORE_KEY, RETRIEVAL_SCORE_KEY}
+    added = encoding_keys(encoding_key) | {FUSED_SCORE_KEY, RERANKED_KEY, RETRIEVAL_SCORE_KEY}
     plain = node.model_copy(update={"metadata": {key: value for key, value in node.metadata.items() if key not in added}})
     return Passage(plain.get_content(metadata_mode=metadata_mode), node.metadata.get(encoding_key))
 
@@ -74,6 +80,13 @@ def with_hidden_metadata(node: BaseNode, metadata: Mapping[str, object]) -> Base
             "excluded_llm_metadata_keys": list(dict.fromkeys([*node.excluded_llm_metadata_keys, *metadata])),
         }
     )
+
+
+def without_mark(node: BaseNode) -> BaseNode:
+    """Return the node without the mark of an earlier reranker that failed."""
+    if node.metadata.get(RERANKED_KEY) is not False:
+        return node
+    return node.model_copy(update={"metadata": {key: value for key, value in node.metadata.items() if key != RERANKED_KEY}})
 
 
 def with_encoding(node: BaseNode, encoding: Metadata, encoding_key: str) -> BaseNode:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from llama_index.core.callbacks import CBEventType, EventPayload
@@ -15,10 +16,17 @@ from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.types import RankedPassage, Ranking
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.hosting.documents import RETRIEVAL_SCORE_KEY, checked_documents, encoding_keys, fused_score
+from kalm_integrations.hosting.documents import RETRIEVAL_SCORE_KEY, added_metadata, checked_documents, encoding_keys
 from kalm_integrations.hosting.fields import Count, RerankFields
-from kalm_integrations.hosting.ranking import rank
-from kalm_integrations.llama_index.nodes import NodeFields, stripped, to_passage, with_encoding, with_hidden_metadata
+from kalm_integrations.hosting.ranking import HostQuery, arank, rank
+from kalm_integrations.llama_index.nodes import (
+    NodeFields,
+    stripped,
+    to_passage,
+    with_encoding,
+    with_hidden_metadata,
+    without_mark,
+)
 
 dispatcher = get_dispatcher(__name__)
 
@@ -66,46 +74,62 @@ class KalmRerank(NodeFields, RerankFields, BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: Iterable[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        if query_bundle is None:
-            msg = "Missing query bundle in extra info. KalmRerank needs a query, but got None; pass query_str or query_bundle"
-            raise SettingsError(msg)
-        given = checked_documents(nodes, NodeWithScore, self.class_name())
+        query, given = _checked(nodes, query_bundle)
         if not given:
             return []
-        key, query = self.encoding_key, query_bundle.query_str
+        with self._reported(query, given) as outcome:
+            outcome.ranking = rank(self._query(query.query_str, given))
+        return outcome.nodes
+
+    async def _apostprocess_nodes(
+        self, nodes: Iterable[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        query, given = _checked(nodes, query_bundle)
+        if not given:
+            return []
+        with self._reported(query, given) as outcome:
+            outcome.ranking = await arank(self._query(query.query_str, given))
+        return outcome.nodes
+
+    @contextmanager
+    def _reported(self, query: QueryBundle, given: Sequence[NodeWithScore]) -> Iterator[_Outcome]:
+        """Tell handlers of a query, and make the nodes to return of the ranking that it leads to."""
+        key = self.encoding_key
         # What handlers see, now and as the result, is without encodings.
         shown = [node.model_copy(update={"node": stripped(node.node, key)}) for node in given]
         top_n = len(given) if self.top_n is None else self.top_n
         model = self.model if isinstance(self.model, str) else type(self.model).__name__
-        dispatcher.event(ReRankStartEvent(query=query_bundle, nodes=shown, top_n=top_n, model_name=model))
+        dispatcher.event(ReRankStartEvent(query=query, nodes=shown, top_n=top_n, model_name=model))
         payload: dict[str, Any] = {
             EventPayload.NODES: shown,
             EventPayload.MODEL_NAME: model,
-            EventPayload.QUERY_STR: query,
+            EventPayload.QUERY_STR: query.query_str,
             EventPayload.TOP_K: top_n,
         }
+        outcome = _Outcome()
         with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
-            ranking = self._rank(query, given)
-            ranked = [self._output(shown[place.index], place) for place in ranking]
+            yield outcome
+            ranked = [self._output(shown[place.index], place) for place in outcome.ranking]
             event.on_end(payload={EventPayload.NODES: ranked})
         dispatcher.event(ReRankEndEvent(nodes=ranked))
         if self.strip_encodings:
-            return ranked
-        kept = [{k: v for k, v in given[place.index].metadata.items() if k in encoding_keys(key)} for place in ranking]
-        return [
+            outcome.nodes = ranked
+            return
+        ours = encoding_keys(key)
+        kept = [{k: v for k, v in given[place.index].metadata.items() if k in ours} for place in outcome.ranking]
+        outcome.nodes = [
             node.model_copy(update={"node": with_hidden_metadata(node.node, metadata)})
             for node, metadata in zip(ranked, kept, strict=True)
         ]
 
-    def _rank(self, query: str, nodes: Sequence[NodeWithScore]) -> Ranking:
-        names = [node.node_id for node in nodes]
+    def _query(self, query: str, nodes: Sequence[NodeWithScore]) -> HostQuery[BaseNode]:
         key = self.encoding_key
-        return rank(
+        return HostQuery(
             self,
-            self.reranker,
+            self,
             query,
             [to_passage(node.node, key, self.metadata_mode) for node in nodes],
-            names,
+            [node.node_id for node in nodes],
             lambda index: stripped(nodes[index].node, key),
             lambda node, metadata: with_encoding(node, metadata, key),
             top_k=self.top_n,
@@ -113,5 +137,20 @@ class KalmRerank(NodeFields, RerankFields, BaseNodePostprocessor):
         )
 
     def _output(self, node: NodeWithScore, place: RankedPassage) -> NodeWithScore:
-        added = ({RETRIEVAL_SCORE_KEY: node.score} if self.keep_retrieval_score else {}) | fused_score(place)
-        return node.model_copy(update={"node": with_hidden_metadata(node.node, added), "score": place.score})
+        added: dict[str, object] = {RETRIEVAL_SCORE_KEY: node.score} if self.keep_retrieval_score and place.is_scored else {}
+        update = {"node": with_hidden_metadata(without_mark(node.node), added | dict(added_metadata(place)))}
+        return node.model_copy(update=update | ({"score": place.score} if place.is_scored else {}))
+
+
+class _Outcome:
+    """What a query led to."""
+
+    ranking: Ranking
+    nodes: list[NodeWithScore]
+
+
+def _checked(nodes: Iterable[NodeWithScore], query_bundle: QueryBundle | None) -> tuple[QueryBundle, list[NodeWithScore]]:
+    if query_bundle is None:
+        msg = "Missing query bundle in extra info. KalmRerank needs a query, but got None; pass query_str or query_bundle"
+        raise SettingsError(msg)
+    return query_bundle, checked_documents(nodes, NodeWithScore, KalmRerank.class_name())

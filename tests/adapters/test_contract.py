@@ -226,7 +226,9 @@ async def test_fifty_concurrent_queries(host, make_reranker):
     assert reranker.stats.passages_encoded == len(TEXTS)
     for query, ranked in zip(queries, together, strict=True):
         alone = host.rerank(reranker, query, documents(host), top=3)
-        assert [(host.key(d), host.score(d)) for d in ranked] == [(host.key(d), host.score(d)) for d in alone]
+        assert [host.key(d) for d in ranked] == [host.key(d) for d in alone]
+        # Batches that are shared round their last bit in another way.
+        assert [host.score(d) for d in ranked] == pytest.approx([host.score(d) for d in alone], abs=1e-6)
 
 
 @pytest.mark.parametrize("reader", HOSTS, ids=lambda host: f"read by {host.name}")

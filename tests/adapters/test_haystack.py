@@ -542,6 +542,8 @@ class TestSerialisation:
                 "strip_encodings": True,
                 "encoding_key": "kalm_encoding",
                 "on_missing": "encode",
+                "timeout": None,
+                "on_error": "raise",
                 "document_store": None,
                 "write_back": None,
                 "model_kwargs": None,

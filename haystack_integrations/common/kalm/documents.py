@@ -41,9 +41,9 @@ class DocumentLayout:
         return replace(document, meta=with_encoding(document.meta, metadata, self.encoding_key))
 
     def scored(self, document: Document, place: RankedPassage, *, strip: bool) -> Document:
-        """Return a copy of a document with its score, without encodings for `strip`."""
+        """Return a copy of a document with its score, the old one if it was not reranked; without encodings for `strip`."""
         meta = ranked_metadata(document.meta, place, self.encoding_key, strip=strip)
-        return replace(document, score=place.score, meta=meta)
+        return replace(document, score=place.score if place.is_scored else document.score, meta=meta)
 
     @property
     def kind(self) -> DocumentKind[Document]:

@@ -9,10 +9,10 @@ from pydantic import PositiveInt, Strict, model_validator
 
 from haystack_integrations.common.kalm.component import HUB_TOKEN, ComponentFields, KalmComponent
 from kalm_integrations.core.base import Reranker
-from kalm_integrations.core.types import ENCODING_KEY
+from kalm_integrations.core.types import ENCODING_KEY, Metadata, Passage
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import checked_documents
-from kalm_integrations.hosting.ranking import encode
+from kalm_integrations.hosting.ranking import aencode, encode
 
 
 class _EncoderFields(ComponentFields):
@@ -126,9 +126,22 @@ class KalmDocumentEncoder(KalmComponent):
         given = checked_documents(documents, Document, "KalmDocumentEncoder")
         if not given:
             return {"documents": []}
-        layout = self.layout
-        made = encode(self.reranker, [layout.passage(document) for document in given], show_progress=self.progress_bar)
-        return {"documents": [layout.attach(document, metadata) for document, metadata in zip(given, made, strict=True)]}
+        return self._encoded(given, encode(self.reranker, self._passages(given), show_progress=self.progress_bar))
+
+    @component.output_types(documents=list[Document])
+    async def run_async(self, documents: list[Document]) -> dict[str, list[Document]]:
+        """Encode documents; no thread waits for the model, and what is left is not encoded if it is cancelled. See `run`."""
+        given = checked_documents(documents, Document, "KalmDocumentEncoder")
+        if not given:
+            return {"documents": []}
+        return self._encoded(given, await aencode(self, self._passages(given), show_progress=self.progress_bar))
+
+    def _passages(self, documents: list[Document]) -> list[Passage]:
+        return [self.layout.passage(document) for document in documents]
+
+    def _encoded(self, documents: list[Document], made: list[Metadata]) -> dict[str, list[Document]]:
+        pairs = zip(documents, made, strict=True)
+        return {"documents": [self.layout.attach(document, metadata) for document, metadata in pairs]}
 
     def warm_up(self) -> None:
         """Open the checkpoint, fetching it if need be, and load its encoder.

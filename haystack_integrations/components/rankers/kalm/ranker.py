@@ -1,6 +1,5 @@
 """KalmRanker: ranks documents for a query."""
 
-import asyncio
 import os
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,12 +11,13 @@ from pydantic import AfterValidator, Field, model_validator
 from haystack_integrations.common.kalm.component import HUB_TOKEN, ComponentFields, KalmComponent
 from haystack_integrations.common.kalm.stores import access_to, check_updatable
 from kalm_integrations.core.base import Reranker
+from kalm_integrations.core.fallback import OnError
 from kalm_integrations.core.ranking import check_fusion
-from kalm_integrations.core.types import ENCODING_KEY, FusionMethod
+from kalm_integrations.core.types import ENCODING_KEY, FusionMethod, Ranking
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import checked_documents
 from kalm_integrations.hosting.fields import Count, RerankFields, check_count, check_threshold
-from kalm_integrations.hosting.ranking import rank
+from kalm_integrations.hosting.ranking import HostQuery, arank, rank
 from kalm_integrations.hosting.stores import DocumentId, write_encodings
 
 
@@ -82,6 +82,8 @@ class KalmRanker(KalmComponent):
         strip_encodings: bool = True,
         encoding_key: str = ENCODING_KEY,
         on_missing: Literal["encode", "error"] = "encode",
+        timeout: float | None = None,
+        on_error: OnError = "raise",
         document_store: Any = None,
         write_back: Callable[[list[Document]], object] | None = None,
         model_kwargs: dict[str, Any] | None = None,
@@ -115,6 +117,9 @@ class KalmRanker(KalmComponent):
             strip_encodings: return documents without encodings, so that none reaches a prompt or a trace.
             encoding_key: meta key of the encoding.
             on_missing: what to do with documents whose encoding is missing or stale: "encode" them, or raise an "error".
+            timeout: seconds in which a query must be answered; None waits as long as it takes.
+            on_error: "keep_order" goes on without reranking if that is late or fails: the first documents as they came, with
+                their scores, and `meta["reranked"]` False. Why is logged.
             document_store: write encodings made at query time into this store, through its `update_by_filter`, in the
                 background after the answer; see `kalm_integrations.haystack.wait_for_write_back`.
             write_back: or hand them to this callable: copies of the documents that were encoded, with encodings in `meta`.
@@ -146,6 +151,8 @@ class KalmRanker(KalmComponent):
             strip_encodings=strip_encodings,
             encoding_key=encoding_key,
             on_missing=on_missing,
+            timeout=timeout,
+            on_error=on_error,
             document_store=document_store,
             write_back=write_back,
             model_kwargs=model_kwargs,
@@ -221,40 +228,8 @@ class KalmRanker(KalmComponent):
                 score that `fusion` needs; it is a ValueError.
             EncodingError: a document has no valid encoding, and `on_missing` is "error".
         """
-        given = checked_documents(documents, Document, "KalmRanker")
-        if not query or not isinstance(query, str):
-            msg = f"query must be a non-empty string, but got {query!r}"
-            raise SettingsError(msg)
-        fields = self._fields
-        layout = fields.layout
-        top_k = check_count(fields.top_k if top_k is None else top_k, "top_k")
-        score_threshold = check_threshold(score_threshold, "score_threshold")
-        if not given:
-            return {"documents": []}
-        candidates = _best_of_each_id(given)
-
-        def write(encoded: list[Document]) -> None:
-            by_id: dict[DocumentId, Document] = {document.id: document for document in encoded}
-            write_encodings(access_to(fields.document_store), layout.kind, by_id)
-
-        ranking = rank(
-            fields,
-            self.reranker,
-            query,
-            [layout.passage(document) for document in candidates],
-            [document.id for document in candidates],
-            lambda index: layout.bare(candidates[index]),
-            layout.attach,
-            top_k=top_k,
-            score_threshold=score_threshold,
-            instruction=instruction,
-            first_stage_scores=[document.score for document in candidates] if fields.fusion == "z_score" else None,
-            write=None if fields.document_store is None else write,
-            store=fields.document_store,
-        )
-        strip = fields.strip_encodings
-        ranked = [layout.scored(candidates[place.index], place, strip=strip) for place in ranking]
-        return {"documents": ranked}
+        candidates, asked = self._query(query, documents, top_k, score_threshold, instruction)
+        return self._answer(candidates, rank(asked)) if candidates else {"documents": []}
 
     @component.output_types(documents=list[Document])
     async def run_async(
@@ -265,8 +240,50 @@ class KalmRanker(KalmComponent):
         score_threshold: float | None = None,
         instruction: str | None = None,
     ) -> dict[str, list[Document]]:
-        """Rank documents off the event loop; see `run`."""
-        return await asyncio.to_thread(self.run, query, documents, top_k, score_threshold, instruction)
+        """Rank documents; no thread waits for the model, and what is cancelled is not computed any more. See `run`."""
+        candidates, asked = self._query(query, documents, top_k, score_threshold, instruction)
+        return self._answer(candidates, await arank(asked)) if candidates else {"documents": []}
+
+    def _query(
+        self,
+        query: str,
+        documents: list[Document],
+        top_k: int | None,
+        score_threshold: float | None,
+        instruction: str | None,
+    ) -> tuple[list[Document], HostQuery[Document]]:
+        given = checked_documents(documents, Document, "KalmRanker")
+        if not query or not isinstance(query, str):
+            msg = f"query must be a non-empty string, but got {query!r}"
+            raise SettingsError(msg)
+        fields = self._fields
+        layout = fields.layout
+        candidates = _best_of_each_id(given)
+
+        def write(encoded: list[Document]) -> None:
+            by_id: dict[DocumentId, Document] = {document.id: document for document in encoded}
+            write_encodings(access_to(fields.document_store), layout.kind, by_id)
+
+        return candidates, HostQuery(
+            self,
+            fields,
+            query,
+            [layout.passage(document) for document in candidates],
+            [document.id for document in candidates],
+            lambda index: layout.bare(candidates[index]),
+            layout.attach,
+            top_k=check_count(fields.top_k if top_k is None else top_k, "top_k"),
+            score_threshold=check_threshold(score_threshold, "score_threshold"),
+            instruction=instruction,
+            first_stage_scores=[document.score for document in candidates] if fields.fusion == "z_score" else None,
+            write=None if fields.document_store is None else write,
+            store=fields.document_store,
+        )
+
+    def _answer(self, candidates: list[Document], ranking: Ranking) -> dict[str, list[Document]]:
+        fields = self._fields
+        strip = fields.strip_encodings
+        return {"documents": [fields.layout.scored(candidates[place.index], place, strip=strip) for place in ranking]}
 
 
 def _best_of_each_id(documents: list[Document]) -> list[Document]:
