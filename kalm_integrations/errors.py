@@ -11,6 +11,7 @@ KalmError
 │   ├── CorruptEncodingError            not the format, or damaged
 │   ├── StaleEncodingError              another checkpoint, setting or text made it
 │   └── EncodingTooLargeError           longer than a setting, a store or a reader allows
+├── StoreError                          a payload or prefix store cannot be used
 └── NonFiniteScoreError (ArithmeticError)   the model produced NaN or infinity
 ```
 
@@ -65,6 +66,10 @@ class EncodingTooLargeError(EncodingError):
         super().__init__(reason if index is None else f"passage {index}: {reason}")
         self.reason = reason
         self.index = index
+
+
+class StoreError(KalmError):
+    """A payload or prefix store cannot be opened, read or written; on the query path it is logged and counted instead."""
 
 
 class NonFiniteScoreError(KalmError, ArithmeticError):
