@@ -254,11 +254,14 @@ def _is_sound(meta: tuple[int, ...]) -> bool:
     """Return whether what a meta page says can be true of a store of ours."""
     free_flags, free_depth, flags, depth = *meta[5:7], *meta[13:15]
     free_root, root, last_page = meta[11], meta[19], meta[20]
+    n_pages, n_entries = sum(meta[15:18]), meta[18]
     return (
         meta[:2] == (_MAGIC, _VERSION)
         and free_flags == _FREE_PAGES_FLAGS
         and flags == 0
         and max(free_depth, depth) <= _MAX_DEPTH
+        and n_pages <= last_page
+        and n_entries <= last_page * meta[4]
         and all(page == _NO_PAGE or 1 < page <= last_page for page in (free_root, root))
     )
 
