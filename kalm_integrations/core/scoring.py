@@ -9,6 +9,7 @@ from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequenc
 from kalm_integrations.core.model.kv_cache import PrefixStates
 from kalm_integrations.core.passages.caches import BoundedCache
 from kalm_integrations.core.passages.encoding import EncodedPassage
+from kalm_integrations.core.passages.guarded import guard
 from kalm_integrations.core.passages.prefixes import PREFIX_DTYPES, Candidate, Prefix, PrefixKey
 from kalm_integrations.core.passes import compute_margins, prepare_prefixes
 from kalm_integrations.core.reading import Reader
@@ -34,7 +35,7 @@ class Scorer:
         self._reader = reader
         self._query = query
         self._allow_special_tokens = allow_special_tokens
-        self._prefix_store = prefix_store
+        self._prefix_store = guard(prefix_store, "prefix_store", reader.count, must_write=False)
         self.prefixes: BoundedCache[PrefixKey, PrefixStates] = BoundedCache(query.prefix_cache_bytes)
         """Prefix states in memory."""
 

@@ -225,6 +225,8 @@ class RuntimeStats:
     """Scored from prefix states in the `prefix_store`."""
     prefix_misses: int = 0
     """Prefix states had to be computed."""
+    store_failures: int = 0
+    """Calls of a payload or prefix store that failed or were slow; what they should have given was computed."""
     encode_seconds: float = 0.0
     score_seconds: float = 0.0
 
