@@ -43,11 +43,6 @@ class LmdbPayloadStore(MutableMapping[str, bytes]):
         """Travel as the folder, which the other process opens for itself; a copy shares the environment."""
         return type(self), self._opened_as
 
-    @property
-    def is_read_only(self) -> bool:
-        """Whether this process may not write the folder."""
-        return self._environment.is_read_only
-
     def __getitem__(self, key: str) -> bytes:
         """Return a payload."""
         with self._environment.begin() as transaction:
