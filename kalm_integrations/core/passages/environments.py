@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ _REMEDIES: tuple[tuple[type[Exception], str], ...] = (
 # flags, depth, four counts, root; of the tree of values the same, with padding as page size; last page, transaction.
 _META = struct.Struct("=IIQQ" + 2 * "IHHQQQQQ" + "QQ")
 _META_OFFSET = 16
+_PAGE = struct.Struct("=QHH")
+_BRANCH_OR_LEAF = 0x03
 _MAGIC, _VERSION = 0xBEEFC0DE, 1
 _FREE_PAGES_FLAGS = 0x08
 _NO_PAGE = 2**64 - 1
@@ -88,7 +90,7 @@ class SharedEnvironment:
 
     @contextmanager
     def begin(self, *, write: bool = False) -> Iterator[lmdb.Transaction]:
-        """Begin a transaction, which is committed at the end.
+        """Begin a transaction, which is committed at the end. A fork waits for it: what runs inside must be short.
 
         Raises:
             StoreError: LMDB refuses it, the file is shorter than what it should hold, or it may not be written.
@@ -99,7 +101,7 @@ class SharedEnvironment:
                 "that may"
             )
             raise StoreError(msg)
-        with _our_errors(self.folder), _lock if write else nullcontext():
+        with _our_errors(self.folder), _transactions:
             self._check_lengths()
             with self._environment.begin(write=write) as transaction:
                 yield transaction
@@ -137,7 +139,7 @@ def share_environment(path: str | os.PathLike[str], max_bytes: int) -> SharedEnv
         msg = f"a store must be a folder that is there or can be made, but {os.fspath(path)!r} is not: {error}"
         raise StoreError(msg) from error
     # LMDB allows one environment per folder and process, but every reranker opens a store of its own.
-    with _lock:
+    with _opening:
         environment = _environments.get(folder)
         if environment is None:
             environment = SharedEnvironment(folder, max_bytes)
@@ -146,20 +148,73 @@ def share_environment(path: str | os.PathLike[str], max_bytes: int) -> SharedEnv
 
 
 _environments: weakref.WeakValueDictionary[str, SharedEnvironment] = weakref.WeakValueDictionary()
-_lock = threading.RLock()
-"""Held while an environment is opened or written, and during a fork: a child could not close one that is being written."""
+_opening = threading.Lock()
+
+
+class _Transactions:
+    """Those under way in this process. A fork waits until there are none, and new ones wait for the fork.
+
+    A child that closed an environment amid a transaction would wait for it for ever, or end it for the parent, too.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget those under way, and the lock: in a child the threads that had them are not there."""
+        self._changed = threading.Condition()
+        self._n = 0
+        self._is_forking = False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_forking)
+            self._n += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._n -= 1
+            if self._is_forking:
+                self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Wait for those under way."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_forking)
+            self._is_forking = True
+            self._changed.wait_for(lambda: not self._n)
+
+    def go_on(self) -> None:
+        """Let new ones begin."""
+        with self._changed:
+            self._is_forking = False
+            self._changed.notify_all()
+
+
+_transactions = _Transactions()
+
+
+def _before_fork() -> None:
+    _opening.acquire()
+    _transactions.stop()
+
+
+def _after_fork_in_parent() -> None:
+    _transactions.go_on()
+    _opening.release()
 
 
 def _after_fork_in_child() -> None:
     """Drop what came over: LMDB's handles belong to the process that opened them. Stores open the folder again when used."""
+    _transactions.reset()
     for environment in list(_environments.values()):
         environment.close()
     _environments.clear()
-    _lock.release()
+    _opening.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 def _open_as_allowed(folder: str, max_bytes: int) -> tuple[lmdb.Environment, bool]:
@@ -237,17 +292,26 @@ def _find_fault(path: Path) -> str | None:
             return f"{_DATA} does not begin with a page of LMDB"
         file.seek(page_bytes)
         second = file.read(_META_OFFSET + _META.size)
-        # Taken last: a file grows before its meta pages say so.
+        # Taken after the meta pages: a file grows before they say so.
         n_bytes = os.fstat(file.fileno()).st_size
-    if n_bytes < 2 * page_bytes:
-        return f"{_DATA} ends in its first pages"
-    metas = [_META.unpack_from(page, _META_OFFSET) for page in (first, second)]
-    if metas[0][:2] == metas[1][:2] and metas[0][1] != _VERSION:
-        return None  # Of a version that is not known here only LMDB itself can tell.
-    if not all(_is_sound(meta) for meta in metas):
-        return f"the first pages of {_DATA} are damaged"
-    n_needed = (max(metas, key=lambda meta: meta[-1])[-2] + 1) * page_bytes
-    return f"{_DATA} has {n_bytes} bytes instead of {n_needed}" if n_bytes < n_needed else None
+        if n_bytes < 2 * page_bytes:
+            return f"{_DATA} ends in its first pages"
+        metas = [_META.unpack_from(page, _META_OFFSET) for page in (first, second)]
+        if metas[0][:2] == metas[1][:2] and metas[0][1] != _VERSION:
+            return None  # Of a version that is not known here only LMDB itself can tell.
+        if not all(_is_sound(meta) for meta in metas):
+            return f"the first pages of {_DATA} are damaged"
+        committed = max(metas, key=lambda meta: meta[21])
+        n_needed = (committed[20] + 1) * page_bytes
+        if n_bytes < n_needed:
+            return f"{_DATA} has {n_bytes} bytes instead of {n_needed}"
+        for root in (committed[11], committed[19]):
+            if root != _NO_PAGE:
+                file.seek(root * page_bytes)
+                number, _, flags = _PAGE.unpack(file.read(_PAGE.size))
+                if number != root or not flags & _BRANCH_OR_LEAF:
+                    return f"the trees of {_DATA} do not begin where they should"
+    return None
 
 
 def _is_sound(meta: tuple[int, ...]) -> bool:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from kalm_integrations.core.passages.environments import SharedEnvironment, share_environment
 from kalm_integrations.core.settings import STORE_SETTINGS
 from kalm_integrations.errors import SettingsError
+
+MAX_KEYS_AT_ONCE = 1024
+"""Keys that are read in one transaction when a store is gone through."""
 
 
 class LmdbPayloadStore(MutableMapping[str, bytes]):
@@ -62,10 +66,20 @@ class LmdbPayloadStore(MutableMapping[str, bytes]):
                 raise KeyError(key)
 
     def __iter__(self) -> Iterator[str]:
-        """Go through the keys, in order."""
+        """Go through the keys, in order; those that come or go meanwhile may be among them or not."""
+        # Some at a time: a transaction that waits for its caller keeps pages from being used again, and forks waiting.
+        n_keys, last = 1, b""
+        while keys := self._keys_after(last, n_keys):
+            yield from keys
+            n_keys, last = min(2 * n_keys, MAX_KEYS_AT_ONCE), keys[-1].encode()
+
+    def _keys_after(self, last: bytes, n_keys: int) -> list[str]:
         with self._environment.begin() as transaction:
-            for key in transaction.cursor().iternext(keys=True, values=False):
-                yield bytes(key).decode()
+            cursor = transaction.cursor()
+            if not (cursor.set_range(last) if last else cursor.first()):
+                return []
+            following = (bytes(key) for key in cursor.iternext(keys=True, values=False))
+            return [key.decode() for key in islice((key for key in following if key != last), n_keys)]
 
     def __len__(self) -> int:
         """Return the number of payloads."""
