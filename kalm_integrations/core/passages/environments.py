@@ -346,7 +346,7 @@ def _our_errors(folder: str) -> Iterator[None]:
     except KalmError:
         raise
     except (lmdb.Error, OSError, UnicodeDecodeError) as error:
-        default = "check the folder, its disk, and who may use it"
+        default = "check the folder, who may use it, and that its disk is sound and not full"
         remedy = next((text for kind, text in _REMEDIES if isinstance(error, kind)), default)
         msg = f"the store in {folder!r} cannot be used ({error}); {remedy}"
         raise StoreError(msg) from error
