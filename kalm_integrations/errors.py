@@ -16,6 +16,7 @@ KalmError
 │   ├── DeadlineExceededError (TimeoutError)    the answer did not come in time
 │   ├── OutOfMemoryError (MemoryError)  not even one passage fits
 │   └── PassError (RuntimeError)        torch failed
+├── StoreError                          a payload or prefix store cannot be used
 └── NonFiniteScoreError (ArithmeticError)   the model produced NaN or infinity
 ```
 
@@ -90,6 +91,10 @@ class OutOfMemoryError(EngineError, MemoryError):
 
 class PassError(EngineError, RuntimeError):
     """Torch failed in the middle of a batch; the cause says why."""
+
+
+class StoreError(KalmError):
+    """A payload or prefix store cannot be opened, read or written; on the query path it is logged and counted instead."""
 
 
 class NonFiniteScoreError(KalmError, ArithmeticError):

@@ -63,6 +63,7 @@ def open_parts(model: str | os.PathLike[str], settings: Mapping[str, Any]) -> Pa
     Raises:
         SettingsError: a setting is unknown or breaks a rule.
         CheckpointError: the checkpoint is not there or cannot be used.
+        StoreError: the folder of a store cannot be opened.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     if not isinstance(model, (str, os.PathLike)):

@@ -15,6 +15,7 @@ from kalm_integrations.core.forks import ForkSafeLock
 from kalm_integrations.core.passages.caches import BoundedCache
 from kalm_integrations.core.passages.codecs import state_limits
 from kalm_integrations.core.passages.encoding import EncodedPassage, Expected, fingerprint, hash_text
+from kalm_integrations.core.passages.guarded import guard
 from kalm_integrations.core.settings import EncoderSettings
 from kalm_integrations.core.types import AnyPassage, Passage, Reading, RuntimeStats, Status, checked_list
 from kalm_integrations.errors import CorruptEncodingError, SettingsError, StaleEncodingError
@@ -34,7 +35,7 @@ class Reader:
         payload_store: MutableMapping[str, bytes] | None,
     ) -> None:
         """Make a reader with an empty cache."""
-        self.payload_store = payload_store
+        self.payload_store = guard(payload_store, "payload_store", self.count, must_write=True)
         self._checkpoint = checkpoint
         self._encoder = encoder
         self._ratio = compression_ratio

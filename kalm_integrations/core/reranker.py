@@ -119,6 +119,7 @@ class KalmReranker(Reranker):
         Raises:
             SettingsError: a setting is out of range or unknown.
             CheckpointError: the checkpoint is not there or cannot be used.
+            StoreError: the folder of a store cannot be opened.
         """
         settings = {
             "revision": revision,

@@ -13,6 +13,7 @@ from kalm_integrations.core.flows import Flow
 from kalm_integrations.core.model.kv_cache import PrefixStates
 from kalm_integrations.core.passages.caches import BoundedCache
 from kalm_integrations.core.passages.encoding import EncodedPassage
+from kalm_integrations.core.passages.guarded import guard
 from kalm_integrations.core.passages.prefixes import PREFIX_DTYPES, Candidate, Prefix, PrefixKey, hash_config
 from kalm_integrations.core.passes import (
     Row,
@@ -45,7 +46,7 @@ class Scorer:
         self._reader = reader
         self._query = query
         self._allow_special_tokens = allow_special_tokens
-        self._prefix_store = prefix_store
+        self._prefix_store = guard(prefix_store, "prefix_store", reader.count, must_write=False)
         self.prefixes: BoundedCache[PrefixKey, PrefixStates] = BoundedCache(query.prefix_cache_bytes)
         """Prefix states in memory."""
 

@@ -237,6 +237,8 @@ class RuntimeStats:
     """Prefix states had to be computed."""
     prefix_corrupt: int = 0
     """Prefix states in the `prefix_store` were damaged, or another passage's; part of `prefix_misses`."""
+    store_failures: int = 0
+    """Calls of a payload or prefix store that failed or were slow; what they should have given was computed."""
     encode_seconds: float = 0.0
     score_seconds: float = 0.0
 

@@ -148,6 +148,7 @@ class Writer:
 
         Raises:
             EncodingTooLargeError: see `fit_inline`.
+            StoreError: the payload store failed: a reference to what is not there would be worth nothing.
         """
         payloads: dict[str, bytes] = {}
         fitting = self.fit_inline(encodings)

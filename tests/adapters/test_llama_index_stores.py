@@ -36,7 +36,7 @@ from sqlalchemy import create_engine, event
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
-from kalm_integrations.errors import EncodingTooLargeError, SettingsError
+from kalm_integrations.errors import EncodingTooLargeError, SettingsError, StoreError
 from kalm_integrations.llama_index import (
     BackfillReport,
     KalmPassageEncoder,
@@ -570,6 +570,27 @@ def test_payloads_live_in_a_key_value_store(request, kind, make_reranker):
     lost = make_reranker(payload_store=payloads)
     KalmRerank(lost).postprocess_nodes(retrieved, query_str=QUERY)
     assert lost.stats.corrupt == lost.stats.passages_encoded == 1
+
+
+def test_a_server_that_dies_fails_no_query(mortal_redis, make_reranker):
+    """Its payloads are computed, at the price of one failed call; what is to be written there is refused."""
+    url, server = mortal_redis
+    settings = {"storage_mode": "reference", "cache_bytes": 0, "prefix_cache_bytes": 0}
+    reranker = make_reranker(payload_store=KVPayloadStore(RedisKVStore(redis_uri=url)), **settings)
+    retrieved = [NodeWithScore(node=node) for node in KalmPassageEncoder(reranker)(make_nodes())]
+    before = KalmRerank(reranker, on_missing="error").postprocess_nodes(retrieved, query_str=QUERY)
+    assert reranker.stats.store_failures == 0
+    server.kill()
+    server.wait(10)
+    n_encoded = reranker.stats.passages_encoded
+    for _ in range(2):
+        after = KalmRerank(reranker).postprocess_nodes(retrieved, query_str=QUERY)
+        assert [node.node.node_id for node in after] == [node.node.node_id for node in before]
+        assert [node.score for node in after] == pytest.approx([node.score for node in before], abs=1e-3)
+    assert reranker.stats.store_failures == 1
+    assert reranker.stats.passages_encoded == n_encoded + 2 * len(retrieved)
+    with pytest.raises(StoreError, match=r"payload_store cannot be used: KVPayloadStore raised ConnectionError"):
+        KalmPassageEncoder(reranker)(make_nodes())
 
 
 def test_max_inline_bytes_is_kept_or_refused_before_anything_is_stored(tiny_checkpoint):

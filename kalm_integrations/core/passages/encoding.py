@@ -35,6 +35,7 @@ import torch
 
 from kalm_integrations.core.model.pooling import n_pooled_states, repool_states
 from kalm_integrations.core.passages.codecs import CODECS, LARGEST, check_limits, read_states, write_states
+from kalm_integrations.core.passages.guarded import store_errors
 from kalm_integrations.core.settings import MAX_TOKENS
 from kalm_integrations.core.text import without_surrogates
 from kalm_integrations.errors import CorruptEncodingError, EncodingTooLargeError, SettingsError, StaleEncodingError
@@ -124,11 +125,13 @@ class EncodedPassage:
         Raises:
             EncodingTooLargeError: the string would be longer than readers accept, 64 Mi characters.
             NonFiniteScoreError: a state is NaN or infinite.
+            StoreError: the payload could not be written.
         """
         codec, payload = write_states(self.states, self.codec)
         fields = self._fields(codec)
         if payload_store is not None:
-            payload_store[_payload_key(fields)] = _checksum(fields, payload) + payload
+            with store_errors("payload_store", payload_store):
+                payload_store[_payload_key(fields)] = _checksum(fields, payload) + payload
             return f"{REFERENCE_PREFIX}.{_write_header(fields)}"
         value = f"{PREFIX}.{_write_header(fields, payload)}.{_to_base64(payload)}"
         if len(value) > MAX_VALUE_CHARS:
@@ -154,6 +157,7 @@ class EncodedPassage:
             CorruptEncodingError: it is anything else, was changed in any character, or its payload is not there; or what
                 was expected cannot have made it.
             StaleEncodingError: its header says that something else was expected; whether the rest is sound stays open.
+            StoreError: the payload store failed.
         """
         if not isinstance(value, str):
             _refuse(f"be a string, but got {type(value).__name__}")
@@ -272,7 +276,10 @@ def _without_checksum(fields: dict[str, Any]) -> dict[str, Any]:
 def _fetch_payload(fields: dict[str, Any], store: Mapping[str, bytes] | None) -> tuple[str, bytes]:
     """Return the checksum, in hex, and the payload that a reference refers to."""
     key = _payload_key(fields)
-    entry = None if store is None else store.get(key)
+    entry = None
+    if store is not None:
+        with store_errors("payload_store", store):
+            entry = store.get(key)
     if not isinstance(entry, bytes):
         where = "no payload_store was given" if store is None else "the payload_store does not have it"
         _refuse(f"have its payload under {key!r}, but {where}")

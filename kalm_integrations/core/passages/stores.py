@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Mapping, MutableMapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
-import lmdb
-
+from kalm_integrations.core.passages.environments import SharedEnvironment, share_environment
 from kalm_integrations.core.settings import STORE_SETTINGS
 from kalm_integrations.errors import SettingsError
 
-MAX_READERS = 1024
-"""Reads that may be under way at once, in all processes together."""
-
-_environments: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictionary()
-_environments_lock = threading.Lock()
+MAX_KEYS_AT_ONCE = 1024
+"""Keys that are read in one transaction when a store is gone through."""
 
 
 class LmdbPayloadStore(MutableMapping[str, bytes]):
     """Payloads of reference-mode encodings in an LMDB environment: one folder, many readers, any number of processes.
 
     Stores of the same folder share its environment, which is closed with the last of them. Keys are 1 to 511 bytes of UTF-8.
-    Open the store after a fork, not before.
+    A folder that this process may not write is opened for reading. A store that came over by fork opens its folder again.
+
+    Whatever goes wrong is a `StoreError`. Files that were cut are refused before they are read, garbage when they are opened.
+    What LMDB itself cannot bear is damage inside the pages that lead to the values: it does not check them, and a flipped byte
+    there may end the process. Values are checked by who reads them. Who can write the folder is trusted that far.
     """
 
     def __init__(self, path: str | os.PathLike[str], max_bytes: int = 2**40) -> None:
@@ -34,18 +33,15 @@ class LmdbPayloadStore(MutableMapping[str, bytes]):
         Args:
             path: its folder.
             max_bytes: the size it may grow to; a limit, not an allocation. Where the process has the folder open already,
-                that limit holds.
+                that limit holds; where the system grants no map of this size, the largest half, quarter, … that it grants.
+
+        Raises:
+            SettingsError: `max_bytes` is not positive.
+            StoreError: the folder cannot be made or opened, or what lies there is damaged or no LMDB environment.
         """
-        Path(path).mkdir(parents=True, exist_ok=True)
-        folder = os.path.realpath(path)
-        # LMDB allows one environment per folder and process, but every reranker opens a store of its own.
-        with _environments_lock:
-            environment = _environments.get(folder)
-            if environment is None:
-                environment = lmdb.open(folder, map_size=max_bytes, max_readers=MAX_READERS)
-                _environments[folder] = environment
-        self._environment = environment
-        self._opened_as = (folder, max_bytes)
+        self._shared = share_environment(path, max_bytes)
+        self._process = os.getpid()
+        self._opened_as = (self._shared.folder, max_bytes)
 
     def __reduce__(self) -> tuple[type[LmdbPayloadStore], tuple[str, int]]:
         """Travel as the folder, which the other process opens for itself; a copy shares the environment."""
@@ -70,20 +66,40 @@ class LmdbPayloadStore(MutableMapping[str, bytes]):
                 raise KeyError(key)
 
     def __iter__(self) -> Iterator[str]:
-        """Go through the keys, in order."""
+        """Go through the keys, in order; those that come or go meanwhile may be among them or not."""
+        # Some at a time: a transaction that waits for its caller keeps pages from being used again, and forks waiting.
+        n_keys, last = 1, b""
+        while keys := self._keys_after(last, n_keys):
+            yield from keys
+            n_keys, last = min(2 * n_keys, MAX_KEYS_AT_ONCE), keys[-1].encode()
+
+    def _keys_after(self, last: bytes, n_keys: int) -> list[str]:
         with self._environment.begin() as transaction:
-            for key in transaction.cursor().iternext(keys=True, values=False):
-                yield bytes(key).decode()
+            cursor = transaction.cursor()
+            if not (cursor.set_range(last) if last else cursor.first()):
+                return []
+            following = (bytes(key) for key in cursor.iternext(keys=True, values=False))
+            return [key.decode() for key in islice((key for key in following if key != last), n_keys)]
 
     def __len__(self) -> int:
         """Return the number of payloads."""
-        return int(self._environment.stat()["entries"])
+        with self._environment.begin() as transaction:
+            return int(transaction.stat()["entries"])
 
     def update(self, *args: Any, **kwargs: bytes) -> None:
         """Write many payloads in one transaction."""
+        payloads = dict(*args, **kwargs)
         with self._environment.begin(write=True) as transaction:
-            for key, value in dict(*args, **kwargs).items():
+            for key, value in payloads.items():
                 transaction.put(key.encode(), value)
+
+    @property
+    def _environment(self) -> SharedEnvironment:
+        """The environment of this process: after a fork the child opens its own."""
+        if self._process != os.getpid():
+            self._shared = share_environment(*self._opened_as)
+            self._process = os.getpid()
+        return self._shared
 
 
 def check_stores(settings: Mapping[str, Any]) -> None:
