@@ -17,6 +17,7 @@ from kalm_integrations.core.types import (
     Reading,
     RuntimeStats,
     checked_list,
+    plain,
 )
 from kalm_integrations.errors import SettingsError
 
@@ -158,7 +159,7 @@ class Reranker(ABC):
         first_stage_scores: Sequence[Sequence[float]] | None,
     ) -> list[Ranking]:
         """Check the arguments, then rank."""
-        queries = checked_list(queries, "queries")
+        queries = [plain(query) for query in checked_list(queries, "queries")]
         lists = [checked_passages(given) for given in checked_list(passages, "passages")]
         if len(queries) != len(lists):
             msg = f"rank_many needs a list of passages for each query, but got {len(queries)} queries and {len(lists)} lists"
@@ -189,12 +190,13 @@ def checked_passages(passages: Any) -> list[AnyPassage] | Reading:
 
 
 def check_instruction(instruction: object) -> str | None:
-    """Return an instruction.
+    """Return an instruction as a plain str.
 
     Raises:
         SettingsError: it is no string.
     """
-    if instruction is not None and not isinstance(instruction, str):
+    text = plain(instruction)
+    if text is not None and not isinstance(text, str):
         msg = f"instruction must be a string or None, but got {type(instruction).__name__}"
         raise SettingsError(msg)
-    return instruction
+    return text

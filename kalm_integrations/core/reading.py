@@ -14,7 +14,7 @@ from kalm_integrations.core.checkpoint.prompts import PASSAGE_TEMPLATE, passage_
 from kalm_integrations.core.passages.caches import BoundedCache
 from kalm_integrations.core.passages.encoding import EncodedPassage, fingerprint, hash_text
 from kalm_integrations.core.settings import EncoderSettings
-from kalm_integrations.core.types import AnyPassage, Passage, Reading, RuntimeStats, Status, checked_list
+from kalm_integrations.core.types import AnyPassage, Passage, Reading, RuntimeStats, Status, checked_list, plain
 from kalm_integrations.errors import CorruptEncodingError, SettingsError, StaleEncodingError
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,8 @@ class Reader:
                 texts.append(None)
                 keys.append(id(passage))
                 continue
-            text, value = (passage.text, passage.encoding) if isinstance(passage, Passage) else (passage, None)
+            given = (passage.text, passage.encoding) if isinstance(passage, Passage) else (passage, None)
+            text, value = map(plain, given)
             if not isinstance(text, str):
                 got = f"a Passage of {type(text).__name__}" if isinstance(passage, Passage) else type(passage).__name__
                 msg = f"passages must be str, EncodedPassage or Passage (of str), but got {got}"

@@ -10,8 +10,9 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
+from kalm_integrations.core.types import plain, shown
 from kalm_integrations.errors import SettingsError
 
 SYSTEM_INSTRUCTION = (
@@ -48,7 +49,7 @@ def check_codec(codec: str) -> str:
         SettingsError: it is not.
     """
     if codec not in CODEC_NAMES:
-        msg = f"storage_codec must be one of {', '.join(CODEC_NAMES)}, but got {codec!r}"
+        msg = f"storage_codec must be one of {', '.join(CODEC_NAMES)}, but got {shown(codec)}"
         raise SettingsError(msg)
     return codec
 
@@ -65,7 +66,7 @@ def check_dtype(dtype: object) -> str:
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         why = "; T5Gemma2 overflows in float16" if name in ("float16", "fp16", "half") else ""
-        msg = f"dtype must be one of {', '.join(DTYPES)}, but got {dtype!r}{why}"
+        msg = f"dtype must be one of {', '.join(DTYPES)}, but got {shown(dtype)}{why}"
         raise SettingsError(msg)
     return DTYPES[name]
 
@@ -90,6 +91,8 @@ class Calibration(BaseModel):
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    _plain = field_validator("*", mode="before")(plain)
 
 
 class EncoderSettings(_Settings):
@@ -175,10 +178,11 @@ def build_settings(given: Mapping[str, Any]) -> tuple[EncoderSettings, StorageSe
         if given.get(name) is not None and not isinstance(given[name], str):
             msg = f"{name} must be a string or None, but got {type(given[name]).__name__}"
             raise SettingsError(msg)
-    if given.get("payload_store") is None and given.get("storage_mode") == "reference":
+    storage = make_settings(StorageSettings, given)
+    if given.get("payload_store") is None and storage.storage_mode == "reference":
         msg = "storage_mode='reference' needs a payload_store, but got None; pass a mapping or the folder of an LMDB store"
         raise SettingsError(msg)
-    return make_settings(EncoderSettings, given), make_settings(StorageSettings, given), make_settings(QuerySettings, given)
+    return make_settings(EncoderSettings, given), storage, make_settings(QuerySettings, given)
 
 
 def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
@@ -205,6 +209,6 @@ def describe_problems(error: ValidationError) -> str:
             # Our own validators say all of that themselves.
             rule = str(problem["ctx"]["error"]).removeprefix("invalid settings: ")
         else:
-            rule = f"{problem['msg']}, but got {problem['input']!r}"
+            rule = f"{problem['msg']}, but got {shown(problem['input'])}"
         described.append(rule if not place or rule.startswith(place) else f"{place}: {rule}")
     return "; ".join(described)

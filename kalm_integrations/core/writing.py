@@ -11,8 +11,8 @@ from kalm_integrations.core.passes import encode_tokens
 from kalm_integrations.core.reading import Reader
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.core.settings import EncoderSettings, StorageSettings, poolable_ratios
-from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata, checked_list
-from kalm_integrations.errors import EncodingTooLargeError, SettingsError
+from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata, checked_flag, checked_texts
+from kalm_integrations.errors import EncodingTooLargeError
 
 
 class Writer:
@@ -34,11 +34,8 @@ class Writer:
         Raises:
             SettingsError: `texts` is one string, or holds something else than strings.
         """
-        checked = checked_list(texts, "texts")
-        for text in checked:
-            if not isinstance(text, str):
-                msg = f"texts must be strings, but got {type(text).__name__}"
-                raise SettingsError(msg)
+        checked = checked_texts(texts)
+        show_progress = checked_flag(show_progress, "show_progress")
         keys = [self._reader.key(text) for text in checked]
         encodings = self.encode(dict(zip(keys, checked, strict=True)), show_progress=show_progress)
         return [encodings[key] for key in keys]

@@ -12,11 +12,11 @@ from pydantic import AfterValidator, Field, model_validator
 from haystack_integrations.common.kalm.component import HUB_TOKEN, ComponentFields, KalmComponent
 from haystack_integrations.common.kalm.stores import access_to, check_updatable
 from kalm_integrations.core.base import Reranker
-from kalm_integrations.core.ranking import check_fusion
+from kalm_integrations.core.ranking import check_count, check_fusion, check_threshold
 from kalm_integrations.core.types import ENCODING_KEY, FusionMethod, Metadata
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import checked_documents
-from kalm_integrations.hosting.fields import Count, RerankFields, check_count, check_threshold
+from kalm_integrations.hosting.fields import Count, RerankFields
 from kalm_integrations.hosting.ranking import rank
 from kalm_integrations.hosting.stores import DocumentId, write_encodings
 
