@@ -13,7 +13,7 @@ from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.ranker import Ranker
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.core.settings import Calibration
-from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading, RuntimeStats
+from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading, RuntimeStats, checked_flag
 from kalm_integrations.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class KalmReranker(Reranker):
         """Load weights now: the encoder's instead of at the first miss, the decoder's instead of at the first score."""
         self.runtime.embedding()
         for side, is_wanted in (("encoder", encoder), ("decoder", decoder)):
-            if is_wanted:
+            if checked_flag(is_wanted, side):
                 self.runtime.stack(side)
 
     def encode_passages(self, texts: Iterable[str], show_progress: bool = False) -> list[EncodedPassage]:

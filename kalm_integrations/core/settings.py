@@ -63,7 +63,7 @@ def check_dtype(dtype: object) -> str:
     Raises:
         SettingsError: it is not offered.
     """
-    name = str(dtype).removeprefix("torch.")
+    name = (plain(dtype) if isinstance(dtype, str) else shown(dtype)).removeprefix("torch.")
     if name not in DTYPES:
         why = "; T5Gemma2 overflows in float16" if name in ("float16", "fp16", "half") else ""
         msg = f"dtype must be one of {', '.join(DTYPES)}, but got {shown(dtype)}{why}"

@@ -36,6 +36,7 @@ import torch
 from kalm_integrations.core.model.pooling import n_pooled_states, repool_states
 from kalm_integrations.core.passages.codecs import CODECS, read_states, write_states
 from kalm_integrations.core.settings import MAX_TOKENS
+from kalm_integrations.core.types import plain, shown
 from kalm_integrations.errors import CorruptEncodingError, EncodingTooLargeError, SettingsError
 
 PREFIX = "kalm1"
@@ -146,8 +147,9 @@ class EncodedPassage:
         Raises:
             SettingsError: `ratio` is not a multiple of the present one, or larger than the format allows.
         """
+        ratio = plain(ratio)
         if type(ratio) is not int or ratio > MAX_TOKENS:
-            msg = f"a compression ratio must be a whole number up to {MAX_TOKENS}, but got {ratio!r}"
+            msg = f"a compression ratio must be a whole number up to {MAX_TOKENS}, but got {shown(ratio)}"
             raise SettingsError(msg)
         states = repool_states(self.states, self.n_tokens, self.compression_ratio, ratio)
         return replace(self, states=states, compression_ratio=ratio)
