@@ -97,11 +97,13 @@ class FakeReranker(Reranker):
         return [8 * len(words & set(_words(text))) / max(len(words), 1) - 4 for text in texts]
 
     def _status(self, passage: Passage) -> Status:
-        if passage.encoding is None:
+        encoding = passage.encoding
+        if encoding is None:
             return "missing"
-        if passage.encoding == self._encoding(passage.text):
-            return "stored"
-        return "stale" if str(passage.encoding).startswith("kalm1.") else "corrupt"
+        # Metadata may hold anything; an array would compare its items.
+        if not isinstance(encoding, str) or not encoding.startswith("kalm1."):
+            return "corrupt"
+        return "stored" if encoding == self._encoding(passage.text) else "stale"
 
     def _metadata(self, texts: Sequence[str]) -> list[Metadata]:
         return [{ENCODING_KEY: self._encoding(text), FINGERPRINT_KEY: self.fingerprint} for text in texts]

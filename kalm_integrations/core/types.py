@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -235,17 +235,22 @@ class RuntimeStats:
         return asdict(self)
 
 
+def iterator_of(values: Any) -> Iterator[Any] | None:
+    """Return an iterator over values, or None where they are none."""
+    try:
+        # Arrays and tensors without a dimension are iterable by their class, and say only here that they are not.
+        return iter(values) if isinstance(values, Iterable) else None
+    except TypeError:
+        return None
+
+
 def checked_list(values: Iterable[Any], name: str) -> list[Any]:
     """Return the values as a list: an iterator is gone through once only, and what it makes must outlive the call.
 
     Raises:
         SettingsError: it is one text or passage, or not iterable.
     """
-    try:
-        # Arrays and tensors without a dimension say only here that they cannot be gone through.
-        iterator = None if isinstance(values, (str, bytes, Passage)) or not isinstance(values, Iterable) else iter(values)
-    except TypeError:
-        iterator = None
+    iterator = None if isinstance(values, (str, bytes, Passage)) else iterator_of(values)
     if iterator is None:
         msg = f"{name} must be a list, but got one {type(values).__name__}; put it into a list"
         raise SettingsError(msg)

@@ -44,14 +44,13 @@ class Five(enum.IntEnum):
     FIVE = 5
 
 
-class Unprintable:
-    def __repr__(self):
-        msg = "no repr"
-        raise RuntimeError(msg)
-
-
 class OwnError(Exception):
     """What a value itself raises: the caller's affair, which may reach the caller as it is."""
+
+
+class Unprintable:
+    def __repr__(self):
+        raise OwnError
 
 
 class Refusing:

@@ -148,7 +148,7 @@ class EncodedPassage:
             SettingsError: `ratio` is not a multiple of the present one, or larger than the format allows.
         """
         ratio = plain(ratio)
-        if type(ratio) is not int or ratio > MAX_TOKENS:
+        if type(ratio) is not int or abs(ratio) > MAX_TOKENS:
             msg = f"a compression ratio must be a whole number up to {MAX_TOKENS}, but got {shown(ratio)}"
             raise SettingsError(msg)
         states = repool_states(self.states, self.n_tokens, self.compression_ratio, ratio)
