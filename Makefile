@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 DEMO_READY := $(VENV)/.demo
 READY := $(VENV)/.ready
 FRAMEWORKS := langchain,llama-index,haystack
+FUZZ_ROUNDS ?= 100000
+SOAK_SECONDS ?= 1800
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test alone notebooks lint types docs bench lowest clean
+.PHONY: help setup demo test fuzz soak alone notebooks lint types docs bench lowest clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +47,13 @@ demo: $(DEMO_READY) ## rerank real passages with the built-in checkpoint
 
 test: $(READY) ## run the tests, offline
 	$(BIN)/python -m pytest --ignore tests/test_notebooks.py
+
+fuzz: $(READY) ## throw values, strings and files of all kinds at everything; half an hour
+	KALM_FUZZ_ROUNDS=$(FUZZ_ROUNDS) $(BIN)/python -m pytest tests/fuzz
+
+# oneDNN keeps a kernel for every shape of batch, 1,024 of them: with fewer, what grows is not that.
+soak: $(READY) ## ingest, query, update and delete in real stores, watching scores and memory; half an hour
+	KALM_SOAK_SECONDS=$(SOAK_SECONDS) ONEDNN_PRIMITIVE_CACHE_CAPACITY=16 $(BIN)/python -m pytest -s tests/soak
 
 alone: alone-langchain alone-llama-index alone-haystack ## test each adapter where only its framework is installed
 

@@ -21,6 +21,8 @@ from kalm_integrations.core.types import (
     RuntimeStats,
     Status,
     checked_list,
+    checked_texts,
+    plain,
 )
 from kalm_integrations.errors import SettingsError
 
@@ -53,7 +55,7 @@ class FakeReranker(Reranker):
     def encode_to_metadata(self, texts: Iterable[str], show_progress: bool = False) -> list[Metadata]:
         """Return metadata with a fake encoding for each text; duplicates are counted once."""
         del show_progress
-        texts = checked_list(texts, "texts")
+        texts = checked_texts(texts)
         self._count(passages_encoded=len(set(texts)))
         return self._metadata(texts)
 
@@ -95,17 +97,19 @@ class FakeReranker(Reranker):
         return [8 * len(words & set(_words(text))) / max(len(words), 1) - 4 for text in texts]
 
     def _status(self, passage: Passage) -> Status:
-        if passage.encoding is None:
+        encoding = passage.encoding
+        if encoding is None:
             return "missing"
-        if passage.encoding == self._encoding(passage.text):
-            return "stored"
-        return "stale" if str(passage.encoding).startswith("kalm1.") else "corrupt"
+        # Metadata may hold anything; an array would compare its items.
+        if not isinstance(encoding, str) or not encoding.startswith("kalm1."):
+            return "corrupt"
+        return "stored" if encoding == self._encoding(passage.text) else "stale"
 
     def _metadata(self, texts: Sequence[str]) -> list[Metadata]:
         return [{ENCODING_KEY: self._encoding(text), FINGERPRINT_KEY: self.fingerprint} for text in texts]
 
     def _encoding(self, text: str) -> str:
-        return f"kalm1.{self.fingerprint}.{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+        return f"kalm1.{self.fingerprint}.{hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}"
 
     def _count(self, **increments: int) -> None:
         counted = {name: getattr(self._stats, name) + n for name, n in increments.items()}
@@ -113,11 +117,11 @@ class FakeReranker(Reranker):
 
 
 def _to_passage(passage: AnyPassage) -> Passage:
-    if isinstance(passage, str):
-        return Passage(passage)
-    if isinstance(passage, Passage):
-        return passage
-    msg = f"a fake scores str and Passage, but got {type(passage).__name__}; it cannot read states"
+    given = passage if isinstance(passage, Passage) else Passage(plain(passage))
+    if isinstance(given.text, str):
+        return Passage(plain(given.text), plain(given.encoding))
+    got = f"a Passage of {type(given.text).__name__}" if isinstance(passage, Passage) else type(passage).__name__
+    msg = f"a fake scores str and Passage (of str), but got {got}; it cannot read states"
     raise SettingsError(msg)
 
 

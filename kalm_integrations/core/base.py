@@ -20,6 +20,7 @@ from kalm_integrations.core.types import (
     Reading,
     RuntimeStats,
     checked_list,
+    plain,
 )
 from kalm_integrations.errors import SettingsError
 
@@ -243,7 +244,7 @@ def _request(
     timeout: object,
 ) -> RankRequest:
     """Check the arguments of `rank_many`."""
-    queries = checked_list(queries, "queries")
+    queries = [plain(query) for query in checked_list(queries, "queries")]
     lists = [checked_passages(given) for given in checked_list(passages, "passages")]
     if len(queries) != len(lists):
         msg = f"rank_many needs a list of passages for each query, but got {len(queries)} queries and {len(lists)} lists"
@@ -279,14 +280,15 @@ def checked_passages(passages: Any) -> list[AnyPassage] | Reading:
 
 
 def check_instruction(instruction: object) -> str | None:
-    """Return an instruction.
+    """Return an instruction as a plain str.
 
     Raises:
         SettingsError: it is no string, or too long.
     """
-    if instruction is None:
+    text = plain(instruction)
+    if text is None:
         return None
-    if not isinstance(instruction, str):
+    if not isinstance(text, str):
         msg = f"instruction must be a string or None, but got {type(instruction).__name__}"
         raise SettingsError(msg)
-    return check_instruction_length(instruction)
+    return check_instruction_length(text)

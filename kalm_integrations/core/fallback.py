@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias, get_args
 
-from kalm_integrations.core.types import Passage, RankedPassage, Ranking, Reading
+from kalm_integrations.core.types import Passage, RankedPassage, Ranking, Reading, as_number, shown
 from kalm_integrations.errors import DeadlineExceededError, EncodingError, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -25,8 +25,8 @@ def check_on_error(on_error: object) -> None:
     Raises:
         SettingsError: it is no `OnError`.
     """
-    if on_error not in get_args(OnError):
-        msg = f"on_error must be one of {', '.join(get_args(OnError))}, but got {on_error!r}"
+    if not isinstance(on_error, str) or on_error not in get_args(OnError):
+        msg = f"on_error must be one of {', '.join(get_args(OnError))}, but got {shown(on_error)}"
         raise SettingsError(msg)
 
 
@@ -38,12 +38,9 @@ def check_timeout(timeout: object) -> float | None:
     """
     if timeout is None:
         return None
-    try:
-        seconds = math.nan if isinstance(timeout, (bool, str, bytes)) else float(timeout)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        seconds = math.nan
+    seconds = as_number(timeout)
     if not 0 < seconds < math.inf:
-        msg = f"timeout must be a positive number of seconds, or None to wait as long as it takes, but got {timeout!r}"
+        msg = f"timeout must be a positive number of seconds, or None to wait as long as it takes, but got {shown(timeout)}"
         raise SettingsError(msg)
     return seconds
 

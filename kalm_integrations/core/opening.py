@@ -21,6 +21,7 @@ from kalm_integrations.core.settings import (
     build_settings,
     with_defaults,
 )
+from kalm_integrations.core.types import plain
 from kalm_integrations.errors import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ def open_parts(model: str | os.PathLike[str], settings: Mapping[str, Any]) -> Pa
         CheckpointError: the checkpoint is not there or cannot be used.
         StoreError: the folder of a store cannot be opened.
     """
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: plain(value) for name, value in settings.items() if value is not None}
+    model = plain(model)
     if not isinstance(model, (str, os.PathLike)):
         msg = f"model must be an alias, a hub id or a folder, but got {type(model).__name__}"
         raise SettingsError(msg)

@@ -14,7 +14,7 @@ from kalm_integrations.core.opening import Parts
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.reading import Reader
 from kalm_integrations.core.scoring import Scorer
-from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading
+from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading, checked_flag
 from kalm_integrations.core.writing import Writer
 
 MAX_PASSAGES_AT_ONCE = 4096
@@ -76,7 +76,8 @@ class Ranker:
         self, passages: Iterable[AnyPassage] | Reading, instruction: str | None, *, show_progress: bool = False
     ) -> Flow[None]:
         """Compute the prefix states of passages; see `KalmReranker.prepare`."""
-        check_instruction(instruction)
+        instruction = check_instruction(instruction)
+        show_progress = checked_flag(show_progress, "show_progress")
         given = checked_passages(passages)
         size = MAX_PASSAGES_AT_ONCE
         parts = [given] if isinstance(given, Reading) else [given[i : i + size] for i in range(0, len(given), size)]

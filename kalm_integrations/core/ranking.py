@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from kalm_integrations.core.types import FusionMethod, RankedPassage
+from kalm_integrations.core.types import FusionMethod, RankedPassage, as_number, checked_list, plain, shown
 from kalm_integrations.errors import SettingsError
 
 DEFAULT_WEIGHTS: dict[FusionMethod, float] = {"z_score": 0.5, "reciprocal_rank": 0.5}
@@ -17,19 +17,32 @@ RANK_CONSTANT = 60
 """Added to ranks, so that the first few do not decide alone: the value of Cormack, Clarke and Büttcher (SIGIR 2009)."""
 
 
-def check_cut(top_k: int | None, score_threshold: float | None) -> None:
-    """Check what a ranking is cut by.
+def check_count(value: object, name: str) -> int | None:
+    """Return a number of results as an int; None means all. numpy's whole numbers are numbers too.
 
     Raises:
-        SettingsError: `top_k` is not positive, or `score_threshold` is no number.
+        SettingsError: it is no positive whole number.
     """
-    if top_k is not None and (type(top_k) is not int or top_k < 1):
-        msg = f"top_k must be a positive whole number or None, but got {top_k!r}"
+    count = plain(value)
+    if count is not None and (type(count) is not int or count < 1):
+        msg = f"{name} must be a positive whole number, or None for all, but got {shown(value)}"
         raise SettingsError(msg)
-    # A threshold that is NaN does not equal itself, and would leave out everything.
-    if score_threshold is not None and not (isinstance(score_threshold, (int, float)) and score_threshold == score_threshold):
-        msg = f"score_threshold must be a number or None, but got {score_threshold!r}"
+    return count
+
+
+def check_threshold(value: object, name: str) -> float | None:
+    """Return a threshold as a float; None sets none.
+
+    Raises:
+        SettingsError: it is no number; one that is NaN would leave out everything.
+    """
+    if value is None:
+        return None
+    threshold = as_number(value)
+    if math.isnan(threshold):
+        msg = f"{name} must be a number or None, but got {shown(value)}"
         raise SettingsError(msg)
+    return threshold
 
 
 def sigmoid(margin: float) -> float:
@@ -49,13 +62,15 @@ class RankRules:
     fusion_weight: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the rules.
+        """Check the rules, and keep them as plain numbers and names.
 
         Raises:
             SettingsError: one is out of range, or `fusion_weight` comes without a fusion.
         """
-        check_cut(self.top_k, self.score_threshold)
-        check_fusion(self.fusion, self.fusion_weight)
+        top_k = check_count(self.top_k, "top_k")
+        score_threshold = check_threshold(self.score_threshold, "score_threshold")
+        fusion, fusion_weight = check_fusion(self.fusion, self.fusion_weight)
+        self.__dict__.update(top_k=top_k, score_threshold=score_threshold, fusion=fusion, fusion_weight=fusion_weight)
 
     def apply(
         self,
@@ -86,25 +101,30 @@ class RankRules:
         return ranked[: self.top_k]
 
 
-def check_fusion(fusion: FusionMethod | None, fusion_weight: float | None) -> None:
-    """Check how scores are to be fused.
+def check_fusion(fusion: Any, fusion_weight: Any) -> tuple[FusionMethod | None, float | None]:
+    """Return how scores are to be fused: a method, and the reranker's share.
 
     Raises:
         SettingsError: the method is unknown, the weight is not between 0 and 1, or there is a weight but no method.
     """
-    methods = get_args(FusionMethod)
-    if fusion is not None and fusion not in methods:
-        msg = f"fusion must be one of {', '.join(methods)} or None, but got {fusion!r}"
+    methods: tuple[FusionMethod, ...] = get_args(FusionMethod)
+    method: FusionMethod | None = plain(fusion)
+    # An array would compare with each of them.
+    if method is not None and not (isinstance(method, str) and method in methods):
+        msg = f"fusion must be one of {', '.join(methods)} or None, but got {shown(fusion)}"
         raise SettingsError(msg)
     if fusion_weight is None:
-        return
-    if fusion is None:
-        msg = f"fusion_weight={fusion_weight!r} needs a fusion, but got None; set fusion to one of {', '.join(methods)}"
+        return method, None
+    if method is None:
+        msg = f"fusion_weight={shown(fusion_weight)} needs a fusion, but got None; set fusion to one of {', '.join(methods)}"
         raise SettingsError(msg)
-    # A bool is an int to Python, and True would silently mean the reranker alone.
-    if isinstance(fusion_weight, bool) or not isinstance(fusion_weight, (int, float)) or not 0 <= fusion_weight <= 1:
-        msg = f"fusion_weight must be a number from 0 (first stage alone) to 1 (reranker alone), but got {fusion_weight!r}"
+    weight = as_number(fusion_weight)
+    if not 0 <= weight <= 1:
+        msg = (
+            f"fusion_weight must be a number from 0 (first stage alone) to 1 (reranker alone), but got {shown(fusion_weight)}"
+        )
         raise SettingsError(msg)
+    return method, weight
 
 
 def check_first_stage(scores: Sequence[Any] | None, n_passages: int, fusion: FusionMethod | None) -> list[float] | None:
@@ -129,7 +149,7 @@ def check_first_stage(scores: Sequence[Any] | None, n_passages: int, fusion: Fus
     if fusion is None:
         msg = "first_stage_scores are for fusion, but fusion is None; set fusion, or leave them out"
         raise SettingsError(msg)
-    scores = list(scores)
+    scores = checked_list(scores, "first_stage_scores")
     if len(scores) != n_passages:
         msg = f"first_stage_scores must hold one score for each of {n_passages} passages, but hold {len(scores)}"
         raise SettingsError(msg)
@@ -151,6 +171,7 @@ def check_first_stages(
     """
     if scores is None:
         return [check_first_stage(None, len(passages), fusion) for passages in lists]
+    scores = checked_list(scores, "first_stage_scores")
     if len(scores) != len(lists):
         msg = f"first_stage_scores must hold a list for each of {len(lists)} queries, but hold {len(scores)}"
         raise SettingsError(msg)
@@ -204,14 +225,11 @@ def _reciprocal_ranks(values: Sequence[float]) -> list[float]:
 
 
 def _finite(score: Any, index: int) -> float:
-    """Return a score as a float; numpy's and torch's scalars are numbers too, texts are not."""
-    try:
-        value = math.nan if isinstance(score, (str, bytes)) else float(score)
-    except (TypeError, ValueError):
-        value = math.nan
+    """Return a score as a float."""
+    value = as_number(score)
     if not math.isfinite(value):
         msg = (
-            f"first_stage_scores must be finite numbers, but passage {index} has {score!r}; leave out passages without a "
+            f"first_stage_scores must be finite numbers, but passage {index} has {shown(score)}; leave out passages without a "
             "score, or use fusion='reciprocal_rank' without scores"
         )
         raise SettingsError(msg)

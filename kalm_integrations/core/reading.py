@@ -17,7 +17,7 @@ from kalm_integrations.core.passages.codecs import state_limits
 from kalm_integrations.core.passages.encoding import EncodedPassage, Expected, fingerprint, hash_text
 from kalm_integrations.core.passages.guarded import guard
 from kalm_integrations.core.settings import EncoderSettings
-from kalm_integrations.core.types import AnyPassage, Passage, Reading, RuntimeStats, Status, checked_list
+from kalm_integrations.core.types import AnyPassage, Passage, Reading, RuntimeStats, Status, checked_list, plain
 from kalm_integrations.errors import CorruptEncodingError, SettingsError, StaleEncodingError
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,8 @@ class Reader:
                 texts.append(None)
                 keys.append(id(passage))
                 continue
-            text, value = (passage.text, passage.encoding) if isinstance(passage, Passage) else (passage, None)
+            given = (passage.text, passage.encoding) if isinstance(passage, Passage) else (passage, None)
+            text, value = map(plain, given)
             if not isinstance(text, str):
                 got = f"a Passage of {type(text).__name__}" if isinstance(passage, Passage) else type(passage).__name__
                 msg = f"passages must be str, EncodedPassage or Passage (of str), but got {got}"

@@ -14,7 +14,7 @@ from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.ranker import Ranker
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.core.settings import Calibration
-from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading, RuntimeStats
+from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading, RuntimeStats, checked_flag
 from kalm_integrations.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -177,8 +177,8 @@ class KalmReranker(Reranker):
 
     def warm_up(self, *, encoder: bool = True, decoder: bool = True) -> None:
         """Load weights now: the encoder's instead of at the first miss, the decoder's instead of at the first score."""
-        wanted = [side for side, is_wanted in (("encoder", encoder), ("decoder", decoder)) if is_wanted]
-        self._driver.run(self._ranker.load(wanted))
+        sides = {"encoder": checked_flag(encoder, "encoder"), "decoder": checked_flag(decoder, "decoder")}
+        self._driver.run(self._ranker.load([side for side, is_wanted in sides.items() if is_wanted]))
 
     def encode_passages(self, texts: Iterable[str], show_progress: bool = False) -> list[EncodedPassage]:
         """Encode passages; duplicates, and passages still in memory, are not encoded again.

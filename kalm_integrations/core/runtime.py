@@ -17,6 +17,7 @@ from kalm_integrations.core.engine import Engine
 from kalm_integrations.core.forks import ForkSafeLock
 from kalm_integrations.core.model.layers import EmbeddingWeights, StackWeights
 from kalm_integrations.core.settings import check_dtype
+from kalm_integrations.core.types import shown
 from kalm_integrations.errors import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -113,8 +114,8 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        msg = f"device must be a torch device such as 'cpu' or 'cuda:0', but got {device!r}"
+    except (RuntimeError, TypeError, ValueError) as error:
+        msg = f"device must be a torch device such as 'cpu' or 'cuda:0', but got {shown(device)}"
         raise SettingsError(msg) from error
     if chosen.type == "cpu":
         return torch.device("cpu")

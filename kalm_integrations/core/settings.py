@@ -11,8 +11,9 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
+from kalm_integrations.core.types import plain, shown
 from kalm_integrations.errors import SettingsError
 
 SYSTEM_INSTRUCTION = (
@@ -56,7 +57,7 @@ def check_codec(codec: str) -> str:
         SettingsError: it is not.
     """
     if codec not in CODEC_NAMES:
-        msg = f"storage_codec must be one of {', '.join(CODEC_NAMES)}, but got {codec!r}"
+        msg = f"storage_codec must be one of {', '.join(CODEC_NAMES)}, but got {shown(codec)}"
         raise SettingsError(msg)
     return codec
 
@@ -70,10 +71,10 @@ def check_dtype(dtype: object) -> str:
     Raises:
         SettingsError: it is not offered.
     """
-    name = str(dtype).removeprefix("torch.")
+    name = (plain(dtype) if isinstance(dtype, str) else shown(dtype)).removeprefix("torch.")
     if name not in DTYPES:
         why = "; T5Gemma2 overflows in float16" if name in ("float16", "fp16", "half") else ""
-        msg = f"dtype must be one of {', '.join(DTYPES)}, but got {dtype!r}{why}"
+        msg = f"dtype must be one of {', '.join(DTYPES)}, but got {shown(dtype)}{why}"
         raise SettingsError(msg)
     return DTYPES[name]
 
@@ -118,6 +119,8 @@ class Calibration(BaseModel):
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    _plain = field_validator("*", mode="before")(plain)
 
 
 class EncoderSettings(_Settings):
@@ -210,10 +213,11 @@ def build_settings(given: Mapping[str, Any]) -> tuple[EncoderSettings, StorageSe
         # HTTP libraries refuse it in a message that shows it.
         msg = "token must be of printable ASCII characters without spaces, but got another one; strip line ends from it"
         raise SettingsError(msg)
-    if given.get("payload_store") is None and given.get("storage_mode") == "reference":
+    storage = make_settings(StorageSettings, given)
+    if given.get("payload_store") is None and storage.storage_mode == "reference":
         msg = "storage_mode='reference' needs a payload_store, but got None; pass a mapping or the folder of an LMDB store"
         raise SettingsError(msg)
-    return make_settings(EncoderSettings, given), make_settings(StorageSettings, given), make_settings(QuerySettings, given)
+    return make_settings(EncoderSettings, given), storage, make_settings(QuerySettings, given)
 
 
 def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
@@ -249,4 +253,4 @@ def _shown(place: tuple[str | int, ...], given: object) -> str:
     """Return what was given, for a message; only its type where a token may be in it."""
     items = given if isinstance(given, (list, tuple)) else [given]
     is_plain = all(item is None or isinstance(item, (bool, int, float, str, bytes)) for item in items)
-    return repr(given) if is_plain and not {"token", "model_kwargs"} & set(place) else type(given).__name__
+    return shown(given) if is_plain and not {"token", "model_kwargs"} & set(place) else type(given).__name__

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 import reprlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -247,13 +248,87 @@ class RuntimeStats:
         return asdict(self)
 
 
+def iterator_of(values: Any) -> Iterator[Any] | None:
+    """Return an iterator over values, or None where they are none."""
+    try:
+        # Arrays and tensors without a dimension are iterable by their class, and say only here that they are not.
+        return iter(values) if isinstance(values, Iterable) else None
+    except TypeError:
+        return None
+
+
 def checked_list(values: Iterable[Any], name: str) -> list[Any]:
     """Return the values as a list: an iterator is gone through once only, and what it makes must outlive the call.
 
     Raises:
         SettingsError: it is one text or passage, or not iterable.
     """
-    if isinstance(values, (str, bytes, Passage)) or not isinstance(values, Iterable):
+    iterator = None if isinstance(values, (str, bytes, Passage)) else iterator_of(values)
+    if iterator is None:
         msg = f"{name} must be a list, but got one {type(values).__name__}; put it into a list"
         raise SettingsError(msg)
-    return list(values)
+    return list(iterator)
+
+
+def checked_texts(texts: Iterable[Any]) -> list[str]:
+    """Return texts as a list of plain strings.
+
+    Raises:
+        SettingsError: it is one string, not iterable, or holds something else than strings.
+    """
+    checked = [plain(text) for text in checked_list(texts, "texts")]
+    for text in checked:
+        if not isinstance(text, str):
+            msg = f"texts must be strings, but got {type(text).__name__}"
+            raise SettingsError(msg)
+    return checked
+
+
+def checked_flag(value: object, name: str) -> bool:
+    """Return a switch as a bool; whatever is true or false will do.
+
+    Raises:
+        SettingsError: it is neither, as an array of several values.
+    """
+    try:
+        return bool(value)
+    except Exception as error:
+        msg = f"{name} must be True or False, but got {type(value).__name__}, which is neither ({error})"
+        raise SettingsError(msg) from error
+
+
+def plain(value: Any) -> Any:
+    """Return a text as a str and a whole number as an int, of whatever kind they are; anything else as it is.
+
+    An enum's member or numpy's string is the text that it holds, however it prints, compares or hashes itself.
+    """
+    if isinstance(value, str):
+        return str.__str__(value)
+    if value is None or isinstance(value, bool):
+        return value
+    try:
+        return operator.index(value)
+    except Exception:
+        return value
+
+
+def as_number(value: Any) -> float:
+    """Return a number as a float, numpy's and torch's scalars too; NaN where it is none, or too large for a float."""
+    if isinstance(value, (str, bytes, bytearray, memoryview, bool)):
+        return math.nan
+    try:
+        return float(value)
+    except Exception:
+        return math.nan
+
+
+def shown(value: object) -> str:
+    """Return a value for a message: its repr, cut where it is long; its type where it has no repr, as a huge int."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+
+
+_MAX_SHOWN = 200

@@ -24,8 +24,8 @@ from kalm_integrations.core.passes import (
 from kalm_integrations.core.reading import Reader
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.core.settings import EncoderSettings, StorageSettings, poolable_ratios
-from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata, checked_list
-from kalm_integrations.errors import EncodingTooLargeError, SettingsError
+from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata, checked_flag, checked_texts
+from kalm_integrations.errors import EncodingTooLargeError
 
 BULK_SLICE = 4096
 """Passages that bulk work tokenises and queues at a time."""
@@ -93,15 +93,12 @@ class Writer:
         Raises:
             SettingsError: `texts` is one string, or holds something else than strings.
         """
-        checked = checked_list(texts, "texts")
-        for text in checked:
-            if not isinstance(text, str):
-                msg = f"texts must be strings, but got {type(text).__name__}"
-                raise SettingsError(msg)
+        checked = checked_texts(texts)
+        is_shown = checked_flag(show_progress, "show_progress")
         keys: list[Hashable] = [self._reader.key(text) for text in checked]
         unique = list(dict(zip(keys, checked, strict=True)).items())
         encodings: dict[Hashable, EncodedPassage] = {}
-        with tqdm(total=len(unique), desc="Encoding", unit="passage", disable=not show_progress) as progress:
+        with tqdm(total=len(unique), desc="Encoding", unit="passage", disable=not is_shown) as progress:
             for start in range(0, len(unique), BULK_SLICE):
                 some = dict(unique[start : start + BULK_SLICE])
                 encodings |= yield from self.encode(some, is_bulk=True, report=progress.update)

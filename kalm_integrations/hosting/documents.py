@@ -8,7 +8,15 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, FUSED_SCORE_KEY, Metadata, RankedPassage
+from kalm_integrations.core.types import (
+    ENCODING_KEY,
+    FINGERPRINT_KEY,
+    FUSED_SCORE_KEY,
+    Metadata,
+    RankedPassage,
+    iterator_of,
+    shown,
+)
 from kalm_integrations.errors import SettingsError
 
 RELEVANCE_SCORE_KEY = "relevance_score"
@@ -32,7 +40,8 @@ def check_encoding_key(encoding_key: object) -> str:
         SettingsError: it is no string, empty, or a key that this package uses for something else.
     """
     if not isinstance(encoding_key, str) or not encoding_key or encoding_key in RESERVED_KEYS:
-        msg = f"encoding_key must be a non-empty metadata key other than {', '.join(RESERVED_KEYS)}, but got {encoding_key!r}"
+        rule = f"a non-empty metadata key other than {', '.join(RESERVED_KEYS)}"
+        msg = f"encoding_key must be {rule}, but got {shown(encoding_key)}"
         raise SettingsError(msg)
     return encoding_key
 
@@ -101,10 +110,11 @@ def checked_documents(documents: Iterable[Doc], kind: type[Doc], component: str)
     """
     name = kind.__name__
     # A pydantic model is iterable: over its fields.
-    if isinstance(documents, (kind, str, bytes, Mapping, BaseModel)) or not isinstance(documents, Iterable):
+    iterator = None if isinstance(documents, (kind, str, bytes, Mapping, BaseModel)) else iterator_of(documents)
+    if iterator is None:
         msg = f"{component} takes a list of {name}s, but got one {type(documents).__name__}; put {name}s into a list"
         raise SettingsError(msg)
-    checked = list(documents)
+    checked = list(iterator)
     for index, document in enumerate(checked):
         if not isinstance(document, kind):
             got = f"a {type(document).__name__} at place {index}"

@@ -5,8 +5,6 @@ LangChain's and LlamaIndex' components are these classes beside their framework'
 
 from __future__ import annotations
 
-import math
-import operator
 import os
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -28,9 +26,9 @@ from pydantic import (
 
 from kalm_integrations.core.base import Reranker, is_reranker
 from kalm_integrations.core.fallback import OnError, check_timeout
-from kalm_integrations.core.ranking import check_fusion
+from kalm_integrations.core.ranking import check_count, check_fusion, check_threshold
 from kalm_integrations.core.settings import STORE_SETTINGS, check_names, describe_problems
-from kalm_integrations.core.types import ENCODING_KEY, FusionMethod
+from kalm_integrations.core.types import ENCODING_KEY, FusionMethod, plain
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import check_encoding_key
 from kalm_integrations.hosting.models import Opened, WithModel, check_model, check_model_kwargs, check_no_token
@@ -51,42 +49,6 @@ MODEL_FIELDS = (
 with different ones can share a reranker."""
 
 
-def check_count(value: object, name: str) -> int | None:
-    """Return a number of results as an int; None means all. numpy's whole numbers are numbers too.
-
-    Raises:
-        SettingsError: it is no positive whole number.
-    """
-    if value is None:
-        return None
-    try:
-        count = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        count = 0
-    if count < 1:
-        msg = f"{name} must be a positive whole number, or None for all, but got {value!r}"
-        raise SettingsError(msg)
-    return count
-
-
-def check_threshold(value: object, name: str) -> float | None:
-    """Return a threshold as a float; None sets none.
-
-    Raises:
-        SettingsError: it is no number.
-    """
-    if value is None:
-        return None
-    try:
-        threshold = math.nan if isinstance(value, (str, bytes, bool)) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        threshold = math.nan
-    if math.isnan(threshold):
-        msg = f"{name} must be a number or None, but got {value!r}"
-        raise SettingsError(msg)
-    return threshold
-
-
 def _count(value: object, info: ValidationInfo) -> int | None:
     return check_count(value, info.field_name or "")
 
@@ -103,7 +65,7 @@ def _name(value: object) -> object:
 
 Count = Annotated[int | None, BeforeValidator(_count)]
 """How many results, at most; None: all."""
-Whole = Annotated[int | None, Strict()]
+Whole = Annotated[int | None, Strict(), BeforeValidator(plain)]
 Threshold = Annotated[float | None, BeforeValidator(_threshold)]
 Timeout = Annotated[float | None, BeforeValidator(check_timeout)]
 TorchName = Annotated[str | None, BeforeValidator(_name)]

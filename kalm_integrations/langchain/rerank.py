@@ -15,6 +15,7 @@ from langchain_core.runnables.config import (
 )
 from pydantic import BaseModel, model_validator
 
+from kalm_integrations.core.ranking import check_count
 from kalm_integrations.core.types import Metadata, RankedPassage, Ranking
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import (
@@ -25,7 +26,7 @@ from kalm_integrations.hosting.documents import (
     with_encoding,
     without_encodings,
 )
-from kalm_integrations.hosting.fields import Count, RerankFields, check_count
+from kalm_integrations.hosting.fields import Count, RerankFields
 from kalm_integrations.hosting.ranking import HostQuery, arank, rank
 from kalm_integrations.langchain.documents import to_passage, with_metadata
 

@@ -7,7 +7,8 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever, RetrieverLike
 from pydantic import Field
 
-from kalm_integrations.hosting.fields import CheckedModel, Count, check_count
+from kalm_integrations.core.ranking import check_count
+from kalm_integrations.hosting.fields import CheckedModel, Count
 from kalm_integrations.langchain.rerank import KalmRerank
 
 

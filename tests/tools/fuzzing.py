@@ -1,4 +1,4 @@
-"""How long tests with random input go on."""
+"""How long a fuzz test goes on."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def rounds(default: int) -> int:
-    """Return how many inputs to try: KALM_FUZZ_ROUNDS, or a few."""
+    """Return how many rounds to fuzz: KALM_FUZZ_ROUNDS if it is set (`make fuzz` does), else the test's own number."""
     return int(os.environ.get("KALM_FUZZ_ROUNDS", default))

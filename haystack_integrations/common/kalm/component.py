@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, InstanceOf
 
 from haystack_integrations.common.kalm.documents import DocumentLayout
 from kalm_integrations.core.base import is_reranker
+from kalm_integrations.core.types import shown
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.fields import EncodingFields, assigned
 from kalm_integrations.hosting.models import Opened, WithModel
@@ -31,7 +32,7 @@ def _to_device(device: object) -> ComponentDevice | None:
         found = device if isinstance(device, ComponentDevice) else ComponentDevice.from_str(str(device))
         found.to_torch_str()  # refuses a map of several devices
     except ValueError as error:
-        msg = f"device must be None, one ComponentDevice, or a name as 'cpu' or 'cuda:0', but got {device!r} ({error})"
+        msg = f"device must be None, one ComponentDevice, or a name as 'cpu' or 'cuda:0', but got {shown(device)}"
         raise SettingsError(msg) from error
     return found
 
@@ -84,7 +85,7 @@ class KalmComponent(WithModel):
             SettingsError: one is unknown or breaks a rule; the message names it.
         """
         token = parameters["token"]
-        if token and isinstance(token, str):
+        if isinstance(token, str) and token:
             # Not by pydantic, whose errors show what they were given.
             parameters["token"] = Secret.from_token(token)
         self._fields = assigned(self._fields_class, parameters, type(self).__name__)

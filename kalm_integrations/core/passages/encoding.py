@@ -38,6 +38,7 @@ from kalm_integrations.core.passages.codecs import CODECS, LARGEST, check_limits
 from kalm_integrations.core.passages.guarded import store_errors
 from kalm_integrations.core.settings import MAX_TOKENS
 from kalm_integrations.core.text import without_surrogates
+from kalm_integrations.core.types import plain, shown
 from kalm_integrations.errors import CorruptEncodingError, EncodingTooLargeError, SettingsError, StaleEncodingError
 
 PREFIX = "kalm1"
@@ -212,8 +213,9 @@ class EncodedPassage:
         Raises:
             SettingsError: `ratio` is not a multiple of the present one, or larger than the format allows.
         """
-        if type(ratio) is not int or ratio > MAX_TOKENS:
-            msg = f"a compression ratio must be a whole number up to {MAX_TOKENS}, but got {ratio!r}"
+        ratio = plain(ratio)
+        if type(ratio) is not int or abs(ratio) > MAX_TOKENS:
+            msg = f"a compression ratio must be a whole number up to {MAX_TOKENS}, but got {shown(ratio)}"
             raise SettingsError(msg)
         states = repool_states(self.states, self.n_tokens, self.compression_ratio, ratio)
         # The digest of what was pooled will do, beside the ratio: it is known already where a string was read.

@@ -12,11 +12,11 @@ from haystack_integrations.common.kalm.component import HUB_TOKEN, ComponentFiel
 from haystack_integrations.common.kalm.stores import access_to, check_updatable
 from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.fallback import OnError
-from kalm_integrations.core.ranking import check_fusion
-from kalm_integrations.core.types import ENCODING_KEY, FusionMethod, Ranking
+from kalm_integrations.core.ranking import check_count, check_fusion, check_threshold
+from kalm_integrations.core.types import ENCODING_KEY, FusionMethod, Ranking, shown
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import checked_documents
-from kalm_integrations.hosting.fields import Count, RerankFields, check_count, check_threshold
+from kalm_integrations.hosting.fields import Count, RerankFields
 from kalm_integrations.hosting.ranking import HostQuery, arank, rank
 from kalm_integrations.hosting.stores import DocumentId, write_encodings
 
@@ -253,8 +253,8 @@ class KalmRanker(KalmComponent):
         instruction: str | None,
     ) -> tuple[list[Document], HostQuery[Document]]:
         given = checked_documents(documents, Document, "KalmRanker")
-        if not query or not isinstance(query, str):
-            msg = f"query must be a non-empty string, but got {query!r}"
+        if not isinstance(query, str) or not query:
+            msg = f"query must be a non-empty string, but got {shown(query)}"
             raise SettingsError(msg)
         fields = self._fields
         layout = fields.layout
