@@ -178,6 +178,14 @@ def prepare_work(runtime: Runtime, batch_size: int | None) -> Work[Row, None]:
     return Work(prepare, batch_size or choose_batch_size("score", runtime))
 
 
+def fetch_prefixes(runtime: Runtime, rows: Sequence[Row]) -> None:
+    """Get the prefix states of a request's rows from the store, where there is one."""
+    config = runtime.checkpoint.decoder_config
+    if rows and rows[0].prefix is not None:
+        layout = (len(config.layer_types), config.n_kv_heads, config.head_width)
+        rows[0].prefix.fetch([row.candidate for row in rows], layout, runtime.device)
+
+
 def _project(runtime: Runtime, candidates: Sequence[Candidate]) -> PaddedKVCache:
     """Project the states of passages to keys and values; one that several prompts ask about is projected once."""
     unique = list({candidate.key: candidate for candidate in candidates}.values())
@@ -193,18 +201,17 @@ def _project(runtime: Runtime, candidates: Sequence[Candidate]) -> PaddedKVCache
 def _prefix_states(runtime: Runtime, rows: Sequence[Row]) -> list[PrefixStates]:
     """Return the prefix states of rows with equal prefixes, computing and keeping those that are not kept.
 
-    Each row's are looked for, and kept, where its own prefix says.
+    Each row's are looked for, and kept, where its own request does.
     """
     config = runtime.checkpoint.decoder_config
-    layout = (len(config.layer_types), config.n_kv_heads, config.head_width)
-    by_place: dict[int, tuple[Prefix, list[Candidate]]] = {}
+    by_request: dict[int, tuple[Prefix, list[Candidate]]] = {}
     for row in rows:
         if row.prefix is not None:
-            by_place.setdefault(id(row.prefix.cache), (row.prefix, []))[1].append(row.candidate)
+            by_request.setdefault(id(row.prefix), (row.prefix, []))[1].append(row.candidate)
     states: dict[PrefixKey, PrefixStates] = {}
     missing: dict[PrefixKey, Candidate] = {}
-    for prefix, candidates in by_place.values():
-        found = prefix.find(candidates, layout, runtime.device)
+    for prefix, candidates in by_request.values():
+        found = prefix.find(candidates)
         states |= found
         missing |= {prefix.key(one): one for one in candidates if prefix.key(one) not in found}
     missing = {key: candidate for key, candidate in missing.items() if key not in states}
@@ -213,7 +220,7 @@ def _prefix_states(runtime: Runtime, rows: Sequence[Row]) -> list[PrefixStates]:
         cache = _project(runtime, list(missing.values()))
         cache = prefill(cache, token_ids, runtime.embedding(), runtime.stack("decoder"), config)
         states |= dict(zip(missing, cache.split(prefix.dtype), strict=True))
-    for prefix, candidates in by_place.values():
+    for prefix, candidates in by_request.values():
         wanted = {prefix.key(candidate) for candidate in candidates}
         prefix.keep({key: states[key] for key in missing if key in wanted})
     return [states[row.prefix.key(row.candidate)] for row in rows if row.prefix is not None]

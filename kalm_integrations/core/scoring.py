@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from kalm_integrations.core.engine import Job
+from kalm_integrations.core.engine import Job, Work
 from kalm_integrations.core.flows import Flow
 from kalm_integrations.core.model.kv_cache import PrefixStates
 from kalm_integrations.core.passages.caches import BoundedCache
@@ -19,6 +20,7 @@ from kalm_integrations.core.passes import (
     Row,
     check_margins,
     check_vocabulary,
+    fetch_prefixes,
     prepare_work,
     score_rows,
     score_work,
@@ -28,6 +30,9 @@ from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.core.settings import QuerySettings
 from kalm_integrations.core.types import Reading
 from kalm_integrations.errors import SettingsError
+
+STORE_SLICE = 64
+"""Rows whose prefix states are fetched from a store at a time: some 4 MB each for `nano` in float32."""
 
 
 class Scorer:
@@ -78,10 +83,11 @@ class Scorer:
         margins = [0.0] * len(pairs)
         seconds = time.perf_counter() - started
         for used, chosen, rows in score_rows(self._runtime, prompts, candidates, pairs, prefix):
-            job = Job(score_work(self._runtime, tokenizer.answer_ids, self._query.score_batch_size, used), rows)
-            for index, margin in zip(chosen, (yield job), strict=True):
+            work = score_work(self._runtime, tokenizer.answer_ids, self._query.score_batch_size, used)
+            results, computing = yield from self._run(work, rows, used)
+            for index, margin in zip(chosen, results, strict=True):
                 margins[index] = margin
-            seconds += job.seconds
+            seconds += computing
         check_margins(margins, self._runtime)
         self._reader.count(passages_scored=len(pairs), score_seconds=seconds)
         by_pair = dict(zip(pairs, margins, strict=True))
@@ -103,7 +109,24 @@ class Scorer:
         rows.sort(key=lambda row: -len(row.candidate.states))
         with tqdm(total=len(rows), desc="Prefill", unit="passage", disable=not show_progress) as progress:
             work = prepare_work(self._runtime, self._query.score_batch_size)
-            yield Job(work, rows, is_bulk=True, report=progress.update)
+            yield from self._run(work, rows, prefix, is_bulk=True, report=progress.update)
+
+    def _run(
+        self, work: Work[Row, Any], rows: Sequence[Row], prefix: Prefix | None, **settings: Any
+    ) -> Flow[tuple[list[Any], float]]:
+        """Return the results of rows, and the seconds that they took: all at once, or as many as a store is asked for."""
+        results: list[Any] = []
+        seconds = 0.0
+        size = len(rows) if prefix is None or prefix.store is None else STORE_SLICE
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            fetch_prefixes(self._runtime, some)
+            job = Job(work, some, **settings)
+            results += yield job
+            seconds += job.seconds
+            if prefix is not None:
+                prefix.flush()
+        return results, seconds
 
     def _instructions(self, instruction: str | None) -> tuple[str, str]:
         """Return the system instruction, and the instruction of a call."""
@@ -114,10 +137,9 @@ class Scorer:
         if self.prefixes.max_bytes == 0 and self._prefix_store is None:
             return None
 
-        def count(n_in_memory: int, n_stored: int, n_computed: int, n_refused: int) -> None:
-            counts = {"prefix_hits": n_in_memory, "prefix_store_hits": n_stored, "prefix_misses": n_computed}
-            self._reader.count(**counts, prefix_corrupt=n_refused)
-            if n_refused:
+        def count(**counts: int) -> None:
+            self._reader.count(**counts)
+            if counts.get("prefix_corrupt"):
                 rule = "stored prefix states are damaged, or another passage's, and are computed anew (stats.prefix_corrupt)"
                 self._reader.warn_once("prefix_corrupt", rule)
 

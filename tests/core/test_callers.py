@@ -15,10 +15,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tools.holding import Held
 
 from kalm_integrations import KalmReranker, Passage
 from kalm_integrations.core import fallback, passes
-from kalm_integrations.core.engine import Job, Work
 from kalm_integrations.errors import (
     DeadlineExceededError,
     KalmError,
@@ -38,32 +38,10 @@ def reranker(make_reranker) -> KalmReranker:
     return make_reranker(cache_bytes=0)
 
 
-class Held:
-    """A model that is kept busy until it is released."""
-
-    def __init__(self, reranker: KalmReranker) -> None:
-        self.gate = threading.Event()
-        started = threading.Event()
-
-        def wait(items: list) -> list:
-            started.set()
-            self.gate.wait()
-            return items
-
-        self.job = Job(Work(wait, 1), [None])
-        reranker.runtime.engine.submit(self.job)
-        assert started.wait(60)
-
-    def release(self) -> None:
-        self.gate.set()
-        self.job.result(60)
-
-
 @pytest.fixture
 def held(reranker) -> Iterator[Held]:
-    found = Held(reranker)
-    yield found
-    found.release()
+    with Held(reranker) as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)
@@ -271,6 +249,40 @@ async def test_fakes_are_asked_in_the_same_way():
     assert list(await fake.arank("otters", ["rhine", "otters"])) == list(fake.rank("otters", ["rhine", "otters"]))
     assert await fake.ascore("otters", ["otters"]) == fake.score("otters", ["otters"])
     assert fake.rank("otters", ["a"], timeout=1, on_error="keep_order").reranked
+
+
+class HangingStore(dict):
+    """Answers nobody until a test says so."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.may_answer = threading.Event()
+
+    def get(self, key: str, default: object = None) -> object:
+        self.asked.set()
+        self.may_answer.wait()
+        return super().get(key, default)
+
+
+@pytest.mark.parametrize("kind", ["prefix_store", "payload_store"])
+def test_a_store_that_hangs_holds_up_its_own_callers_only(make_reranker, kind):
+    """The model's thread waits for no store."""
+    right = make_reranker().score(QUERY, TEXTS)
+    store = HangingStore()
+    writer = make_reranker(storage_mode="reference", payload_store={})
+    stored = [
+        Passage(*pair) for pair in zip(TEXTS, (m["kalm_encoding"] for m in writer.encode_to_metadata(TEXTS)), strict=True)
+    ]
+    hanging = make_reranker(**{kind: store})
+    answers: list[list[float]] = []
+    thread = threading.Thread(target=lambda: answers.append(hanging.score(QUERY, stored)))
+    thread.start()
+    assert store.asked.wait(60)
+    assert make_reranker().score(QUERY, TEXTS) == pytest.approx(right, abs=1e-6)
+    assert answers == []
+    store.may_answer.set()
+    thread.join(60)
+    assert answers[0] == pytest.approx(right, abs=1e-3)
 
 
 # --- the state of torch around a call

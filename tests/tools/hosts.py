@@ -37,6 +37,8 @@ class Host(Protocol):
     def encoder(self, **settings: Any) -> Any: ...
     def use(self, component: Any, query: str, documents: Any) -> list[Any]: ...
     def encode(self, component: Any, documents: Any) -> list[Any]: ...
+    async def ause(self, component: Any, query: str, documents: Sequence[Any]) -> list[Any]: ...
+    async def aencode(self, component: Any, documents: Sequence[Any]) -> list[Any]: ...
     def dump(self, component: Any) -> dict[str, Any]: ...
     async def arerank(self, model: Any, query: str, documents: Sequence[Any], top: int) -> list[Any]: ...
 
@@ -85,6 +87,12 @@ class LangChain:
 
     def encode(self, component, documents):
         return list(component.transform_documents(documents))
+
+    async def ause(self, component, query, documents):
+        return list(await component.acompress_documents(documents, query))
+
+    async def aencode(self, component, documents):
+        return list(await component.atransform_documents(documents))
 
     def dump(self, component):
         return json.loads(component.model_dump_json())
@@ -142,6 +150,13 @@ class LlamaIndex:
     def encode(self, component, documents):
         return list(component(documents))
 
+    async def ause(self, component, query, documents):
+        nodes = [NodeWithScore(node=node, score=0.5) for node in documents]
+        return await component.apostprocess_nodes(nodes, QueryBundle(query))
+
+    async def aencode(self, component, documents):
+        return await component.acall(documents)
+
     def dump(self, component):
         return json.loads(component.to_json())
 
@@ -193,6 +208,12 @@ class Haystack:
 
     def encode(self, component, documents):
         return component.run(documents)["documents"]
+
+    async def ause(self, component, query, documents):
+        return (await component.run_async(query, documents))["documents"]
+
+    async def aencode(self, component, documents):
+        return (await component.run_async(documents))["documents"]
 
     def dump(self, component):
         return json.loads(json.dumps(component.to_dict()))

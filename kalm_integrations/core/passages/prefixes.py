@@ -7,7 +7,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -46,9 +46,13 @@ class Prefix:
     """Of the kept states."""
     computed_in: torch.dtype
     """Precision of the run: a store may serve runs that differ in it."""
-    count: Callable[[int, int, int, int], None]
-    """Told how many states were found in memory and in the store, how many have to be computed, and for how many of these
-    the store had something else."""
+    count: Callable[..., None]
+    """Told, by the names of `RuntimeStats`, how many states were found in memory and in the store, how many have to be
+    computed, and for how many of these the store had something else."""
+    held: dict[PrefixKey, PrefixStates] = field(default_factory=dict)
+    """States that were fetched from the store for a request, which memory may have no room for."""
+    unkept: dict[PrefixKey, PrefixStates] = field(default_factory=dict)
+    """States that were computed for a request, and that the store does not have yet."""
 
     @property
     def group(self) -> Hashable:
@@ -59,43 +63,55 @@ class Prefix:
         """Return what a passage's states are kept under."""
         return (*candidate.key, self.token_ids, self.decoder, str(self.dtype), str(self.computed_in))
 
-    def find(
-        self, candidates: Iterable[Candidate], layout: Sequence[int], device: torch.device
-    ) -> dict[PrefixKey, PrefixStates]:
-        """Return the states that are kept of some passages.
+    def fetch(self, candidates: Iterable[Candidate], layout: Sequence[int], device: torch.device) -> None:
+        """Get from the store what memory does not have, and hold it until `flush`.
+
+        This and `flush` are for the caller's thread: the model's waits for no store.
 
         Args:
             candidates: the passages.
             layout: n_layers, n_kv_heads and head_width of the decoder, which stored states must have.
             device: where the states are wanted.
         """
+        if self.store is None:
+            return
+        n_layers, n_heads, width = layout
         wanted = {self.key(candidate): candidate for candidate in candidates}
-        found = self.cache.get_many(wanted)
-        n_in_memory, n_refused = len(found), 0
-        if self.store is not None:
-            n_layers, n_heads, width = layout
-            stored = {}
-            for key, candidate in wanted.items():
-                if key in found:
-                    continue
-                name, n_states = _name(key), len(candidate.states)
-                value = self.store.get(name)
-                pairs = _load(value, name, (n_layers, 2, n_heads, n_states + len(self.token_ids), width), self.dtype)
-                if pairs is not None:
-                    stored[key] = PrefixStates(pairs.to(device), n_states)
-                elif value is not None:
-                    n_refused += 1
-            self.cache.put_many(stored)
-            found |= stored
-        self.count(n_in_memory, len(found) - n_in_memory, len(wanted) - len(found), n_refused)
-        return found
+        n_refused, in_memory = 0, self.cache.get_many(wanted)
+        for key, candidate in wanted.items():
+            if key in in_memory:
+                continue
+            name, n_states = _name(key), len(candidate.states)
+            value = self.store.get(name)
+            pairs = _load(value, name, (n_layers, 2, n_heads, n_states + len(self.token_ids), width), self.dtype)
+            if pairs is not None:
+                self.held[key] = PrefixStates(pairs.to(device), n_states)
+            elif value is not None:
+                n_refused += 1
+        self.cache.put_many(self.held)
+        self.count(prefix_store_hits=len(self.held), prefix_corrupt=n_refused)
+
+    def find(self, candidates: Iterable[Candidate]) -> dict[PrefixKey, PrefixStates]:
+        """Return the states of some passages that are in memory or were fetched."""
+        wanted = dict.fromkeys(map(self.key, candidates))
+        fetched = {key: self.held[key] for key in wanted if key in self.held}
+        found = self.cache.get_many(key for key in wanted if key not in fetched)
+        self.count(prefix_hits=len(found), prefix_misses=len(wanted) - len(found) - len(fetched))
+        return fetched | found
 
     def keep(self, states: Mapping[PrefixKey, PrefixStates]) -> None:
-        """Keep states that were computed."""
+        """Keep states that were computed: in memory now, in the store with the next `flush`."""
         self.cache.put_many(states)
         if self.store is not None:
-            named = {_name(key): entry.pairs for key, entry in states.items()}
+            self.unkept.update(states)
+
+    def flush(self) -> None:
+        """Write to the store what was computed, and hold no states any more."""
+        if self.store is not None and self.unkept:
+            named = {_name(key): entry.pairs for key, entry in self.unkept.items()}
             self.store.update({name: _dump(pairs, name) for name, pairs in named.items()})
+        self.held.clear()
+        self.unkept.clear()
 
 
 def hash_config(config: StackConfig) -> str:
