@@ -60,7 +60,9 @@ class Work(Generic[Item, Result]):
     def n_fitting(self, items: Sequence[Item], limit: int, n_before: int = 0, longest: int = 0) -> int:
         """Return how many of the first items fit into a batch that has `n_before` of at most `longest` tokens already."""
         n_fitting = 0
-        for item in itertools.islice(items, max(limit - n_before, 0)):
+        for item in items:
+            if n_before + n_fitting == limit:
+                break
             longest = max(longest, self.length(item))
             n_items = n_before + n_fitting + 1
             if self.max_tokens is not None and n_items > 1 and n_items * longest > self.max_tokens:
@@ -269,12 +271,18 @@ class _Queue:
         """Refuse what waits, and let the worker end after the batch that it computes."""
         with self._changed:
             self._is_closed = True
-            waiting = [job for jobs in self._jobs for job in jobs]
+            self._changed.notify_all()
+        self.fail(EngineError("a model answers until its process ends, but it ended before this request's turn"))
+
+    def fail(self, error: BaseException, batch: Batch | None = None) -> None:
+        """Answer all jobs that wait, and those of a batch, with an error."""
+        with self._changed:
+            failed = {job for jobs in self._jobs for job in jobs} | {job for job, _ in batch or ()}
+            self.n_items = [0, 0]
             for jobs in self._jobs:
                 jobs.clear()
-            self._changed.notify_all()
-        for job in waiting:
-            _fail(job, EngineError("a model answers until its process ends, but it ended before this request's turn"))
+        for job in failed:
+            _fail(job, error)
 
     def join(self, timeout: float) -> None:
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -287,11 +295,17 @@ class _Queue:
 def _work_off(queue: _Queue) -> None:
     """Compute batches until the queue is closed."""
     while True:
-        batch = queue.next_batch()
-        if batch is None:
-            return
-        with queue.computing:
-            outcomes = _compute(queue, batch)
+        batch: Batch | None = None
+        try:
+            batch = queue.next_batch()
+            if batch is None:
+                return
+            with queue.computing:
+                outcomes = _compute(queue, batch)
+        except BaseException as error:  # a fault of ours; without a worker everybody would wait for ever
+            logger.exception("the engine failed, and with it all requests that waited")
+            queue.fail(_own_error(error), batch)
+            continue
         # Nothing of the batch is held while answers are given: who gets one may release the model.
         del batch
         while outcomes:
@@ -319,9 +333,17 @@ def _compute(queue: _Queue, batch: Batch) -> list[tuple[AnyJob, BaseException | 
     for job, part in batch:
         job.results += itertools.islice(results, len(part))
         job.seconds += seconds * len(part)
-        if job.report is not None:
-            job.report(len(part))
+        _report(job, len(part))
     return [(job, None) for job, _ in batch if not job.pending]
+
+
+def _report(job: AnyJob, n_items: int) -> None:
+    try:
+        if job.report is not None:
+            job.report(n_items)
+    except Exception:  # a bar on a stream that is closed
+        logger.debug("progress cannot be reported", exc_info=True)
+        job.report = None
 
 
 def _recover(queue: _Queue, batch: Batch, error: BaseException) -> list[tuple[AnyJob, BaseException | None]]:

@@ -284,6 +284,45 @@ def test_the_engine_is_not_asked_from_its_own_thread(engine):
         job.result(10)
 
 
+def test_progress_that_cannot_be_reported_fails_nothing(engine):
+    told = []
+
+    def report(n_items: int) -> None:
+        told.append(n_items)
+        msg = "I/O operation on closed file"
+        raise ValueError(msg)
+
+    job = Job(Work(list, 2), list("abcd"), report=report)
+    engine.submit(job)
+    assert job.result(10) == list("abcd")
+    assert told == [2]
+
+
+def test_a_fault_of_the_engine_s_own_fails_requests_and_not_the_engine(engine, caplog):
+    def length(item: str) -> int:
+        msg = f"no length of {item}"
+        raise TypeError(msg)
+
+    recorder = Recorder()
+    hold(engine, recorder)
+    jobs = [Job(Work(list, 4, length=length), ["a"]), Job(recorder.work, ["b"])]
+    for job in jobs:
+        engine.submit(job)
+    recorder.gate.set()
+    for job in jobs:
+        with pytest.raises(PassError, match="no length of a"):
+            job.result(10)
+    assert "the engine failed" in caplog.text
+    assert submit(engine, recorder, ["c"]).result(10) == ["c!"]
+    assert engine.n_queued == 0
+
+
+def test_batches_may_be_as_large_as_anybody_likes(engine):
+    job = Job(Work(list, 10**30), list("abc"))
+    engine.submit(job)
+    assert job.result(10) == list("abc")
+
+
 # --- threads and processes
 
 

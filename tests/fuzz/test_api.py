@@ -167,8 +167,10 @@ def test_iterators_are_gone_through_once(make_reranker):
     reranker = make_reranker()
     queries, lists, scores = iter([QUERY, "42"]), (iter(PASSAGES) for _ in range(2)), (iter([1, 2]) for _ in range(2))
     rankings = reranker.rank_many(queries, lists, first_stage_scores=scores, fusion="z_score")
-    expected = [reranker.rank(q, PASSAGES, first_stage_scores=[1, 2], fusion="z_score") for q in (QUERY, "42")]
-    assert rankings == expected
+    for query, ranking in zip((QUERY, "42"), rankings, strict=True):
+        expected = reranker.rank(query, PASSAGES, first_stage_scores=[1, 2], fusion="z_score")
+        assert [passage.text for passage in ranking] == [passage.text for passage in expected]
+        assert [passage.margin for passage in ranking] == pytest.approx([passage.margin for passage in expected], abs=1e-5)
     assert reranker.score(QUERY, iter(PASSAGES)) == reranker.score(QUERY, PASSAGES)
     assert len(reranker.encode_passages(map(str, range(3)))) == 3
 
