@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -120,6 +120,13 @@ Batch = list[tuple[AnyJob, list[Any]]]
 """Jobs, and which of their items are computed together."""
 
 
+class Reservation(Protocol):
+    """A request that is counted before it has jobs."""
+
+    n_reserved: int
+    """Items that are counted for it."""
+
+
 class Engine:
     """Runs the jobs of all callers on one thread of its own, which starts with the first of them."""
 
@@ -138,17 +145,53 @@ class Engine:
 
         Raises:
             QueueFullError: more would wait.
-            EngineError: the process ends, or the caller is the engine's own thread, which would wait for itself.
+            EngineError: the process ends.
         """
         if job.pending:
             self._queue.add(job, max_queued)
         else:
             job.set_result([])
 
+    def check_caller(self) -> None:
+        """Check that it is not the engine's own thread that is about to wait for the engine.
+
+        Raises:
+            EngineError: it is.
+        """
+        if self._queue.is_own_thread:
+            msg = "a store or a callback that a model calls must not ask the same model, but did; hand that to a thread"
+            raise EngineError(msg)
+
+    def reserve(self, request: Reservation, max_queued: int | None) -> None:
+        """Count the items of a query whose jobs are not known yet, so that what waits stays bounded.
+
+        Raises:
+            QueueFullError: see `submit`.
+            EngineError: see `submit`.
+        """
+        self._queue.reserve(request, max_queued)
+
+    def release(self, request: Reservation) -> None:
+        """Count the items of a query no longer: its job is counted instead, or it was taken back."""
+        self._queue.release(request)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have something done on the engine's thread, before the next batch is put together. It must raise nothing.
+
+        Raises:
+            EngineError: see `submit`.
+        """
+        self._queue.add_call(function)
+
     @property
     def n_queued(self) -> int:
         """Items that wait or are being computed: pairs of queries and passages, and passages to encode."""
         return sum(self._queue.n_items)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something waits or is being computed."""
+        return self._queue.is_busy
 
     def _start(self) -> None:
         self._queue = _Queue()
@@ -173,6 +216,7 @@ class _Queue:
         """Items that wait, of queries and of bulk work."""
         self._changed = threading.Condition()
         self._jobs: tuple[list[AnyJob], list[AnyJob]] = ([], [])
+        self._calls: list[Callable[[], None]] = []
         self._n_done = [0, 0]
         self._bulk_since = 0.0
         """When bulk work last got a batch, or began to wait."""
@@ -182,28 +226,39 @@ class _Queue:
     def add(self, job: AnyJob, max_queued: int | None) -> None:
         kind, n_items = int(job.is_bulk), len(job.pending)
         with self._changed:
-            if self._is_closed:
-                msg = "a model can be asked until its process ends, but it ends now; ask earlier"
-                raise EngineError(msg)
-            if threading.current_thread() is self._thread:
-                msg = "a store or a callback that a model calls must not ask the same model, but did; hand that to a thread"
-                raise EngineError(msg)
-            n_queued = self.n_items[kind]
-            if max_queued is not None and n_queued and n_queued + n_items > max_queued:
-                msg = (
-                    f"at most max_queued_pairs={max_queued} may wait for a model, but {n_queued} wait and {n_items} more were "
-                    "asked for; try again later, ask for fewer candidates, or raise max_queued_pairs"
-                )
-                raise QueueFullError(msg)
+            self._check_open()
+            self._check_room(kind, n_items, max_queued)
             job.queue, job.tag = self, self._n_done[kind] + n_items
             if job.is_bulk and not self._jobs[kind]:
                 self._bulk_since = time.monotonic()
             self.n_items[kind] += n_items
             self._insert(job)
-            if self._thread is None:
-                self._thread = threading.Thread(target=_work_off, args=(self,), name="kalm-engine", daemon=True)
-                self._thread.start()
-            self._changed.notify()
+            self._wake()
+
+    def reserve(self, request: Reservation, max_queued: int | None) -> None:
+        with self._changed:
+            self._check_open()
+            self._check_room(0, request.n_reserved, max_queued)
+            self.n_items[0] += request.n_reserved
+
+    def release(self, request: Reservation) -> None:
+        with self._changed:
+            self.n_items[0] -= request.n_reserved
+            request.n_reserved = 0
+
+    def add_call(self, function: Callable[[], None]) -> None:
+        with self._changed:
+            self._check_open()
+            self._calls.append(function)
+            self._wake()
+
+    @property
+    def is_own_thread(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(any(self.n_items) or self._calls)
 
     def discard(self, job: AnyJob) -> None:
         """Take out a job, if it is still there."""
@@ -216,10 +271,17 @@ class _Queue:
     def next_batch(self) -> Batch | None:
         """Wait for work and return the items to compute next, or None at the end."""
         with self._changed:
-            while not self._is_closed and not any(self._jobs):
+            while not self._is_closed and not any(self._jobs) and not self._calls:
                 self._changed.wait()
+            calls, self._calls = self._calls, []
+        # Those that came meanwhile wait for a batch, which they must not put off for ever.
+        while calls:
+            calls.pop(0)()
+        with self._changed:
             if self._is_closed:
                 return None
+            if not any(self._jobs):
+                return []
             queries, bulk = self._jobs
             now = time.monotonic()
             jobs = bulk if not queries or (bulk and now - self._bulk_since > BULK_PATIENCE) else queries
@@ -233,9 +295,11 @@ class _Queue:
         n_items = work.n_fitting(head.pending, head.size)
         batch = [(head, [head.pending.popleft() for _ in range(n_items)])]
         longest = max(map(work.length, batch[0][1]))
-        for job in others if not head.is_alone else ():
+        others = [job for job in others if job.work.group == work.group and not job.is_alone and not head.is_alone]
+        # Of like lengths, so that little is padded.
+        for job in sorted(others, key=lambda job: abs(work.length(job.pending[0]) - longest)):
             room = min(head.size, job.size)
-            if job.is_alone or job.work.group != work.group or n_items + len(job.pending) > room:
+            if n_items + len(job.pending) > room:
                 continue
             if work.n_fitting(job.pending, room, n_items, longest) == len(job.pending):
                 batch.append((job, list(job.pending)))
@@ -271,7 +335,11 @@ class _Queue:
         """Refuse what waits, and let the worker end after the batch that it computes."""
         with self._changed:
             self._is_closed = True
+            calls, self._calls = self._calls, []
             self._changed.notify_all()
+        # They find that they can have no job any more.
+        for call in calls:
+            call()
         self.fail(EngineError("a model answers until its process ends, but it ended before this request's turn"))
 
     def fail(self, error: BaseException, batch: Batch | None = None) -> None:
@@ -288,6 +356,26 @@ class _Queue:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            msg = "a model can be asked until its process ends, but it ends now; ask earlier"
+            raise EngineError(msg)
+
+    def _check_room(self, kind: int, n_items: int, max_queued: int | None) -> None:
+        n_queued = self.n_items[kind]
+        if max_queued is not None and n_queued and n_queued + n_items > max_queued:
+            msg = (
+                f"at most max_queued_pairs={max_queued} may wait for a model, but {n_queued} wait and {n_items} more were "
+                "asked for; try again later, ask for fewer candidates, or raise max_queued_pairs"
+            )
+            raise QueueFullError(msg)
+
+    def _wake(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=_work_off, args=(self,), name="kalm-engine", daemon=True)
+            self._thread.start()
+        self._changed.notify()
+
     def _insert(self, job: AnyJob) -> None:
         bisect.insort(self._jobs[job.is_bulk], job, key=lambda other: other.tag)
 
@@ -301,7 +389,7 @@ def _work_off(queue: _Queue) -> None:
             if batch is None:
                 return
             with queue.computing:
-                outcomes = _compute(queue, batch)
+                outcomes = _compute(queue, batch) if batch else []
         except BaseException as error:  # a fault of ours; without a worker everybody would wait for ever
             logger.exception("the engine failed, and with it all requests that waited")
             queue.fail(_own_error(error), batch)

@@ -1,7 +1,9 @@
 """What a request does, step by step, and who drives it: a thread that waits, or a coroutine that occupies none.
 
 A flow is a generator. It yields jobs, gets their results, and returns the answer. What it does between its jobs (reading
-encodings, tokenising, ordering) is done on the caller's thread; for coroutines on one of a few threads that nobody waits on.
+encodings, tokenising, ordering) is done on the caller's thread, and for coroutines on one of a few threads. As soon as others
+wait for the model, the model's own thread does it for light flows: Python computes on one thread at a time, and a model of
+which every operator has to wait for its turn is slow.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from kalm_integrations.core.engine import AnyJob, Engine
 from kalm_integrations.core.fallback import too_late
 from kalm_integrations.core.forks import renew_in_child
+from kalm_integrations.errors import EngineError
 
 N_THREADS = 4
 """Threads that do what coroutines ask for between their jobs."""
@@ -35,48 +38,65 @@ class Driver:
         self._engine = engine
         self._max_queued = max_queued
 
-    def run(self, flow: Flow[Answer], timeout: float | None = None) -> Answer:
+    def run(self, flow: Flow[Answer], timeout: float | None = None, *, n_light: int | None = None) -> Answer:
         """Return a flow's answer; the thread waits.
+
+        Args:
+            flow: what to do.
+            timeout: seconds; None waits as long as it takes.
+            n_light: items of a light query: one that takes little time between its jobs, and waits for nobody there. Where
+                others wait for the model, the model's own thread does that: threads that compute in Python beside it would
+                slow it down. None: it is not light.
 
         Raises:
             DeadlineExceededError: it did not come in `timeout` seconds.
             QueueFullError: too much waits already.
         """
+        self._engine.check_caller()
         deadline = None if timeout is None else time.monotonic() + timeout
-        max_queued: int | None = self._max_queued
-        answer: Answer
-        job, answer = call_plainly(lambda: _advance(flow, None))
-        while job is not None:
-            self._engine.submit(job, max_queued)
+
+        def wait(future: Future[Any]) -> Any:
             try:
-                result = job.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                return future.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
             except FutureTimeoutError as error:
-                if job.done():
-                    raise  # an error of the job's own
+                if future.done():
+                    raise  # an error of the future's own
                 raise too_late(timeout) from error
             finally:
                 # Whatever ended the wait, be it Ctrl-C: nobody wants the rest.
-                job.cancel()
+                future.cancel()
+
+        if n_light is not None and self._engine.is_busy:
+            answer: Answer = wait(self._start(flow, n_light))
+            return answer
+        max_queued: int | None = self._max_queued
+        job, answer = call_plainly(lambda: _advance(flow, None))
+        while job is not None:
+            self._engine.submit(job, max_queued)
             max_queued = None
+            result = wait(job)
             job, answer = call_plainly(lambda result=result: _advance(flow, result))  # type: ignore[misc]
         return answer
 
-    async def arun(self, flow: Flow[Answer], timeout: float | None = None) -> Answer:
-        """Return a flow's answer; no thread waits, and a coroutine that is cancelled takes its job out of the queue.
-
-        Raises:
-            DeadlineExceededError: it did not come in `timeout` seconds.
-            QueueFullError: too much waits already.
-        """
-        if timeout is None:
-            return await self._arun(flow)
-        task = asyncio.ensure_future(self._arun(flow))
+    async def arun(self, flow: Flow[Answer], timeout: float | None = None, *, n_light: int | None = None) -> Answer:
+        """Do what `run` does; no thread waits, and a coroutine that is cancelled takes its jobs out of the queue."""
+        if n_light is None:
+            answering: asyncio.Future[Answer] = asyncio.ensure_future(self._arun(flow))
+        else:
+            answering = asyncio.wrap_future(self._start(flow, n_light))
         try:
-            return await asyncio.wait_for(task, timeout)
+            return await asyncio.wait_for(answering, timeout)
         except asyncio.TimeoutError as error:
-            if not task.cancelled():
+            if not answering.cancelled():
                 raise  # an error of the flow's own
             raise too_late(timeout) from error
+
+    def _start(self, flow: Flow[Answer], n_items: int) -> Future[Answer]:
+        """Have a light flow driven by the engine's thread."""
+        request: _Request[Answer] = _Request(self._engine, flow, n_items)
+        self._engine.reserve(request, self._max_queued)
+        self._engine.call(request.advance)
+        return request
 
     async def _arun(self, flow: Flow[Answer]) -> Answer:
         max_queued: int | None = self._max_queued
@@ -88,6 +108,61 @@ class Driver:
             result = await asyncio.wrap_future(job)
             job, answer = await call_aside(lambda result=result: _advance(flow, result))  # type: ignore[misc]
         return answer
+
+
+class _Request(Future[Answer]):
+    """The answer of a flow that the engine's thread drives. Cancelling it takes its job out of the queue."""
+
+    def __init__(self, engine: Engine, flow: Flow[Answer], n_items: int) -> None:
+        super().__init__()
+        self.n_reserved = n_items
+        self._engine = engine
+        self._flow = flow
+        self._job: AnyJob | None = None
+
+    def cancel(self) -> bool:
+        """See `concurrent.futures.Future.cancel`."""
+        is_cancelled = super().cancel()
+        if is_cancelled:
+            self._engine.release(self)
+            if self._job is not None:
+                self._job.cancel()
+        return is_cancelled
+
+    def advance(self) -> None:
+        """Go on to the next job, or to the answer."""
+        job, self._job = self._job, None
+        try:
+            if self.cancelled():
+                return
+            next_job, answer = _advance(self._flow, None if job is None else job.result())
+            self._engine.release(self)
+            if next_job is not None:
+                self._job = next_job
+                self._engine.submit(next_job)
+                next_job.add_done_callback(self._resume)
+                if self.cancelled():
+                    next_job.cancel()
+                return
+        except BaseException as error:  # whoever waits has to be told, whatever it is
+            self._engine.release(self)
+            _fail(self, error)
+            return
+        if self.set_running_or_notify_cancel():
+            self.set_result(answer)
+
+    def _resume(self, job: Future[Any]) -> None:
+        if job.cancelled():
+            return
+        try:
+            self._engine.call(self.advance)
+        except EngineError as error:
+            _fail(self, error)
+
+
+def _fail(answer: _Request[Any], error: BaseException) -> None:
+    if answer.set_running_or_notify_cancel():
+        answer.set_exception(error)
 
 
 def call_plainly(function: Callable[[], Answer]) -> Answer:

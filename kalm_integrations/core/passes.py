@@ -113,7 +113,7 @@ def score_work(runtime: Runtime, answer_ids: Sequence[int], batch_size: int | No
         return margins
 
     group = ("score", None if prefix is None else prefix.group)
-    return Work(score, batch_size or choose_batch_size("score", runtime), group)
+    return Work(score, batch_size or choose_batch_size("score", runtime), group, length=lambda row: len(row.prompt))
 
 
 def score_rows(

@@ -14,11 +14,17 @@ from kalm_integrations.core.opening import Parts
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.reading import Reader
 from kalm_integrations.core.scoring import Scorer
-from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading, checked_flag
+from kalm_integrations.core.types import AnyPassage, Metadata, Passage, Ranking, Reading, checked_flag
 from kalm_integrations.core.writing import Writer
 
 MAX_PASSAGES_AT_ONCE = 4096
 """Passages that are worked on at a time: what bounds the encodings in memory, beside the caches and the rankings."""
+
+LIGHT_PASSAGES = 512
+LIGHT_WEIGHT = 2**24
+"""Characters of encodings whose reading is light: some 40 ms."""
+CHARACTER_WEIGHT = 16
+"""How many times longer than to read a character of an encoding it takes to tokenise one of a text."""
 
 
 class Ranker:
@@ -33,6 +39,22 @@ class Ranker:
         allows_special = parts.encoder.allow_special_tokens
         self.scorer = Scorer(parts.runtime, self.reader, query, allows_special, parts.prefix_store)
         self._calibration = parts.calibration
+        self._has_stores = parts.payload_store is not None or parts.prefix_store is not None
+
+    def n_light(self, lists: Sequence[list[AnyPassage] | Reading]) -> int | None:
+        """Return the number of passages if reading and ranking them takes little time beside the model's; else None.
+
+        Where there are stores, nobody knows.
+        """
+        n_passages = sum(map(len, lists))
+        if self._has_stores or n_passages > LIGHT_PASSAGES:
+            return None
+        weight = 0
+        for passage in (passage for passages in lists if not isinstance(passages, Reading) for passage in passages):
+            text, value = (passage.text, passage.encoding) if isinstance(passage, Passage) else (passage, None)
+            weight += CHARACTER_WEIGHT * len(text) if isinstance(text, str) else 0
+            weight += len(value) if isinstance(value, str) else 0
+        return n_passages if weight <= LIGHT_WEIGHT else None
 
     def answer(self, request: RankRequest) -> Flow[list[Ranking]]:
         """Return the ranking of each query's passages."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Hashable, Iterable, MutableMapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,13 +14,22 @@ from kalm_integrations.core.checkpoint.prompts import PASSAGE_TEMPLATE, passage_
 from kalm_integrations.core.forks import ForkSafeLock
 from kalm_integrations.core.passages.caches import BoundedCache
 from kalm_integrations.core.passages.codecs import state_limits
-from kalm_integrations.core.passages.encoding import EncodedPassage, Expected, fingerprint, hash_text
+from kalm_integrations.core.passages.encoding import REFERENCE_PREFIX, EncodedPassage, Expected, fingerprint, hash_text
 from kalm_integrations.core.passages.guarded import guard
 from kalm_integrations.core.settings import EncoderSettings
 from kalm_integrations.core.types import AnyPassage, Passage, Reading, RuntimeStats, Status, checked_list, plain
 from kalm_integrations.errors import CorruptEncodingError, SettingsError, StaleEncodingError
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """What a string was decoded to."""
+
+    encoding: EncodedPassage
+    nbytes: int
+    """Bytes of the states, and of the string, which the cache keeps too."""
 
 
 class Reader:
@@ -41,6 +50,9 @@ class Reader:
         self._ratio = compression_ratio
         self.cache: BoundedCache[Hashable, EncodedPassage] = BoundedCache(cache_bytes)
         """By key; see `key`."""
+        self._decoded: BoundedCache[str, _Decoded] = BoundedCache(cache_bytes // 4)
+        """By the whole string: what many queries ask for is decoded and checked once."""
+        self._fingerprint: str | None = None
         self._stats = RuntimeStats()
         self._stats_lock = ForkSafeLock()
         self._warned: set[str] = set()
@@ -48,14 +60,15 @@ class Reader:
     @property
     def fingerprint(self) -> str:
         """What makes an encoding: checkpoint content, tokenizer, template and encoder settings; 32 hex digits."""
-        return fingerprint(
-            {
+        if self._fingerprint is None:
+            facts = {
                 "checkpoint": self._checkpoint.identity,
                 "template": PASSAGE_TEMPLATE,
                 "settings": self._encoder.model_dump(),
                 "format": 1,
             }
-        )
+            self._fingerprint = fingerprint(facts)
+        return self._fingerprint
 
     @property
     def stats(self) -> RuntimeStats:
@@ -163,13 +176,23 @@ class Reader:
 
     def _decode(self, value: Any) -> EncodedPassage | Status:
         """Return the encoding of a metadata value, or what the value is if that is none of this checkpoint."""
+        if value is None:
+            return "missing"
+        # A payload that a string refers to may be gone the next time.
+        is_whole = isinstance(value, str) and not value.startswith(REFERENCE_PREFIX)
+        known = self._decoded.get_many([value]) if is_whole else {}
+        if known:
+            return known[value].encoding
         try:
-            return "missing" if value is None else EncodedPassage.from_metadata(value, self.payload_store, self._expected)
+            encoding = EncodedPassage.from_metadata(value, self.payload_store, self._expected)
         except StaleEncodingError:
             return "stale"
         except CorruptEncodingError as error:
             self.warn_once("corrupt", "a stored encoding is made anew (counted in stats.corrupt): %s", error)
             return "corrupt"
+        if is_whole:
+            self._decoded.put_many({value: _Decoded(encoding, encoding.nbytes + len(value))})
+        return encoding
 
     def _at_ratio(self, encoding: EncodedPassage, tally: Counter[str]) -> EncodedPassage:
         """Pool a finer encoding to the reranker's ratio; one that cannot be is scored at its own."""

@@ -227,11 +227,12 @@ class KalmReranker(Reranker):
 
     def answer(self, request: RankRequest) -> list[Ranking]:
         """See `Reranker`."""
-        return self._driver.run(self._ranker.answer(request), request.timeout)
+        return self._driver.run(self._ranker.answer(request), request.timeout, n_light=self._ranker.n_light(request.lists))
 
     async def aanswer(self, request: RankRequest) -> list[Ranking]:
         """See `Reranker`: no thread waits."""
-        return await self._driver.arun(self._ranker.answer(request), request.timeout)
+        n_light = self._ranker.n_light(request.lists)
+        return await self._driver.arun(self._ranker.answer(request), request.timeout, n_light=n_light)
 
     def prepare(
         self, passages: Iterable[AnyPassage] | Reading, instruction: str | None = None, show_progress: bool = False

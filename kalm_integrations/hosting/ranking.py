@@ -104,19 +104,24 @@ class HostQuery(Generic[Doc]):
         if self.first_stage_scores is not None:
             _check_scored(self.first_stage_scores, self.names)
 
-    def arguments(self, reading: Reading) -> dict[str, Any]:
-        """Return what the reranker is asked once the passages are read.
+    @property
+    def must_be_stored(self) -> bool:
+        """Whether the passages are to be read before they are ranked."""
+        return self.fields.on_missing == "error"
+
+    def check_stored(self, reading: Reading) -> Reading:
+        """Return the reading of the passages.
 
         Raises:
-            EncodingError: `on_missing` is "error", and a document has no valid encoding.
+            EncodingError: a document has no valid encoding.
         """
+        _check_stored(reading, self.names)
+        return reading
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what the reranker is asked beside the passages."""
         fields = self.fields
-        if fields.on_missing == "error":
-            _check_stored(reading, self.names)
-        _note(reading)
         return {
-            "query": self.query,
-            "passages": reading,
             "top_k": self.top_k,
             "score_threshold": fields.score_threshold if self.score_threshold is None else self.score_threshold,
             "instruction": fields.instruction if self.instruction is None else self.instruction,
@@ -129,6 +134,7 @@ class HostQuery(Generic[Doc]):
     def finish(self, ranking: Ranking) -> Ranking:
         """Hand over the documents that came without a valid encoding, to be written in the background."""
         note_answer()
+        _note(ranking.reading)
         write = self.fields.write_back if self.write is None else self.write
         if write is not None:
             _write_back(write if self.store is None else self.store, write, ranking, self)
@@ -160,10 +166,12 @@ def rank(query: HostQuery[Any]) -> Ranking:
     deadline = None if timeout is None else time.monotonic() + timeout
     try:
         reranker = query.component.reranker
-        arguments = query.arguments(reranker.read(query.passages))
+        passages: Any = query.passages
+        if query.must_be_stored:
+            passages = query.check_stored(reranker.read(passages))
         # Something is left in any case: a time-out is positive.
         left = None if deadline is None else max(MIN_TIMEOUT, deadline - time.monotonic())
-        return query.finish(reranker.rank(**arguments, timeout=left))
+        return query.finish(reranker.rank(query.query, passages, **query.arguments(), timeout=left))
     except DeadlineExceededError:
         # Named after the component's time-out, not after what was left of it.
         return query.give_up(too_late(timeout))
@@ -186,8 +194,10 @@ async def arank(query: HostQuery[Any]) -> Ranking:
 
 async def _arank(query: HostQuery[Any]) -> Ranking:
     reranker = await query.component.areranker()
-    arguments = query.arguments(await reranker.aread(query.passages))
-    return query.finish(await reranker.arank(**arguments))
+    passages: Any = query.passages
+    if query.must_be_stored:
+        passages = query.check_stored(await reranker.aread(passages))
+    return query.finish(await reranker.arank(query.query, passages, **query.arguments()))
 
 
 def _write_back(target: object, write: Callable[[list[Doc]], object], ranking: Ranking, query: HostQuery[Doc]) -> None:

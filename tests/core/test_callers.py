@@ -19,6 +19,7 @@ from tools.holding import Held
 
 from kalm_integrations import KalmReranker, Passage
 from kalm_integrations.core import fallback, passes
+from kalm_integrations.core.reading import Reader
 from kalm_integrations.errors import (
     DeadlineExceededError,
     KalmError,
@@ -98,6 +99,27 @@ async def test_requests_of_many_callers_share_batches(make_reranker, monkeypatch
     for got, expected in zip(await asyncio.gather(*tasks), right, strict=True):
         assert got == pytest.approx(expected, abs=1e-6)
     assert sizes == [24]
+
+
+async def test_heavy_requests_and_stores_are_read_off_the_model_s_thread(make_reranker, monkeypatch):
+    """What takes long between jobs must hold up nobody else; what is light is done by the model's thread under load."""
+    readers: list[str] = []
+    read = Reader.read
+
+    def note(self, passages):
+        readers.append(threading.current_thread().name)
+        return read(self, passages)
+
+    monkeypatch.setattr(Reader, "read", note)
+    light, heavy, stored = make_reranker(), make_reranker(), make_reranker(prefix_store={})
+    with Held(light):
+        asked = [light.ascore(QUERY, TEXTS), heavy.ascore(QUERY, [*TEXTS, "x" * 2**21]), stored.ascore(QUERY, TEXTS)]
+        tasks = [asyncio.create_task(one) for one in asked]
+        thread = asyncio.create_task(asyncio.to_thread(light.score, QUERY, TEXTS))
+        while light.runtime.engine.n_queued < 26:
+            await asyncio.sleep(0.01)
+    await asyncio.gather(*tasks, thread)
+    assert sorted(name.partition("_")[0] for name in readers) == ["kalm-callers", "kalm-callers", "kalm-engine", "kalm-engine"]
 
 
 async def test_a_cancelled_coroutine_takes_its_request_back(reranker, held):

@@ -273,9 +273,9 @@ def test_errors_of_the_interpreter_reach_the_caller_and_the_engine_goes_on(engin
     assert submit(engine, recorder, ["b"]).result(10) == ["b!"]
 
 
-def test_the_engine_is_not_asked_from_its_own_thread(engine):
+def test_the_engine_s_own_thread_does_not_wait_for_it(engine):
     def run(items: list[str]) -> list[str]:
-        engine.submit(Job(Work(list, 1), ["inner"]))
+        engine.check_caller()
         return items
 
     job = Job(Work(run, 1), ["outer"])

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 
+MAX_PREFIXES = 64
+"""Pairs of instructions whose tokens are kept."""
+
+MAX_TEMPLATE_PART = 16
+"""Characters of the parts of the template that hold no text from outside."""
+
+
 class PromptTokenizer:
     """Turns passages and queries into token ids.
 
@@ -35,6 +42,8 @@ class PromptTokenizer:
         self._tokenizer = tokenizer
         self._first = FirstTokens(tokenizer, self._encodings)
         self._allow_special_tokens = allow_special_tokens
+        self._parts: dict[str, list[int]] = {}
+        self._prefixes: dict[tuple[str, str], list[int]] = {}
         self._special_ids = {
             token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         }
@@ -74,12 +83,20 @@ class PromptTokenizer:
         text = ""
         for part, is_control in parts:
             if is_control and part in self._special_ids:
-                ids += self._encode([text])[0] if text else []
+                ids += self._part(text)
                 ids.append(self._special_ids[part])
                 text = ""
             else:
                 text += part
-        return ids + (self._encode([text])[0] if text else [])
+        return ids + self._part(text)
+
+    def _part(self, text: str) -> list[int]:
+        """Return the ids of a part of the prompt; those of the template's own are kept."""
+        if len(text) > MAX_TEMPLATE_PART:
+            return self._encode([text])[0]
+        if text not in self._parts:
+            self._parts[text] = self._encode([text])[0] if text else []
+        return self._parts[text]
 
     def prompt_prefix(self, system_instruction: str, instruction: str) -> list[int]:
         """Return the ids that prompts begin with whatever the query, a token that merges with the query's start left out.
@@ -87,6 +104,9 @@ class PromptTokenizer:
         Raises:
             SettingsError: there are more than `MAX_INSTRUCTION_TOKENS`.
         """
+        known = self._prefixes.get((system_instruction, instruction))
+        if known is not None:
+            return known
         # Two queries that begin with nothing in common.
         first, second = (self.prompt(system_instruction, instruction, query) for query in ("which", "42"))
         n_tokens = n_shared(first, second)
@@ -96,6 +116,9 @@ class PromptTokenizer:
                 f"take {n_tokens}; shorten them: they are never cut, and every query repeats them"
             )
             raise SettingsError(msg)
+        if len(self._prefixes) >= MAX_PREFIXES:
+            self._prefixes.clear()
+        self._prefixes[system_instruction, instruction] = first[:n_tokens]
         return first[:n_tokens]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
@@ -103,6 +126,9 @@ class PromptTokenizer:
 
     def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
         whole = [without_surrogates(text) for text in texts]
+        if len(whole) == 1:
+            # A batch starts threads, which takes longer than a query.
+            return [self._tokenizer.encode(whole[0], add_special_tokens=False)]
         encodings: list[Encoding] = self._tokenizer.encode_batch(whole, add_special_tokens=False)
         return encodings
 

@@ -8,6 +8,7 @@ import math
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -57,11 +58,17 @@ class Prefix:
     @property
     def group(self) -> Hashable:
         """What rows must have in common to be computed together."""
-        return self.token_ids, self.dtype
+        return self.context
 
     def key(self, candidate: Candidate) -> PrefixKey:
         """Return what a passage's states are kept under."""
-        return (*candidate.key, self.token_ids, self.decoder, str(self.dtype), str(self.computed_in))
+        return (*candidate.key, self.context)
+
+    @cached_property
+    def context(self) -> str:
+        """Hash of all that states depend on beside the passage."""
+        facts = json.dumps([self.token_ids, self.decoder, str(self.dtype), str(self.computed_in)])
+        return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
 
     def fetch(self, candidates: Iterable[Candidate], layout: Sequence[int], device: torch.device) -> None:
         """Get from the store what memory does not have, and hold it until `flush`.
