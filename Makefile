@@ -81,6 +81,7 @@ bench: $(READY) ## measure parity, memory, load time and speed (docs/parity.md, 
 	cd tests && ../$(BIN)/python -m tools.parity
 	cd tests && ../$(BIN)/python -m tools.real_shape
 	cd tests && ../$(BIN)/python -m benchmarks measure
+	cd tests && ../$(BIN)/python -m benchmarks.callers
 	cd tests && ../$(BIN)/python -m benchmarks render
 
 # Copied, not linked from uv's cache: NLTK, which LlamaIndex splits with, reads no file that has two names.

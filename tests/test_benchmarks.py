@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import floor, plan, steps, trials, windows
+from benchmarks import callers, floor, plan, steps, trials, windows
 from benchmarks.__main__ import PARTS, main
 from benchmarks.bars import BARS
 from benchmarks.parts import FUNCTIONS, REST
@@ -33,6 +33,7 @@ def results_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     steps.main(["--shape", "toy", "--candidates", "3", "--rounds", "1", "--output", str(path.with_name("steps.json"))])
     toy_blocks = ["--shape", "toy", "--passages", "2", "--rounds", "1", "--blocks", "4"]
     windows.main([*toy_blocks, "--output", str(path.with_name("windows.json"))])
+    callers.main(["--shapes", "toy", "--output", str(path.with_name("callers.json"))])
     main(["render", "--results", str(path)])
     return path
 
@@ -215,6 +216,21 @@ def test_every_part_of_a_pass_takes_time(results_path: Path):
         for seconds in part["rounds"]:
             assert set(seconds) == {*FUNCTIONS, REST}
             assert all(value > 0 for value in seconds.values())
+
+
+def test_callers_are_measured_in_all_ways(results_path: Path):
+    [shape] = json.loads(results_path.with_name("callers.json").read_text())["shapes"]
+    assert [(cell["callers"], cell["candidates"]) for cell in shape["cells"]] == [(1, 3), (4, 3)]
+    for cell in shape["cells"]:
+        assert set(cell["ways"]) == {"one after the other", "plain lock", "threads", "coroutines"}
+        for rows in cell["ways"].values():
+            assert all(0 < row["p50"] <= row["p99"] and row["rate"] > 0 for row in rows)
+    ingest = shape["ingest"]
+    assert len(ingest["alone"]) == len(ingest["beside"]) == 5
+    assert ingest["batch"] > 0
+    page = results_path.parent.with_suffix(".md").read_text()
+    assert "## Many callers" in page
+    assert "A query over 12 stored candidates takes" in page
 
 
 def test_windows_are_measured_whole_and_by_blocks(results_path: Path):

@@ -11,11 +11,12 @@ from statistics import median
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.callers_page import callers_section
 from benchmarks.tables import significant, table
 from benchmarks.ways import ALL_ON, POOLED, PREFIX
 
 FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
-NAMES = ("steps", "windows")
+NAMES = ("steps", "windows", "callers")
 NOT_MEASURED = "Not measured."
 
 
@@ -48,7 +49,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 def sections(measured: dict[str, Any]) -> dict[str, str]:
     """Return the text of each program's place on the page."""
-    makers = {"steps": _steps, "windows": _windows}
+    makers = {"steps": _steps, "windows": _windows, "callers": callers_section}
     parts = _parts(measured["steps"]) if "steps" in measured else NOT_MEASURED
     made = {name: make(measured[name]) if name in measured else NOT_MEASURED for name, make in makers.items()}
     return {**made, "parts": parts}
