@@ -12,119 +12,24 @@
 from __future__ import annotations
 
 import atexit
-import bisect
 import itertools
 import logging
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable
 
 import torch
 
 from kalm_integrations.core.forks import ForkSafeLock, renew_in_child
-from kalm_integrations.errors import EngineError, KalmError, OutOfMemoryError, PassError, QueueFullError
+from kalm_integrations.core.jobs import AnyJob, Batch, Reservation
+from kalm_integrations.core.queueing import JobQueue, fail
+from kalm_integrations.errors import EngineError, KalmError, OutOfMemoryError, PassError
 
 logger = logging.getLogger(__name__)
 
-BULK_PATIENCE = 10.0
-"""Seconds after which bulk work gets a batch while queries wait."""
-MAX_MERGED = 256
-"""Requests that are looked through for such as fit into a batch."""
 SHUTDOWN_SECONDS = 60.0
 """How long a fork, and the end of the process, wait for the batch that is being computed."""
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Work(Generic[Item, Result]):
-    """How items are computed, whosever they are."""
-
-    run: Callable[[list[Item]], list[Result]]
-    """Computes a batch. It runs on the engine's thread."""
-    size: int
-    """Items per batch."""
-    group: Hashable = None
-    """Requests whose work has the same group may share a batch; None: with nobody."""
-    length: Callable[[Item], int] = lambda _: 0
-    """An item's tokens, where a batch is bounded by them too."""
-    max_tokens: int | None = None
-    """Tokens per batch, padding included; an item that is longer makes a batch of its own."""
-
-    def n_fitting(self, items: Sequence[Item], limit: int, n_before: int = 0, longest: int = 0) -> int:
-        """Return how many of the first items fit into a batch that has `n_before` of at most `longest` tokens already."""
-        n_fitting = 0
-        for item in items:
-            if n_before + n_fitting == limit:
-                break
-            longest = max(longest, self.length(item))
-            n_items = n_before + n_fitting + 1
-            if self.max_tokens is not None and n_items > 1 and n_items * longest > self.max_tokens:
-                break
-            n_fitting += 1
-        return n_fitting
-
-
-class Job(Future[list[Result]], Generic[Item, Result]):
-    """A request: items, and in the end the result of each, in order. Cancelling it takes it out of the queue."""
-
-    def __init__(
-        self,
-        work: Work[Item, Result],
-        items: Sequence[Item],
-        *,
-        is_bulk: bool = False,
-        report: Callable[[int], object] | None = None,
-    ) -> None:
-        """Make a request.
-
-        Args:
-            work: how items are computed.
-            items: what to compute.
-            is_bulk: nobody waits for it at a screen: queries go first.
-            report: is told, on the engine's thread, how many items have been done since it was last called.
-        """
-        super().__init__()
-        self.work = work
-        self.is_bulk = is_bulk
-        self.report = report
-        self.pending = deque(items)
-        self.results: list[Result] = []
-        self.size = work.size
-        """Items per batch; less than the work's after memory ran out."""
-        self.is_alone = work.group is None
-        """Whether it shares no batch (any more)."""
-        self.seconds = 0.0
-        """Computing time; of batches that were shared, by the share of the items."""
-        self.n_threads = torch.get_num_threads()
-        """As the caller's thread has set it, which torch keeps for each thread apart."""
-        self.tag = 0
-        self.queue: _Queue | None = None
-
-    def cancel(self) -> bool:
-        """Take the request back; see `concurrent.futures.Future.cancel`."""
-        is_cancelled = super().cancel()
-        if is_cancelled and self.queue is not None:
-            self.queue.discard(self)
-        return is_cancelled
-
-
-AnyJob = Job[Any, Any]
-Batch = list[tuple[AnyJob, list[Any]]]
-"""Jobs, and which of their items are computed together."""
-
-
-class Reservation(Protocol):
-    """A request that is counted before it has jobs."""
-
-    n_reserved: int
-    """Items that are counted for it."""
 
 
 class Engine:
@@ -148,7 +53,8 @@ class Engine:
             EngineError: the process ends.
         """
         if job.pending:
-            self._queue.add(job, max_queued)
+            self._worker.queue.add(job, max_queued)
+            self._worker.start()
         else:
             job.set_result([])
 
@@ -158,7 +64,7 @@ class Engine:
         Raises:
             EngineError: it is.
         """
-        if self._queue.is_own_thread:
+        if self._worker.is_current:
             msg = "a store or a callback that a model calls must not ask the same model, but did; hand that to a thread"
             raise EngineError(msg)
 
@@ -169,11 +75,11 @@ class Engine:
             QueueFullError: see `submit`.
             EngineError: see `submit`.
         """
-        self._queue.reserve(request, max_queued)
+        self._worker.queue.reserve(request, max_queued)
 
     def release(self, request: Reservation) -> None:
         """Count the items of a query no longer: its job is counted instead, or it was taken back."""
-        self._queue.release(request)
+        self._worker.queue.release(request)
 
     def call(self, function: Callable[[], None]) -> None:
         """Have something done on the engine's thread, before the next batch is put together. It must raise nothing.
@@ -181,214 +87,74 @@ class Engine:
         Raises:
             EngineError: see `submit`.
         """
-        self._queue.add_call(function)
+        self._worker.queue.add_call(function)
+        self._worker.start()
 
     @property
     def n_queued(self) -> int:
         """Items that wait or are being computed: pairs of queries and passages, and passages to encode."""
-        return sum(self._queue.n_items)
+        return sum(self._worker.queue.n_items)
 
     @property
     def is_busy(self) -> bool:
         """Whether something waits or is being computed."""
-        return self._queue.is_busy
+        return self._worker.queue.is_busy
 
     def _start(self) -> None:
-        self._queue = _Queue()
-        _queues.add(self._queue)
-        # The worker knows the queue only, so that an engine, and its model, which nobody uses any more are released.
-        self._closing = weakref.finalize(self, _Queue.close, self._queue)
+        self._worker = _Worker()
+        _workers.add(self._worker)
+        # The worker does not know the engine, so that an engine, and its model, which nobody uses any more are released.
+        self._closing = weakref.finalize(self, JobQueue.close, self._worker.queue)
 
     def _renew(self) -> None:
         """Begin anew in a child: the worker, and those who wait for the queued jobs, are in the parent."""
         self._closing.detach()
-        _queues.discard(self._queue)
+        _workers.discard(self._worker)
         self._start()
 
 
-class _Queue:
-    """Jobs that wait, of queries and of bulk work apart, in the order of their tags; and the thread that works them off."""
+class _Worker:
+    """A queue, and the thread that works it off."""
 
     def __init__(self) -> None:
+        self.queue = JobQueue()
         self.computing = ForkSafeLock(patience=SHUTDOWN_SECONDS)
-        """Held while a batch is computed: a process forks between two batches, when no lock inside of torch is held."""
-        self.n_items = [0, 0]
-        """Items that wait, of queries and of bulk work."""
-        self._changed = threading.Condition()
-        self._jobs: tuple[list[AnyJob], list[AnyJob]] = ([], [])
-        self._calls: list[Callable[[], None]] = []
-        self._n_done = [0, 0]
-        self._bulk_since = 0.0
-        """When bulk work last got a batch, or began to wait."""
+        """Held while something is computed: a process forks in between, when no lock inside of torch is held."""
         self._thread: threading.Thread | None = None
-        self._is_closed = False
-
-    def add(self, job: AnyJob, max_queued: int | None) -> None:
-        kind, n_items = int(job.is_bulk), len(job.pending)
-        with self._changed:
-            self._check_open()
-            self._check_room(kind, n_items, max_queued)
-            job.queue, job.tag = self, self._n_done[kind] + n_items
-            if job.is_bulk and not self._jobs[kind]:
-                self._bulk_since = time.monotonic()
-            self.n_items[kind] += n_items
-            self._insert(job)
-            self._wake()
-
-    def reserve(self, request: Reservation, max_queued: int | None) -> None:
-        with self._changed:
-            self._check_open()
-            self._check_room(0, request.n_reserved, max_queued)
-            self.n_items[0] += request.n_reserved
-
-    def release(self, request: Reservation) -> None:
-        with self._changed:
-            self.n_items[0] -= request.n_reserved
-            request.n_reserved = 0
-
-    def add_call(self, function: Callable[[], None]) -> None:
-        with self._changed:
-            self._check_open()
-            self._calls.append(function)
-            self._wake()
+        self._starting = threading.Lock()
 
     @property
-    def is_own_thread(self) -> bool:
+    def is_current(self) -> bool:
+        """Whether it is the worker that asks."""
         return threading.current_thread() is self._thread
 
-    @property
-    def is_busy(self) -> bool:
-        return bool(any(self.n_items) or self._calls)
-
-    def discard(self, job: AnyJob) -> None:
-        """Take out a job, if it is still there."""
-        with self._changed:
-            self.n_items[job.is_bulk] -= len(job.pending)
-            job.pending.clear()
-            if job in self._jobs[job.is_bulk]:
-                self._jobs[job.is_bulk].remove(job)
-
-    def next_batch(self) -> Batch | None:
-        """Wait for work and return the items to compute next, or None at the end."""
-        with self._changed:
-            while not self._is_closed and not any(self._jobs) and not self._calls:
-                self._changed.wait()
-            calls, self._calls = self._calls, []
-        # Those that came meanwhile wait for a batch, which they must not put off for ever.
-        while calls:
-            calls.pop(0)()
-        with self._changed:
-            if self._is_closed:
-                return None
-            if not any(self._jobs):
-                return []
-            queries, bulk = self._jobs
-            now = time.monotonic()
-            jobs = bulk if not queries or (bulk and now - self._bulk_since > BULK_PATIENCE) else queries
-            if jobs is bulk:
-                self._bulk_since = now
-            return self._take(jobs)
-
-    def _take(self, jobs: list[AnyJob]) -> Batch:
-        head, others = jobs[0], jobs[1:MAX_MERGED]
-        work = head.work
-        n_items = work.n_fitting(head.pending, head.size)
-        batch = [(head, [head.pending.popleft() for _ in range(n_items)])]
-        longest = max(map(work.length, batch[0][1]))
-        others = [job for job in others if job.work.group == work.group and not job.is_alone and not head.is_alone]
-        # Of like lengths, so that little is padded.
-        for job in sorted(others, key=lambda job: abs(work.length(job.pending[0]) - longest)):
-            room = min(head.size, job.size)
-            if n_items + len(job.pending) > room:
-                continue
-            if work.n_fitting(job.pending, room, n_items, longest) == len(job.pending):
-                batch.append((job, list(job.pending)))
-                n_items += len(job.pending)
-                longest = max(longest, *map(work.length, job.pending))
-                job.pending.clear()
-        for job, _ in batch:
-            if not job.pending:
-                jobs.remove(job)
-        return batch
-
-    def put_back(self, batch: Batch, change: Callable[[AnyJob], None]) -> None:
-        """Queue the items of a batch again, ahead of the rest of their jobs, which are changed."""
-        with self._changed:
-            for job, items in batch:
-                change(job)
-                if job.cancelled():
-                    self.n_items[job.is_bulk] -= len(items)
-                    continue
-                is_queued = bool(job.pending)
-                job.pending.extendleft(reversed(items))
-                if not is_queued:
-                    self._insert(job)
-
-    def settle(self, batch: Batch) -> None:
-        """Count the items of a batch as done."""
-        with self._changed:
-            for job, items in batch:
-                self.n_items[job.is_bulk] -= len(items)
-                self._n_done[job.is_bulk] += len(items)
-
-    def close(self) -> None:
-        """Refuse what waits, and let the worker end after the batch that it computes."""
-        with self._changed:
-            self._is_closed = True
-            calls, self._calls = self._calls, []
-            self._changed.notify_all()
-        # They find that they can have no job any more.
-        for call in calls:
-            call()
-        self.fail(EngineError("a model answers until its process ends, but it ended before this request's turn"))
-
-    def fail(self, error: BaseException, batch: Batch | None = None) -> None:
-        """Answer all jobs that wait, and those of a batch, with an error."""
-        with self._changed:
-            failed = {job for jobs in self._jobs for job in jobs} | {job for job, _ in batch or ()}
-            self.n_items = [0, 0]
-            for jobs in self._jobs:
-                jobs.clear()
-        for job in failed:
-            _fail(job, error)
+    def start(self) -> None:
+        """Start the thread, if it has not been."""
+        if self._thread is None:
+            with self._starting:
+                if self._thread is None:
+                    self._thread = threading.Thread(target=_work_off, args=(self.queue, self.computing), daemon=True)
+                    self._thread.name = "kalm-engine"
+                    self._thread.start()
 
     def join(self, timeout: float) -> None:
-        if self._thread is not None and self._thread is not threading.current_thread():
+        """Wait for the thread's end."""
+        if self._thread is not None and not self.is_current:
             self._thread.join(timeout)
 
-    def _check_open(self) -> None:
-        if self._is_closed:
-            msg = "a model can be asked until its process ends, but it ends now; ask earlier"
-            raise EngineError(msg)
 
-    def _check_room(self, kind: int, n_items: int, max_queued: int | None) -> None:
-        n_queued = self.n_items[kind]
-        if max_queued is not None and n_queued and n_queued + n_items > max_queued:
-            msg = (
-                f"at most max_queued_pairs={max_queued} may wait for a model, but {n_queued} wait and {n_items} more were "
-                "asked for; try again later, ask for fewer candidates, or raise max_queued_pairs"
-            )
-            raise QueueFullError(msg)
-
-    def _wake(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=_work_off, args=(self,), name="kalm-engine", daemon=True)
-            self._thread.start()
-        self._changed.notify()
-
-    def _insert(self, job: AnyJob) -> None:
-        bisect.insort(self._jobs[job.is_bulk], job, key=lambda other: other.tag)
-
-
-def _work_off(queue: _Queue) -> None:
+def _work_off(queue: JobQueue, computing: ForkSafeLock) -> None:
     """Compute batches until the queue is closed."""
     while True:
-        batch: Batch | None = None
+        batch: Batch = []
         try:
-            batch = queue.next_batch()
-            if batch is None:
+            calls = queue.next_calls()
+            if calls is None:
                 return
-            with queue.computing:
+            with computing:
+                while calls:
+                    calls.pop(0)()
+                batch = queue.next_batch()
                 outcomes = _compute(queue, batch) if batch else []
         except BaseException as error:  # a fault of ours; without a worker everybody would wait for ever
             logger.exception("the engine failed, and with it all requests that waited")
@@ -400,12 +166,12 @@ def _work_off(queue: _Queue) -> None:
             _answer(*outcomes.pop())
 
 
-def _compute(queue: _Queue, batch: Batch) -> list[tuple[AnyJob, BaseException | None]]:
+def _compute(queue: JobQueue, batch: Batch) -> list[tuple[AnyJob, BaseException | None]]:
     """Compute a batch and return the jobs that are done, or have failed with an error."""
     started = time.perf_counter()
     items = [item for _, part in batch for item in part]
     n_threads = batch[0][0].n_threads
-    if torch.get_num_threads() != n_threads:
+    if n_threads is not None and torch.get_num_threads() != n_threads:
         torch.set_num_threads(n_threads)
     failure: BaseException | None = None
     try:
@@ -434,7 +200,7 @@ def _report(job: AnyJob, n_items: int) -> None:
         job.report = None
 
 
-def _recover(queue: _Queue, batch: Batch, error: BaseException) -> list[tuple[AnyJob, BaseException | None]]:
+def _recover(queue: JobQueue, batch: Batch, error: BaseException) -> list[tuple[AnyJob, BaseException | None]]:
     """Try again with half the items if memory ran out, or with each job alone, so that one's failure is not the others'."""
     n_items = sum(len(items) for _, items in batch)
     is_out_of_memory = _is_out_of_memory(error)
@@ -479,25 +245,20 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _answer(job: AnyJob, error: BaseException | None) -> None:
     if error is not None:
-        _fail(job, error)
+        fail(job, error)
     elif job.set_running_or_notify_cancel():
         job.set_result(job.results)
 
 
-def _fail(job: AnyJob, error: BaseException) -> None:
-    if job.set_running_or_notify_cancel():
-        job.set_exception(error)
-
-
-_queues: weakref.WeakSet[_Queue] = weakref.WeakSet()
+_workers: weakref.WeakSet[_Worker] = weakref.WeakSet()
 
 
 @atexit.register
 def _shut_down() -> None:
     """Stop between two batches, before the interpreter takes the ground from under the workers."""
-    queues = list(_queues)
-    for queue in queues:
-        queue.close()
+    workers = list(_workers)
+    for worker in workers:
+        worker.queue.close()
     deadline = time.monotonic() + SHUTDOWN_SECONDS
-    for queue in queues:
-        queue.join(max(0.0, deadline - time.monotonic()))
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))

@@ -17,9 +17,10 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
-from kalm_integrations.core.engine import AnyJob, Engine
+from kalm_integrations.core.engine import Engine
 from kalm_integrations.core.fallback import too_late
 from kalm_integrations.core.forks import renew_in_child
+from kalm_integrations.core.jobs import AnyJob
 from kalm_integrations.errors import EngineError
 
 N_THREADS = 4
@@ -72,6 +73,7 @@ class Driver:
         max_queued: int | None = self._max_queued
         job, answer = call_plainly(lambda: _advance(flow, None))
         while job is not None:
+            job.n_threads = torch.get_num_threads()
             self._engine.submit(job, max_queued)
             max_queued = None
             result = wait(job)
@@ -103,6 +105,7 @@ class Driver:
         answer: Answer
         job, answer = await call_aside(lambda: _advance(flow, None))
         while job is not None:
+            job.n_threads = torch.get_num_threads()
             self._engine.submit(job, max_queued)
             max_queued = None
             result = await asyncio.wrap_future(job)
@@ -119,6 +122,7 @@ class _Request(Future[Answer]):
         self._engine = engine
         self._flow = flow
         self._job: AnyJob | None = None
+        self._n_threads = torch.get_num_threads()
 
     def cancel(self) -> bool:
         """See `concurrent.futures.Future.cancel`."""
@@ -139,6 +143,7 @@ class _Request(Future[Answer]):
             self._engine.release(self)
             if next_job is not None:
                 self._job = next_job
+                next_job.n_threads = self._n_threads
                 self._engine.submit(next_job)
                 next_job.add_done_callback(self._resume)
                 if self.cancelled():

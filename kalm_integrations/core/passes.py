@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from kalm_integrations.core.checkpoint.tokenization import n_shared
-from kalm_integrations.core.engine import Work
+from kalm_integrations.core.jobs import Work
 from kalm_integrations.core.model.decoder import answer_logits, prefill, project_passages
 from kalm_integrations.core.model.encoder import encode
 from kalm_integrations.core.model.kv_cache import GatheredKVCache, KVCache, PaddedKVCache, PrefixStates

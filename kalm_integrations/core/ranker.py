@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from kalm_integrations.core.base import RankRequest, check_instruction, checked_passages
-from kalm_integrations.core.engine import Job, Work
 from kalm_integrations.core.flows import Flow, call_plainly
+from kalm_integrations.core.jobs import Job, Work
 from kalm_integrations.core.opening import Parts
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.reading import Reader

@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from kalm_integrations.core.engine import Job, Work
 from kalm_integrations.core.flows import Flow
+from kalm_integrations.core.jobs import Job, Work
 from kalm_integrations.core.model.kv_cache import PrefixStates
 from kalm_integrations.core.passages.caches import BoundedCache
 from kalm_integrations.core.passages.encoding import EncodedPassage

@@ -10,8 +10,8 @@ import torch
 from tqdm.auto import tqdm
 
 from kalm_integrations.core.checkpoint.prompts import passage_text
-from kalm_integrations.core.engine import Job, Work
 from kalm_integrations.core.flows import Flow
+from kalm_integrations.core.jobs import Job, Work
 from kalm_integrations.core.passages.caches import BoundedCache
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.passes import (

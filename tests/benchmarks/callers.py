@@ -19,8 +19,8 @@ from benchmarks.callers_page import COROUTINES, LOCK, SERIAL, THREADS
 from benchmarks.rows import progress
 from benchmarks.workload import Workload, make_workload_checkpoint
 from kalm_integrations import KalmReranker, Passage
-from kalm_integrations.core.engine import BULK_PATIENCE
 from kalm_integrations.core.passes import choose_batch_size
+from kalm_integrations.core.queueing import BULK_PATIENCE
 
 PASSAGE_TOKENS = 128
 N_PASSAGES = 300

@@ -76,8 +76,8 @@ def _ingest(ingest: dict[str, Any]) -> str:
     alone, beside, slowest = (1000 * seconds(ingest) for seconds in (_alone, _beside, _slowest))
     return (
         f"A query over {ingest['candidates']} stored candidates takes {alone:.0f} ms alone. While {ingest['n_ingested']:,} "
-        f"passages are being encoded it takes {beside:.0f} ms in the median of {len(ingest['beside'])} queries, {slowest:.0f} ms "
-        f"at worst; a batch of the encoder takes {1000 * ingest['batch']:.0f} ms."
+        f"passages are being encoded it takes {beside:.0f} ms in the median of {len(ingest['beside'])} queries, "
+        f"{slowest:.0f} ms at worst; a batch of the encoder takes {1000 * ingest['batch']:.0f} ms."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import subprocess
@@ -14,8 +15,10 @@ from concurrent.futures import CancelledError
 import pytest
 import torch
 
-from kalm_integrations.core import engine as engines
-from kalm_integrations.core.engine import Engine, Job, Work
+from kalm_integrations.core import queueing
+from kalm_integrations.core.engine import Engine
+from kalm_integrations.core.flows import Driver
+from kalm_integrations.core.jobs import Job, Work
 from kalm_integrations.errors import EngineError, OutOfMemoryError, PassError, QueueFullError
 
 
@@ -120,7 +123,7 @@ def test_a_query_that_comes_during_bulk_work_waits_for_one_batch(engine):
 
 
 def test_bulk_work_is_not_starved(engine, monkeypatch):
-    monkeypatch.setattr(engines, "BULK_PATIENCE", -1.0)
+    monkeypatch.setattr(queueing, "BULK_PATIENCE", -1.0)
     recorder = Recorder()
     hold(engine, recorder)
     queries = [submit(engine, recorder, [f"query {i}" for i in range(8)]) for _ in range(3)]
@@ -330,7 +333,7 @@ def test_an_engine_that_nobody_uses_ends_its_thread(engine):
     recorder = Recorder()
     recorder.gate.set()
     submit(engine, recorder, ["a"]).result(10)
-    [thread] = [thread for thread in threading.enumerate() if thread is engine._queue._thread]
+    [thread] = [thread for thread in threading.enumerate() if thread is engine._worker._thread]
     released = weakref.ref(engine)
     del engine
     other = released()
@@ -344,9 +347,13 @@ def test_work_takes_the_caller_s_number_of_threads(engine):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if before > 1 else 2)
-        job = Job(Work(lambda items: [torch.get_num_threads() for _ in items], 1), ["a"])
-        engine.submit(job)
-        assert job.result(10) == [torch.get_num_threads()]
+
+        def flow():
+            return (yield Job(Work(lambda items: [torch.get_num_threads() for _ in items], 1), ["a"]))
+
+        driver = Driver(engine, 10)
+        assert driver.run(flow()) == [torch.get_num_threads()]
+        assert asyncio.run(driver.arun(flow(), n_light=1)) == [torch.get_num_threads()]
     finally:
         torch.set_num_threads(before)
 
@@ -375,7 +382,9 @@ def test_a_child_begins_with_an_empty_queue_and_a_worker_of_its_own(engine):
 def test_a_process_ends_cleanly_with_work_queued():
     program = """
 import time
-from kalm_integrations.core.engine import Engine, Job, Work
+from kalm_integrations.core.engine import Engine
+from kalm_integrations.core.flows import Driver
+from kalm_integrations.core.jobs import Job, Work
 engine = Engine()
 jobs = [Job(Work(lambda items: time.sleep(0.05) or items, 1), list(range(1000)), is_bulk=bool(i)) for i in range(2)]
 for job in jobs:

@@ -122,11 +122,13 @@ def test_eight_threads_get_the_scores_of_one_and_encode_each_passage_once(make_r
     assert (stats.cache_hits, stats.passages_scored) == (7 * len(TEXTS), 8 * len(TEXTS))
 
 
-def test_eight_threads_that_ask_the_same_get_identical_scores(make_reranker):
+def test_eight_threads_that_ask_the_same_get_the_same_scores(make_reranker):
+    """But for the last bit: what shares a batch decides the order of sums."""
     reranker = make_reranker()
+    right = reranker.score(QUERY, TEXTS)
     with ThreadPoolExecutor(8) as pool:
-        scores = list(pool.map(lambda _: tuple(reranker.score(QUERY, TEXTS)), range(16)))
-    assert len(set(scores)) == 1
+        for scores in pool.map(lambda _: reranker.score(QUERY, TEXTS), range(16)):
+            assert scores == pytest.approx(right, abs=1e-6)
 
 
 def test_threads_with_rerankers_of_their_own_share_the_model(make_reranker):

@@ -7,7 +7,7 @@ import threading
 from typing_extensions import Self
 
 from kalm_integrations import KalmReranker
-from kalm_integrations.core.engine import Job, Work
+from kalm_integrations.core.jobs import Job, Work
 
 
 class Held:
