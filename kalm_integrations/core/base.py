@@ -10,7 +10,7 @@ from typing import Any
 
 from kalm_integrations.core.fallback import OnError, check_on_error, check_timeout, keeps_order, note_answer, unranked
 from kalm_integrations.core.ranking import RankRules, check_first_stages
-from kalm_integrations.core.settings import check_instruction_length
+from kalm_integrations.core.text import check_instruction_length
 from kalm_integrations.core.types import (
     AnyPassage,
     FusionMethod,

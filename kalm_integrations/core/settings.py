@@ -7,12 +7,12 @@ loaded.
 from __future__ import annotations
 
 import difflib
-import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
+from kalm_integrations.core.text import check_instruction_length
 from kalm_integrations.core.types import plain, shown
 from kalm_integrations.errors import SettingsError
 
@@ -37,9 +37,6 @@ DEFAULT_CODEC = "fp16"
 DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 """What a run may be computed in, and torch's name for it."""
 
-
-MAX_INSTRUCTION_CHARACTERS = 16_384
-"""Of an instruction, and of a system instruction. They are never cut, and every query's prompt repeats them."""
 
 MAX_INSTRUCTION_TOKENS = 8_192
 """Of what stands before the query in a prompt: both instructions and the template."""
@@ -77,23 +74,6 @@ def check_dtype(dtype: object) -> str:
         msg = f"dtype must be one of {', '.join(DTYPES)}, but got {shown(dtype)}{why}"
         raise SettingsError(msg)
     return DTYPES[name]
-
-
-def check_instruction_length(instruction: str) -> str:
-    """Return an instruction, or a system instruction, if it is not too long.
-
-    Raises:
-        SettingsError: it is.
-    """
-    # Tokenizers normalise text, and a single character can become eighteen.
-    n_characters = max(len(instruction), len(unicodedata.normalize("NFKC", instruction[: MAX_INSTRUCTION_CHARACTERS + 1])))
-    if n_characters > MAX_INSTRUCTION_CHARACTERS:
-        msg = (
-            f"an instruction must have at most {MAX_INSTRUCTION_CHARACTERS} characters, also in Unicode's form NFKC, but got "
-            f"{n_characters}; shorten it: what differs from query to query belongs into the query"
-        )
-        raise SettingsError(msg)
-    return instruction
 
 
 Instruction = Annotated[str, AfterValidator(check_instruction_length)]

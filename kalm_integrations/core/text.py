@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import unicodedata
+
+from kalm_integrations.errors import SettingsError
+
+MAX_INSTRUCTION_CHARACTERS = 16_384
+"""Of an instruction, and of a system instruction. They are never cut, and every query's prompt repeats them."""
+
 
 def without_surrogates(text: str) -> str:
     """Join surrogate pairs and replace lone surrogates by U+FFFD: stores hold such text, and tokenizers refuse it."""
@@ -10,3 +17,20 @@ def without_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
+
+
+def check_instruction_length(instruction: str) -> str:
+    """Return an instruction, or a system instruction, if it is not too long.
+
+    Raises:
+        SettingsError: it is.
+    """
+    # Tokenizers normalise text, and a single character can become eighteen.
+    n_characters = max(len(instruction), len(unicodedata.normalize("NFKC", instruction[: MAX_INSTRUCTION_CHARACTERS + 1])))
+    if n_characters > MAX_INSTRUCTION_CHARACTERS:
+        msg = (
+            f"an instruction must have at most {MAX_INSTRUCTION_CHARACTERS} characters, also in Unicode's form NFKC, but got "
+            f"{n_characters}; shorten it: what differs from query to query belongs into the query"
+        )
+        raise SettingsError(msg)
+    return instruction
