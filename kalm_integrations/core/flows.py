@@ -60,8 +60,8 @@ class Driver:
             try:
                 return future.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
             except FutureTimeoutError as error:
-                if future.done():
-                    raise  # an error of the future's own
+                if future.done() and not future.cancelled() and future.exception() is error:
+                    raise
                 raise too_late(timeout) from error
             finally:
                 # Whatever ended the wait, be it Ctrl-C: nobody wants the rest.

@@ -11,6 +11,30 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+Value = TypeVar("Value")
+
+
+class kept_property(Generic[Value]):  # noqa: N801  as functools calls its own
+    """A property that is computed when it is first asked for; two threads may both compute it.
+
+    `functools.cached_property` holds a lock meanwhile until Python 3.12, one for all objects, which a child may find held.
+    """
+
+    def __init__(self, function: Callable[[Any], Value]) -> None:
+        """Take what computes it."""
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Learn under which name an object keeps it."""
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Value:
+        """Compute it; the next time it is found in the object itself."""
+        value = instance.__dict__[self._name] = self._function(instance)
+        return value
 
 
 class ForkSafeLock:

@@ -6,12 +6,11 @@ import logging
 from collections import Counter
 from collections.abc import Hashable, Iterable, MutableMapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from kalm_integrations.core.checkpoint.opened import Checkpoint
 from kalm_integrations.core.checkpoint.prompts import PASSAGE_TEMPLATE, passage_text
-from kalm_integrations.core.forks import ForkSafeLock
+from kalm_integrations.core.forks import ForkSafeLock, kept_property
 from kalm_integrations.core.passages.caches import BoundedCache
 from kalm_integrations.core.passages.codecs import state_limits
 from kalm_integrations.core.passages.encoding import REFERENCE_PREFIX, EncodedPassage, Expected, fingerprint, hash_text
@@ -168,7 +167,7 @@ class Reader:
         """Return what identifies a passage's text: the hash of what the encoder reads."""
         return hash_text(passage_text(text))
 
-    @cached_property
+    @kept_property
     def _expected(self) -> Expected:
         """What encodings of this checkpoint have in common."""
         limits = state_limits(self._checkpoint.encoder_bound)

@@ -103,7 +103,8 @@ class KalmReranker(Reranker):
                 reference does, instead of as text.
             encode_batch_size: passages per encoder batch; None chooses by device.
             score_batch_size: passages per decoder batch; None chooses by device.
-            cache_bytes: bound of the in-memory cache of encodings; 256 MiB by default, 0 switches it off.
+            cache_bytes: bound of the in-memory cache of encodings; 256 MiB by default, 0 switches it off. A quarter more keeps
+                strings that were decoded, for the queries that ask for them again.
             prefix_cache_bytes: bound of the in-memory cache of prefix states, on the model's device; 1 GiB by default, 0
                 switches it off. A passage whose states are there costs a query only the query's own tokens.
             prefix_dtype: what prefix states are kept in: "float32", "bfloat16" or "float16"; None takes the model's dtype,

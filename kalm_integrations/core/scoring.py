@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
-from functools import cached_property
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from kalm_integrations.core.flows import Flow
+from kalm_integrations.core.forks import kept_property
 from kalm_integrations.core.jobs import Job, Work
 from kalm_integrations.core.model.kv_cache import PrefixStates
 from kalm_integrations.core.passages.caches import BoundedCache
@@ -148,7 +148,7 @@ class Scorer:
         ids = tuple(token_ids)
         return Prefix(ids, self._decoder, self.prefixes, self._prefix_store, dtype, self._runtime.dtype, count)
 
-    @cached_property
+    @kept_property
     def _decoder(self) -> str:
         """Hash of the decoder's configuration; its weights are in every encoding's fingerprint."""
         return hash_config(self._runtime.checkpoint.decoder_config)

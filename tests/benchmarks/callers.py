@@ -36,7 +36,12 @@ class Cell:
 
 
 CELLS = {
-    "pico": [Cell(callers, n, {3: 600, 5: 600, 20: 300, 100: 200}[n]) for n in (3, 5, 20, 100) for callers in (1, 8, 64, 200)],
+    "pico": [
+        Cell(64, 3, 300),
+        *(Cell(callers, 5, 300) for callers in (1, 8, 64, 200)),
+        *(Cell(callers, 20, 200) for callers in (1, 8, 64, 200)),
+        *(Cell(callers, 100, max(callers, 24)) for callers in (1, 8, 64, 200)),
+    ],
     "nano": [
         Cell(64, 3, 64),
         *(Cell(callers, 5, max(callers, 16)) for callers in (1, 8, 64, 200)),
@@ -46,7 +51,7 @@ CELLS = {
     ],
     "toy": [Cell(1, 3, 4), Cell(4, 3, 8)],
 }
-ROUNDS = {"pico": 3, "nano": 2, "toy": 1}
+ROUNDS = {"pico": 2, "nano": 2, "toy": 1}
 INGESTED = {"pico": 10_000, "nano": 200, "toy": 200}
 """Passages that are being encoded beside a query."""
 

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
+
+from kalm_integrations.core.forks import kept_property
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -78,7 +79,7 @@ class FirstTokens:
         pairs = dict.fromkeys(left[-1:] + right[:1] for left, right in pairwise(tokens))
         return self._is_concatenative and any(pair not in self._vocabulary for pair in pairs)
 
-    @cached_property
+    @kept_property
     def _is_concatenative(self) -> bool:
         """Whether tokens come from merges, and each is written as what it was merged from."""
         from tokenizers.models import BPE
@@ -86,7 +87,7 @@ class FirstTokens:
         model = self._tokenizer.model
         return isinstance(model, BPE) and not model.continuing_subword_prefix and not model.dropout
 
-    @cached_property
+    @kept_property
     def _vocabulary(self) -> str:
         """All tokens; a pair of characters that is not in it is in no token."""
         return "\0".join(self._tokenizer.get_vocab(with_added_tokens=True))

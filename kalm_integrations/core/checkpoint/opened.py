@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from kalm_integrations.core.checkpoint.t5gemma2 import (
     tensor_names,
 )
 from kalm_integrations.core.checkpoint.tensors import TensorReader
+from kalm_integrations.core.forks import kept_property
 from kalm_integrations.core.model import packing
 from kalm_integrations.core.model.layers import EmbeddingWeights, StackConfig, StackWeights
 from kalm_integrations.core.settings import MAX_TOKENS, Calibration, Instruction
@@ -111,7 +111,7 @@ class Checkpoint:
             _opened=opened,
         )
 
-    @cached_property
+    @kept_property
     def identity(self) -> str:
         """Hash of everything in the folder that changes an encoding: weights, tokenizer, encoder configuration.
 
@@ -130,7 +130,7 @@ class Checkpoint:
         self._opened.check()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    @cached_property
+    @kept_property
     def encoder_bound(self) -> torch.Tensor:
         """How large each feature of an encoder state can be, by the final norm. Shape: (hidden,).
 

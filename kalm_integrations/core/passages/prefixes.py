@@ -8,10 +8,10 @@ import math
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 
 import torch
 
+from kalm_integrations.core.forks import kept_property
 from kalm_integrations.core.model.kv_cache import PrefixStates
 from kalm_integrations.core.model.layers import StackConfig
 from kalm_integrations.core.passages.caches import BoundedCache
@@ -64,7 +64,7 @@ class Prefix:
         """Return what a passage's states are kept under."""
         return (*candidate.key, self.context)
 
-    @cached_property
+    @kept_property
     def context(self) -> str:
         """Hash of all that states depend on beside the passage."""
         facts = json.dumps([self.token_ids, self.decoder, str(self.dtype), str(self.computed_in)])
