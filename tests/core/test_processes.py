@@ -30,10 +30,8 @@ for number in range(rounds):
 
 
 def start(folder: Path, stores: Path, rounds: int, name: str) -> subprocess.Popen[str]:
-    arguments = [str(folder), str(stores), repr(TEXTS), str(rounds), name]
-    return subprocess.Popen(
-        [sys.executable, "-c", WORK, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", WORK, str(folder), str(stores), json.dumps(TEXTS), str(rounds), name]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_process_that_is_killed_spoils_nothing_for_the_others(tiny_checkpoint: Path, tmp_path: Path):
