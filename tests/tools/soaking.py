@@ -139,6 +139,10 @@ class LangChainShelf(Shelf):
         return langchain.backfill(self.store, self.encoder, show_progress=False)
 
     def texts(self):
+        if isinstance(self.store, Chroma):
+            # Its search is approximate, and may leave a document out.
+            held = self.store.get()
+            return {metadata["key"]: text for metadata, text in zip(held["metadatas"], held["documents"], strict=True)}
         found = self.store.similarity_search("all", k=10**4)
         return {document.metadata["key"]: document.page_content for document in found}
 
