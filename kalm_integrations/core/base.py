@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kalm_integrations.core.fallback import OnError, check_on_error, check_timeout, keeps_order, note_answer, unranked
+from kalm_integrations.core.fallback import OnError, check_on_error, check_timeout, keep_order, note_answer
 from kalm_integrations.core.ranking import RankRules, check_first_stages
 from kalm_integrations.core.text import check_instruction_length
 from kalm_integrations.core.types import (
@@ -161,9 +161,7 @@ class Reranker(ABC):
         try:
             [ranking] = self.answer(request)
         except Exception as error:
-            if not keeps_order(error, on_error):
-                raise
-            return unranked(request.lists[0], top_k)
+            return keep_order(error, on_error, request.lists[0], rules.top_k)
         note_answer()
         return ranking
 
@@ -191,9 +189,7 @@ class Reranker(ABC):
         try:
             [ranking] = await self.aanswer(request)
         except Exception as error:
-            if not keeps_order(error, on_error):
-                raise
-            return unranked(request.lists[0], top_k)
+            return keep_order(error, on_error, request.lists[0], rules.top_k)
         note_answer()
         return ranking
 

@@ -22,8 +22,8 @@ from collections.abc import Callable
 import torch
 
 from kalm_integrations.core.forks import ForkSafeLock, renew_in_child
-from kalm_integrations.core.jobs import AnyJob, Batch, Reservation
-from kalm_integrations.core.queueing import JobQueue, fail
+from kalm_integrations.core.jobs import AnyJob, Batch, Reservation, fail
+from kalm_integrations.core.queueing import JobQueue
 from kalm_integrations.errors import EngineError, KalmError, OutOfMemoryError, PassError
 
 logger = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -42,16 +43,26 @@ def check_timeout(timeout: object) -> float | None:
     if not 0 < seconds < math.inf:
         msg = f"timeout must be a positive number of seconds, or None to wait as long as it takes, but got {shown(timeout)}"
         raise SettingsError(msg)
-    return seconds
+    # Centuries; what is longer overflows in a lock.
+    return min(seconds, threading.TIMEOUT_MAX)
 
 
-def keeps_order(error: Exception, on_error: OnError) -> bool:
-    """Return whether an error is to be borne, and log why, once for each kind of error until an answer comes again.
+def keep_order(error: Exception, on_error: OnError, passages: Iterable[Any] | Reading, top_k: int | None) -> Ranking:
+    """Return passages as they came if an error is to be borne, and log why, once for each kind until an answer comes again.
 
     Mistakes of the caller are not: a setting that breaks a rule, or documents without encodings under on_missing="error".
+
+    Args:
+        error: what was raised instead of a ranking.
+        on_error: what the caller wants.
+        passages: what was to be ranked.
+        top_k: how many to return at most; None returns all.
+
+    Raises:
+        Exception: the error, if it is not to be borne.
     """
     if on_error == "raise" or isinstance(error, (SettingsError, EncodingError)):
-        return False
+        raise error
     if type(error) not in _failing:
         _failing.add(type(error))
         logger.warning(
@@ -59,7 +70,7 @@ def keeps_order(error: Exception, on_error: OnError) -> bool:
             type(error).__name__,
             error,
         )
-    return True
+    return _unranked(passages, top_k)
 
 
 def too_late(timeout: float | None) -> DeadlineExceededError:
@@ -77,7 +88,7 @@ def note_answer() -> None:
         _failing.clear()
 
 
-def unranked(passages: Iterable[Any] | Reading, top_k: int | None) -> Ranking:
+def _unranked(passages: Iterable[Any] | Reading, top_k: int | None) -> Ranking:
     """Return passages in the order in which they came, unscored, the first `top_k` of them."""
     texts = passages.texts if isinstance(passages, Reading) else [_text(passage) for passage in passages]
     rows = [RankedPassage(index, math.nan, math.nan, None, text) for index, text in enumerate(texts)]

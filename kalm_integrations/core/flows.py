@@ -20,7 +20,7 @@ import torch
 from kalm_integrations.core.engine import Engine
 from kalm_integrations.core.fallback import too_late
 from kalm_integrations.core.forks import renew_in_child
-from kalm_integrations.core.jobs import AnyJob
+from kalm_integrations.core.jobs import AnyJob, fail
 from kalm_integrations.errors import EngineError
 
 N_THREADS = 4
@@ -151,7 +151,7 @@ class _Request(Future[Answer]):
                 return
         except BaseException as error:  # whoever waits has to be told, whatever it is
             self._engine.release(self)
-            _fail(self, error)
+            fail(self, error)
             return
         if self.set_running_or_notify_cancel():
             self.set_result(answer)
@@ -162,12 +162,7 @@ class _Request(Future[Answer]):
         try:
             self._engine.call(self.advance)
         except EngineError as error:
-            _fail(self, error)
-
-
-def _fail(answer: _Request[Any], error: BaseException) -> None:
-    if answer.set_running_or_notify_cancel():
-        answer.set_exception(error)
+            fail(self, error)
 
 
 def call_plainly(function: Callable[[], Answer]) -> Answer:
@@ -184,8 +179,8 @@ class _Threads:
     """A pool of threads, made when it is first needed, and anew in a child process, which has none of them."""
 
     def __init__(self) -> None:
-        self._renew()
         self.is_child = False
+        self._pool = self._make()
         renew_in_child(self._renew)
 
     def submit(self, function: Callable[[], Answer]) -> Future[Answer]:
@@ -193,7 +188,11 @@ class _Threads:
 
     def _renew(self) -> None:
         self.is_child = True
-        self._pool = ThreadPoolExecutor(N_THREADS, thread_name_prefix="kalm-callers")
+        self._pool = self._make()
+
+    @staticmethod
+    def _make() -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(N_THREADS, thread_name_prefix="kalm-callers")
 
 
 _threads = _Threads()

@@ -72,7 +72,8 @@ class ForkSafeLock:
 def renew_in_child(renew: Callable[[], object]) -> None:
     """Have a bound method called in every child, as long as its object lives, once all locks are free."""
     with _known_lock:
-        _renewed.append(weakref.WeakMethod(renew))
+        # Those whose objects are gone go too, or a process that opens many models would keep one for each.
+        _renewed[:] = [*(method for method in _renewed if method() is not None), weakref.WeakMethod(renew)]
 
 
 _known_lock = threading.Lock()

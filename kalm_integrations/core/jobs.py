@@ -102,3 +102,9 @@ class Reservation(Protocol):
 
     n_reserved: int
     """Items that are counted for it."""
+
+
+def fail(answer: Future[Any], error: BaseException) -> None:
+    """Answer with an error, unless nobody waits any more."""
+    if answer.set_running_or_notify_cancel():
+        answer.set_exception(error)

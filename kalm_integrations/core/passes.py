@@ -112,7 +112,7 @@ def score_work(runtime: Runtime, answer_ids: Sequence[int], batch_size: int | No
         margins: list[float] = (logits[:, 0] - logits[:, 1]).tolist()
         return margins
 
-    group = ("score", None if prefix is None else prefix.group)
+    group = ("score", None if prefix is None else prefix.context)
     return Work(score, batch_size or choose_batch_size("score", runtime), group, length=lambda row: len(row.prompt))
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from kalm_integrations.core.jobs import AnyJob, Batch, Reservation
+from kalm_integrations.core.jobs import AnyJob, Batch, Reservation, fail
 from kalm_integrations.errors import EngineError, QueueFullError
 
 BULK_PATIENCE = 10.0
@@ -181,9 +181,3 @@ class JobQueue:
 
     def _insert(self, job: AnyJob) -> None:
         bisect.insort(self._jobs[job.is_bulk], job, key=lambda other: other.tag)
-
-
-def fail(job: AnyJob, error: BaseException) -> None:
-    """Answer a job with an error, unless it was taken back."""
-    if job.set_running_or_notify_cancel():
-        job.set_exception(error)

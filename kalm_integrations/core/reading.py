@@ -51,23 +51,21 @@ class Reader:
         """By key; see `key`."""
         self._decoded: BoundedCache[str, _Decoded] = BoundedCache(cache_bytes // 4)
         """By the whole string: what many queries ask for is decoded and checked once."""
-        self._fingerprint: str | None = None
         self._stats = RuntimeStats()
         self._stats_lock = ForkSafeLock()
         self._warned: set[str] = set()
 
-    @property
+    @kept_property
     def fingerprint(self) -> str:
         """What makes an encoding: checkpoint content, tokenizer, template and encoder settings; 32 hex digits."""
-        if self._fingerprint is None:
-            facts = {
+        return fingerprint(
+            {
                 "checkpoint": self._checkpoint.identity,
                 "template": PASSAGE_TEMPLATE,
                 "settings": self._encoder.model_dump(),
                 "format": 1,
             }
-            self._fingerprint = fingerprint(facts)
-        return self._fingerprint
+        )
 
     @property
     def stats(self) -> RuntimeStats:

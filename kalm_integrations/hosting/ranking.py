@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from kalm_integrations.core.base import Reranker
-from kalm_integrations.core.fallback import keeps_order, note_answer, too_late, unranked
+from kalm_integrations.core.fallback import keep_order, note_answer, too_late
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata, Passage, Ranking, Reading
 from kalm_integrations.errors import DeadlineExceededError, EncodingError, SettingsError
 from kalm_integrations.hosting.fields import RerankFields
@@ -146,9 +146,7 @@ class HostQuery(Generic[Doc]):
         Raises:
             Exception: the error, if it does not.
         """
-        if not keeps_order(error, self.fields.on_error):
-            raise error
-        return unranked(self.passages, self.top_k)
+        return keep_order(error, self.fields.on_error, self.passages, self.top_k)
 
 
 def rank(query: HostQuery[Any]) -> Ranking:

@@ -11,6 +11,7 @@ from tools.hosts import HOSTS, Host
 from tools.oddities import MAKERS, foreign, random_value
 
 from kalm_integrations.core.types import ENCODING_KEY
+from kalm_integrations.hosting.fields import RerankFields
 from kalm_integrations.testing import FakeReranker
 
 QUERY = "which otter"
@@ -21,27 +22,7 @@ OWN = {
     "llama_index": ("keep_retrieval_score", "metadata_mode"),
     "haystack": ("token", "document_store", "meta_fields_to_embed", "embedding_separator"),
 }
-SETTINGS = (
-    "model",
-    "revision",
-    "device",
-    "dtype",
-    "compression_ratio",
-    "storage_codec",
-    "max_inline_bytes",
-    "max_passage_tokens",
-    "max_query_tokens",
-    "instruction",
-    "system_instruction",
-    "calibration",
-    "model_kwargs",
-    "score_threshold",
-    "fusion",
-    "fusion_weight",
-    "strip_encodings",
-    "encoding_key",
-    "on_missing",
-)
+SETTINGS = tuple(name for name in RerankFields.model_fields if name != "write_back")
 
 
 def settings_of(host: Host) -> tuple[str, ...]:

@@ -43,6 +43,8 @@ CALLS: dict[str, Callable[[KalmReranker, Any], object]] = {
     "rank([first_stage_score])": lambda r, v: r.rank(QUERY, ["a"], first_stage_scores=[v], fusion="reciprocal_rank"),
     "rank(fusion)": lambda r, v: r.rank(QUERY, PASSAGES, first_stage_scores=[1, 2], fusion=v),
     "rank(fusion_weight)": lambda r, v: r.rank(QUERY, PASSAGES, fusion="reciprocal_rank", fusion_weight=v),
+    "rank(timeout)": lambda r, v: r.rank(QUERY, PASSAGES, timeout=v),
+    "rank(on_error)": lambda r, v: r.rank(QUERY, PASSAGES, on_error=v),
     "rank(fusion_weight alone)": lambda r, v: r.rank(QUERY, PASSAGES, fusion_weight=v),
     "rank_many(queries)": lambda r, v: r.rank_many(v, [PASSAGES]),
     "rank_many([query])": lambda r, v: r.rank_many([v], [PASSAGES]),

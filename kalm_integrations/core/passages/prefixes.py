@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -11,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from kalm_integrations.core.forks import kept_property
 from kalm_integrations.core.model.kv_cache import PrefixStates
 from kalm_integrations.core.model.layers import StackConfig
 from kalm_integrations.core.passages.caches import BoundedCache
@@ -55,20 +55,14 @@ class Prefix:
     unkept: dict[PrefixKey, PrefixStates] = field(default_factory=dict)
     """States that were computed for a request, and that the store does not have yet."""
 
-    @property
-    def group(self) -> Hashable:
-        """What rows must have in common to be computed together."""
-        return self.context
-
     def key(self, candidate: Candidate) -> PrefixKey:
         """Return what a passage's states are kept under."""
         return (*candidate.key, self.context)
 
-    @kept_property
+    @property
     def context(self) -> str:
-        """Hash of all that states depend on beside the passage."""
-        facts = json.dumps([self.token_ids, self.decoder, str(self.dtype), str(self.computed_in)])
-        return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+        """Hash of all that states depend on beside the passage; rows that have it in common can be computed together."""
+        return _hash_context(self.token_ids, self.decoder, self.dtype, self.computed_in)
 
     def fetch(self, candidates: Iterable[Candidate], layout: Sequence[int], device: torch.device) -> None:
         """Get from the store what memory does not have, and hold it until `flush`.
@@ -119,6 +113,12 @@ class Prefix:
             self.store.update({name: _dump(pairs, name) for name, pairs in named.items()})
         self.held.clear()
         self.unkept.clear()
+
+
+@functools.lru_cache(64)
+def _hash_context(token_ids: tuple[int, ...], decoder: str, dtype: torch.dtype, computed_in: torch.dtype) -> str:
+    facts = json.dumps([token_ids, decoder, str(dtype), str(computed_in)])
+    return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
 
 
 def hash_config(config: StackConfig) -> str:
