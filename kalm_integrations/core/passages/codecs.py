@@ -12,6 +12,7 @@ Numbers are little-endian; scales stand before the values.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from kalm_integrations.core.passages import rotated
 from kalm_integrations.errors import CorruptEncodingError, NonFiniteScoreError
 
 INT4_GROUP = 64
@@ -81,8 +83,8 @@ def check_limits(states: torch.Tensor, limits: torch.Tensor | float) -> None:
     Raises:
         CorruptEncodingError: they are not.
     """
-    # NaN is not below anything, so that one comparison finds it too.
-    if not bool((states.abs() <= limits).all()):
+    # NaN is not below anything, so that these comparisons find it too.
+    if not bool((states.amax(0) <= limits).all() and (states.amin(0) >= -limits).all()):
         msg = (
             "a passage encoding must hold finite numbers that its checkpoint's encoder can give, but a state or a scale is "
             "NaN, infinite or too large; encode it again"
@@ -155,10 +157,21 @@ def _read_int4(data: torch.Tensor, n_states: int, width: int) -> torch.Tensor:
     return values.float() * scales.repeat_interleave(INT4_GROUP, dim=1)[:, :width]
 
 
+def _rotated_codec(bits: int) -> Codec:
+    def write(states: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.from_numpy(part) for part in rotated.write(bits, states.numpy())]
+
+    def read(data: torch.Tensor, n_states: int, width: int) -> torch.Tensor:
+        return torch.from_numpy(rotated.read(bits, data.numpy(), n_states, width))
+
+    return Codec(functools.partial(rotated.n_bytes, bits), write, read)
+
+
 CODECS: dict[str, Codec] = {
     "fp32": _float_codec(torch.float32),
     "fp16": _float_codec(torch.float16),
     "bf16": _float_codec(torch.bfloat16),
     "int8": Codec(lambda n, width: n * (width + 2), _write_int8, _read_int8),
+    **{f"rot{bits}": _rotated_codec(bits) for bits in rotated.LEVELS},
     "int4": Codec(lambda n, width: n * (-(-width // 2) + 2 * _n_groups(width)), _write_int4, _read_int4),
 }
