@@ -73,7 +73,13 @@ def beir(
     chosen_ratios, chosen_codecs = options.parse_ratios(ratios), options.parse_codecs(codecs)
     collections = [Collection.read(folder, split) for folder in folders]
     reranker = options.open_reranker(
-        model, revision=revision, device=device, dtype=dtype, compression_ratio=math.gcd(*chosen_ratios), cache_bytes=0
+        model,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        compression_ratio=math.gcd(*chosen_ratios),
+        storage_codec="fp32",
+        cache_bytes=0,
     )
     reports = (
         evaluate(
@@ -175,7 +181,8 @@ def compression(
     chosen_ratios, chosen_codecs = options.parse_ratios(ratios), options.parse_codecs(codecs)
     collections = [Collection.read(folder, split) for folder in folders]
     settings = {"revision": revision, "device": device, "dtype": dtype, "compression_ratio": 1, "cache_bytes": 0}
-    # In float32, so that codecs are all that is lossy.
+    # In float32, so that the codecs to be measured are all that is lossy.
+    settings["storage_codec"] = "fp32"
     reranker = options.open_reranker(model, **settings, prefix_dtype="float32")
     timed_reranker = options.open_reranker(model, **settings, prefix_cache_bytes=0)
     costs = [

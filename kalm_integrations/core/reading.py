@@ -12,7 +12,6 @@ from kalm_integrations.core.checkpoint.opened import Checkpoint
 from kalm_integrations.core.checkpoint.prompts import PASSAGE_TEMPLATE, passage_text
 from kalm_integrations.core.forks import ForkSafeLock, kept_property
 from kalm_integrations.core.passages.caches import BoundedCache
-from kalm_integrations.core.passages.codecs import state_limits
 from kalm_integrations.core.passages.encoding import REFERENCE_PREFIX, EncodedPassage, Expected, fingerprint, hash_text
 from kalm_integrations.core.passages.guarded import guard
 from kalm_integrations.core.settings import EncoderSettings
@@ -168,8 +167,11 @@ class Reader:
     @kept_property
     def _expected(self) -> Expected:
         """What encodings of this checkpoint have in common."""
-        limits = state_limits(self._checkpoint.encoder_bound)
-        return Expected(self.fingerprint, len(limits), self._encoder.max_passage_tokens, limits)
+        width = self._checkpoint.encoder_config.hidden_width
+        # Codecs move values by less than this: those that rotate keep the length of a mean and of a difference from it, which
+        # is twice that of a state at most.
+        limit = 4 * self._checkpoint.encoder_bound
+        return Expected(self.fingerprint, width, self._encoder.max_passage_tokens, limit)
 
     def _decode(self, value: Any) -> EncodedPassage | Status:
         """Return the encoding of a metadata value, or what the value is if that is none of this checkpoint."""

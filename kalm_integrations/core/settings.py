@@ -29,7 +29,7 @@ COMPRESSION_RATIOS = (1, 2, 4, 8, 16, 32, 64, 128)
 MAX_TOKENS = 2**17
 """Tokens of a passage, and ratios, that the encoding format knows; the position limit that the model cards claim."""
 
-CODEC_NAMES = ("fp32", "fp16", "bf16", "int8", "rot4", "rot3", "rot2", "int4")
+CODEC_NAMES = ("fp32", "fp16", "bf16", "int8", "rot4", "rot3", "rot2")
 """How states are written; see `passages.codecs`."""
 
 DEFAULT_CODEC = "fp16"
@@ -54,7 +54,8 @@ def check_codec(codec: str) -> str:
         SettingsError: it is not.
     """
     if codec not in CODEC_NAMES:
-        msg = f"storage_codec must be one of {', '.join(CODEC_NAMES)}, but got {shown(codec)}"
+        hint = "; what is stored in it is still read, and rot4 is smaller and loses less" if codec == "int4" else ""
+        msg = f"storage_codec must be one of {', '.join(CODEC_NAMES)}, but got {shown(codec)}{hint}"
         raise SettingsError(msg)
     return codec
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from kalm_integrations.core.reading import Reader
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.core.settings import EncoderSettings, StorageSettings, poolable_ratios
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata, checked_flag, checked_texts
-from kalm_integrations.errors import EncodingTooLargeError
+from kalm_integrations.errors import EncodingTooLargeError, NonFiniteScoreError
 
 BULK_SLICE = 4096
 """Passages that bulk work tokenises and queues at a time."""
@@ -176,7 +177,7 @@ class Writer:
         current, ratio, codec = self._reader.fingerprint, self._storage.compression_ratio, self._storage.storage_codec
 
         def finish(key: Hashable, ids: list[int], states: torch.Tensor) -> EncodedPassage:
-            return EncodedPassage(states, len(ids), ratio, current, str(key), codec)
+            return self._as_stored(EncodedPassage(states, len(ids), ratio, current, str(key), codec))
 
         rows = [_Unencoded(key, ids, self._reader.cache, finish) for key, ids in zip(texts, token_ids, strict=True)]
         # Like lengths together, so that little is padded.
@@ -188,6 +189,17 @@ class Writer:
         made = {row.key for row, (_, is_made) in zip(rows, results, strict=True) if is_made}
         self._reader.count(passages_encoded=len(made), truncated=len(cut & made), encode_seconds=seconds + job.seconds)
         return {row.key: encoding for row, (encoding, _) in zip(rows, results, strict=True)}, len(made)
+
+    def _as_stored(self, encoding: EncodedPassage) -> EncodedPassage:
+        """Return an encoding as it will be read back, so that a score does not depend on whether that has happened yet.
+
+        One that cannot be stored is told of where it is to be stored, or where its states are checked; others share its batch.
+        """
+        with contextlib.suppress(EncodingTooLargeError):
+            [encoding] = self.fit_inline([encoding])
+        with contextlib.suppress(NonFiniteScoreError):
+            encoding = encoding.as_stored()
+        return encoding
 
     def _fit(self, encoding: EncodedPassage, index: int) -> EncodedPassage:
         limit = self._storage.max_inline_bytes

@@ -23,6 +23,9 @@ from kalm_integrations.errors import SettingsError
 
 BM25_NAME = "bm25"
 
+EXACT = "fp32"
+"""The codec that changes no state."""
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -115,8 +118,11 @@ def check_ratios_and_codecs(reranker: KalmReranker, ratios: Sequence[int], codec
     """Check what to score at, before any work.
 
     Raises:
-        SettingsError: a list is empty, a ratio is no multiple of the reranker's, or a codec is unknown.
+        SettingsError: the reranker rounds what it encodes, a list is empty, a ratio is no multiple of the reranker's, or a codec is unknown.
     """
+    if reranker.storage_codec != EXACT:
+        msg = f"codecs are measured from storage_codec={EXACT!r}, but the reranker's is {reranker.storage_codec!r}"
+        raise SettingsError(msg)
     if not ratios or not codecs:
         msg = f"ratios and codecs must each name one at least, but got {list(ratios)} and {list(codecs)}"
         raise SettingsError(msg)

@@ -17,6 +17,7 @@ from kalm_integrations.corpora.measures import ndcg_at_10
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.candidates import (
     BM25_NAME,
+    EXACT,
     Candidates,
     Scored,
     check_ratios_and_codecs,
@@ -27,7 +28,6 @@ from kalm_integrations.evaluation.candidates import (
 )
 from kalm_integrations.evaluation.differences import Difference, check_comparable, kendall_tau, mean_differences
 
-EXACT = "fp32"
 N_TIMED = 100
 """Candidates that a timed query has; where there are fewer, the time is scaled to as many."""
 
@@ -103,7 +103,7 @@ def measure_costs(
     at ratio 1.
 
     Args:
-        reranker: its `compression_ratio` must be 1.
+        reranker: its `compression_ratio` must be 1, its `storage_codec` fp32.
         collection: what to search in.
         ratios: compression ratios.
         codecs: storage codecs.

@@ -107,7 +107,7 @@ def evaluate(
     Each different candidate is encoded once, at the reranker's own ratio; see `score_settings` for the rest.
 
     Args:
-        reranker: its `compression_ratio` must divide all `ratios`.
+        reranker: its `compression_ratio` must divide all `ratios`, its `storage_codec` be fp32.
         collection: what to search in.
         ratios: compression ratios to compare.
         codecs: storage codecs to compare.

@@ -33,7 +33,7 @@ def load_teacher(model: str, kind: TeacherKind) -> Teacher:
         CheckpointError: a KaLM reranker cannot be used.
     """
     if kind == "kalm":
-        return _by_reranker(KalmReranker.from_pretrained(model))
+        return _by_reranker(KalmReranker.from_pretrained(model, storage_codec="fp32"))
     return _by_cross_encoder(model) if kind == "cross-encoder" else _by_bi_encoder(model)
 
 

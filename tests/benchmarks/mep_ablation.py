@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, ratios in TRAINED_RATIOS.items():
             model = train(configuration(Path(folder) / name, options.train, ratios, options.steps))
-            reranker = KalmReranker.from_pretrained(model, compression_ratio=1, cache_bytes=0)
+            reranker = KalmReranker.from_pretrained(model, compression_ratio=1, storage_codec="fp32", cache_bytes=0)
             encoded = encode_candidates(reranker, collection, candidates)
             values[name] = {}
             for scored in score_settings(reranker, candidates, encoded, RATIOS, ["fp32"]):

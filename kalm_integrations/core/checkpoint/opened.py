@@ -131,8 +131,8 @@ class Checkpoint:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @kept_property
-    def encoder_bound(self) -> torch.Tensor:
-        """How large each feature of an encoder state can be, by the final norm. Shape: (hidden,).
+    def encoder_bound(self) -> float:
+        """How long an encoder state can be, by the final norm; no value in it is larger.
 
         Means of states keep to it too. Only this norm is read, and its rounding to bfloat16 is allowed for.
 
@@ -141,7 +141,7 @@ class Checkpoint:
         """
         width = self.encoder_config.hidden_width
         weight = check_shape(self._side("encoder")("norm.weight"), (width,), "norm.weight").float()
-        return math.sqrt(width) * ((1 + weight).abs() + weight.abs() * 2.0**-8)
+        return math.sqrt(width) * float(((1 + weight).abs() + weight.abs() * 2.0**-8).max())
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the fast tokenizer, with padding and truncation switched off.

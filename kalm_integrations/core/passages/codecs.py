@@ -5,7 +5,8 @@
 | fp32 | 4 n H | IEEE single precision |
 | fp16, bf16 | 2 n H | half precision; bfloat16 has the range of fp32 and 8 bits of mantissa |
 | int8 | n (H + 2) | symmetric, one fp16 scale per state |
-| int4 | n (ceil(H / 2) + 2 ceil(H / 64)) | symmetric, one fp16 scale per 64 values, two values a byte, low nibble first |
+| rot4, rot3, rot2 | about n (b H / 8 + 2), and H / 2 for the mean | see `rotated.py` |
+| int4 | n (ceil(H / 2) + 2 ceil(H / 64)) | symmetric, one fp16 scale per 64 values; read only, see `SUCCESSORS` |
 
 Numbers are little-endian; scales stand before the values.
 """
@@ -18,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from kalm_integrations.core.passages import rotated
 from kalm_integrations.errors import CorruptEncodingError, NonFiniteScoreError
@@ -32,10 +32,9 @@ LARGEST = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class Codec:
-    """How states are written. `n_bytes` takes (n_states, width)."""
+    """How states are kept. `n_bytes` takes (n_states, width)."""
 
     n_bytes: Callable[[int, int], int]
-    write: Callable[[torch.Tensor], list[torch.Tensor]]
     read: Callable[[torch.Tensor, int, int], torch.Tensor]
 
 
@@ -47,17 +46,16 @@ def write_states(states: torch.Tensor, codec: str) -> tuple[str, bytes]:
     Raises:
         NonFiniteScoreError: a state is NaN, infinite, or beyond bf16 too.
     """
-    tensors = CODECS[codec].write(states)
-    if not _is_finite(tensors):
-        codec = "bf16"
-        tensors = CODECS[codec].write(states)
-        if not _is_finite(tensors):
-            msg = "states must be finite to be stored, but some are NaN or infinite; check the checkpoint, use dtype='float32'"
-            raise NonFiniteScoreError(msg)
-    return codec, b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
+    codec = SUCCESSORS.get(codec, codec)
+    for name in (codec, "bf16") if _is_finite([states]) else ():
+        tensors = WRITERS[name](states.detach())
+        if _is_finite(tensors):
+            return name, b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
+    msg = "states must be finite to be stored, but some are NaN or infinite; check the checkpoint, use dtype='float32'"
+    raise NonFiniteScoreError(msg)
 
 
-def read_states(payload: bytes, codec: str, n_states: int, width: int, limits: torch.Tensor | float = LARGEST) -> torch.Tensor:
+def read_states(payload: bytes, codec: str, n_states: int, width: int, limit: float = LARGEST) -> torch.Tensor:
     """Read what `write_states` wrote as float32 (n_states, width).
 
     The caller has checked that `payload` has `n_bytes(n_states, width)` bytes.
@@ -67,41 +65,30 @@ def read_states(payload: bytes, codec: str, n_states: int, width: int, limits: t
         codec: how they were written.
         n_states: how many states they hold.
         width: of a state.
-        limits: what no magnitude may exceed, see `state_limits`; without, the largest float.
+        limit: what no magnitude may exceed.
 
     Raises:
-        CorruptEncodingError: a state or a scale is not finite, or a state exceeds its limit.
+        CorruptEncodingError: a state or a scale is not finite, or a state exceeds the limit.
     """
     states = CODECS[codec].read(torch.frombuffer(bytearray(payload), dtype=torch.uint8), n_states, width)
-    check_limits(states, limits)
+    check_limit(states, limit)
     return states
 
 
-def check_limits(states: torch.Tensor, limits: torch.Tensor | float) -> None:
-    """Check that states are finite and within their limits.
+def check_limit(states: torch.Tensor, limit: float) -> None:
+    """Check that states are finite and within a limit.
 
     Raises:
         CorruptEncodingError: they are not.
     """
+    least, largest = states.aminmax()
     # NaN is not below anything, so that these comparisons find it too.
-    if not bool((states.amax(0) <= limits).all() and (states.amin(0) >= -limits).all()):
+    if not (largest.item() <= limit and least.item() >= -limit):
         msg = (
             "a passage encoding must hold finite numbers that its checkpoint's encoder can give, but a state or a scale is "
             "NaN, infinite or too large; encode it again"
         )
         raise CorruptEncodingError(msg)
-
-
-def state_limits(bound: torch.Tensor) -> torch.Tensor:
-    """Return how large states within a bound can be after their way through any codec. Shapes: (width,).
-
-    The room that is left is two roundings to bfloat16 and a whole step of int8 and of int4, whichever is larger: an encoding
-    may have been written with one codec, read, and written with another.
-    """
-    width = len(bound)
-    groups = F.pad(bound, (0, -width % INT4_GROUP)).view(-1, INT4_GROUP).amax(1) / 7
-    steps = torch.maximum(groups.repeat_interleave(INT4_GROUP)[:width], bound.amax() / 127)
-    return bound * (1 + 2.0**-6) + steps + torch.finfo(torch.float16).smallest_normal
 
 
 def _is_finite(tensors: list[torch.Tensor]) -> bool:
@@ -111,9 +98,12 @@ def _is_finite(tensors: list[torch.Tensor]) -> bool:
 def _float_codec(dtype: torch.dtype) -> Codec:
     return Codec(
         n_bytes=lambda n_states, width: n_states * width * dtype.itemsize,
-        write=lambda states: [states.to(dtype)],
         read=lambda data, n_states, width: data.view(dtype).view(n_states, width).float(),
     )
+
+
+def _write_float(dtype: torch.dtype, states: torch.Tensor) -> list[torch.Tensor]:
+    return [states.to(dtype)]
 
 
 def _quantize(groups: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,15 +127,6 @@ def _n_groups(width: int) -> int:
     return math.ceil(width / INT4_GROUP)
 
 
-def _write_int4(states: torch.Tensor) -> list[torch.Tensor]:
-    n_states, width = states.shape
-    n_groups = _n_groups(width)
-    groups = F.pad(states, (0, n_groups * INT4_GROUP - width)).view(n_states, n_groups, INT4_GROUP)
-    scales, values = _quantize(groups, 7)
-    nibbles = F.pad(values.view(n_states, -1)[:, :width], (0, width % 2)).view(torch.uint8) & 0x0F
-    return [scales, nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)]
-
-
 def _read_int4(data: torch.Tensor, n_states: int, width: int) -> torch.Tensor:
     n_groups = _n_groups(width)
     split = 2 * n_states * n_groups
@@ -158,20 +139,34 @@ def _read_int4(data: torch.Tensor, n_states: int, width: int) -> torch.Tensor:
 
 
 def _rotated_codec(bits: int) -> Codec:
-    def write(states: torch.Tensor) -> list[torch.Tensor]:
-        return [torch.from_numpy(part) for part in rotated.write(bits, states.numpy())]
-
     def read(data: torch.Tensor, n_states: int, width: int) -> torch.Tensor:
         return torch.from_numpy(rotated.read(bits, data.numpy(), n_states, width))
 
-    return Codec(functools.partial(rotated.n_bytes, bits), write, read)
+    return Codec(functools.partial(rotated.n_bytes, bits), read)
 
+
+def _write_rotated(bits: int, states: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.from_numpy(part) for part in rotated.write(bits, states.numpy())]
+
+
+_FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+EXACT_CODECS = tuple(_FLOATS)
+"""What is read of these is written as the same bytes."""
 
 CODECS: dict[str, Codec] = {
-    "fp32": _float_codec(torch.float32),
-    "fp16": _float_codec(torch.float16),
-    "bf16": _float_codec(torch.bfloat16),
-    "int8": Codec(lambda n, width: n * (width + 2), _write_int8, _read_int8),
+    **{name: _float_codec(dtype) for name, dtype in _FLOATS.items()},
+    "int8": Codec(lambda n, width: n * (width + 2), _read_int8),
     **{f"rot{bits}": _rotated_codec(bits) for bits in rotated.LEVELS},
-    "int4": Codec(lambda n, width: n * (-(-width // 2) + 2 * _n_groups(width)), _write_int4, _read_int4),
+    "int4": Codec(lambda n, width: n * (-(-width // 2) + 2 * _n_groups(width)), _read_int4),
 }
+"""All that can be read."""
+
+WRITERS: dict[str, Callable[[torch.Tensor], list[torch.Tensor]]] = {
+    **{name: functools.partial(_write_float, dtype) for name, dtype in _FLOATS.items()},
+    "int8": _write_int8,
+    **{f"rot{bits}": functools.partial(_write_rotated, bits) for bits in rotated.LEVELS},
+}
+"""States to the tensors whose bytes are the payload."""
+
+SUCCESSORS = {"int4": "rot4"}
+"""What is written of what can only be read: rot4 is smaller, and loses a third to a tenth as much."""

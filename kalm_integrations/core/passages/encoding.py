@@ -34,7 +34,7 @@ import pybase64
 import torch
 
 from kalm_integrations.core.model.pooling import n_pooled_states, repool_states
-from kalm_integrations.core.passages.codecs import CODECS, LARGEST, check_limits, read_states, write_states
+from kalm_integrations.core.passages.codecs import CODECS, EXACT_CODECS, LARGEST, check_limit, read_states, write_states
 from kalm_integrations.core.passages.guarded import store_errors
 from kalm_integrations.core.settings import MAX_TOKENS
 from kalm_integrations.core.text import without_surrogates
@@ -74,51 +74,81 @@ class Expected:
     width: int
     max_tokens: int
     """`max_passage_tokens`."""
-    limits: torch.Tensor
-    """The largest magnitudes of a state. Shape: (width,)."""
+    limit: float
+    """What no magnitude in a state may exceed."""
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedPassage:
-    """What the encoder left of a passage: pooled states, and where they come from."""
+    """What the encoder left of a passage: pooled states, and where they come from.
+
+    Raises:
+        CorruptEncodingError: no string could be read as this: a field has the wrong type or is out of range, or the shape of
+            the states is not that of the number of tokens and the ratio.
+    """
 
     states: torch.Tensor = field(repr=False)
-    """float32, on the CPU. Shape: (n_states, hidden)."""
+    """float32, on the CPU; they must not be changed in place. Shape: (n_states, hidden)."""
     n_tokens: int
     """Tokens of the passage after truncation; the last state may stand for fewer than the others."""
     compression_ratio: int
     """Tokens per state."""
     fingerprint: str
-    """What made the states: checkpoint and encoder settings."""
+    """What made the states: checkpoint and encoder settings. 32 hex digits."""
     text_hash: str
-    """Hash of the text the encoder read."""
+    """Hash of the text the encoder read. 32 hex digits."""
     codec: str
     """How `to_metadata` writes the states."""
-    # Not for `replace`: what has other states has another digest.
+    # Not for `replace`: what has other states has another digest and other bytes.
     _digest: str | None = field(default=None, init=False, repr=False)
+    _payload: bytes | None = field(default=None, init=False, repr=False)
+    """What the states were read from, where writing them again might give other bytes."""
+
+    def __post_init__(self) -> None:
+        """Check everything but the states' values, which are checked when they are used."""
+        states = self.states
+        is_plain = isinstance(states, torch.Tensor) and states.layout == torch.strided and states.device.type == "cpu"
+        if not is_plain or states.dtype != torch.float32 or states.ndim != 2:
+            _refuse("have as states a float32 tensor on the CPU of shape (n_states, hidden)")
+        _check_fields(self._fields(self.codec))
 
     @property
     def digest(self) -> str:
-        """Hash (BLAKE2b, in hex) that names the states, together with text and ratio; they must not be changed in place.
+        """Hash (BLAKE2b, in hex) that names the states, together with text and ratio.
 
-        What was read from a string has the checksum that came with its payload, so that nothing is hashed a second time.
+        What was or will be stored has the checksum of its string, so that nothing is hashed a second time, and what is kept of
+        an encoding that was just made serves the one that is read back.
         """
         if self._digest is not None:
             return self._digest
-        states = self.states.detach().cpu().contiguous()
-        hashed = hashlib.blake2b(_json([self.n_tokens, self.compression_ratio, *states.shape]), digest_size=16)
-        hashed.update(states.view(torch.uint8).numpy().data)
-        return _with_digest(self, hashed.hexdigest()).digest
+        hashed = hashlib.blake2b(_json([self.n_tokens, self.compression_ratio, *self.states.shape]), digest_size=16)
+        hashed.update(self.states.detach().contiguous().view(torch.uint8).numpy().data)
+        return _noted(self, hashed.hexdigest()).digest
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the states in memory."""
-        return self.states.nbytes
+        """Bytes in memory, of the states and of what they were read from."""
+        return self.states.nbytes + len(self._payload or b"")
+
+    def as_stored(self) -> EncodedPassage:
+        """Return the encoding as it is found after it was stored: its states have made the way through the codec.
+
+        Its string is the same however often it is read and written. States that overflow fp16 are found as bf16.
+
+        Raises:
+            NonFiniteScoreError: a state is NaN or infinite.
+        """
+        if self._payload is not None:
+            return self
+        codec, payload = write_states(self.states, self.codec)
+        stored = replace(self, states=read_states(payload, codec, *self.states.shape), codec=codec)
+        return _noted(stored, _checksum(stored._fields(codec), payload).hex(), payload)
 
     def to_metadata(self, payload_store: MutableMapping[str, bytes] | None = None) -> str:
         """Return the encoding as one ASCII string, to be stored under `kalm_encoding`.
 
-        Lossy for every codec but fp32. States that overflow fp16 are written as bf16.
+        Lossy for every codec but fp32, except for what was read or is `as_stored`. States that overflow fp16 are written as
+        bf16, and what is only read by now, int4, as its successor.
 
         Args:
             payload_store: if given, the payload goes there and the string only refers to it.
@@ -128,7 +158,7 @@ class EncodedPassage:
             NonFiniteScoreError: a state is NaN or infinite.
             StoreError: the payload could not be written.
         """
-        codec, payload = write_states(self.states, self.codec)
+        codec, payload = self._written()
         fields = self._fields(codec)
         if payload_store is not None:
             with store_errors("payload_store", payload_store):
@@ -182,33 +212,25 @@ class EncodedPassage:
             case _:
                 _refuse(f"look like {PREFIX}.<header>.<payload>, but got {value[:24]!r}")
         n_states, width = fields["s"]
-        limits = LARGEST if expected is None else expected.limits
-        states = read_states(payload, fields["c"], n_states, width, limits)
-        return _with_digest(cls(states, fields["n"], fields["r"], fields["fp"], fields["th"], fields["c"]), digest)
+        limit = LARGEST if expected is None else expected.limit
+        states = read_states(payload, fields["c"], n_states, width, limit)
+        return _noted(cls(states, fields["n"], fields["r"], fields["fp"], fields["th"], fields["c"]), digest, payload)
 
     def check(self, expected: Expected) -> None:
         """Check an object that somebody may have put together.
 
         Raises:
             StaleEncodingError: another checkpoint or encoder setting made it.
-            CorruptEncodingError: a field breaks a rule, or what is expected cannot have made the states.
+            CorruptEncodingError: what is expected cannot have made it.
         """
-        states, n_tokens, ratio = self.states, self.n_tokens, self.compression_ratio
-        if not isinstance(self.text_hash, str) or not isinstance(self.codec, str) or self.codec not in CODECS:
-            _refuse(f"have a string as text_hash and a codec out of {', '.join(CODECS)}")
-        if not all(type(number) is int and 1 <= number <= MAX_TOKENS for number in (n_tokens, ratio)):
-            _refuse(f"have whole numbers between 1 and {MAX_TOKENS} as n_tokens and compression_ratio")
-        is_plain = isinstance(states, torch.Tensor) and states.layout == torch.strided and states.device.type == "cpu"
-        if not is_plain or states.dtype != torch.float32 or states.ndim != 2:
-            _refuse("have as states a float32 tensor on the CPU of shape (n_states, hidden)")
         _check_expected(self._fields(self.codec), expected)
-        n_states = n_pooled_states(n_tokens, ratio)
-        if len(states) != n_states:
-            _refuse(f"have ceil(n_tokens / compression_ratio) states, {n_states}, but has {len(states)}")
-        check_limits(states, expected.limits)
+        check_limit(self.states, expected.limit)
 
     def pool(self, ratio: int) -> EncodedPassage:
-        """Return the encoding at a coarser compression ratio, exactly as if it had been encoded at it.
+        """Return the encoding at a coarser compression ratio, of the same codec.
+
+        In fp32 these are the states that encoding at this ratio gives, up to rounding (1e-6). Of another codec they are means
+        of what it kept, which it has not rounded yet: as a rule nearer to the encoder's than what is stored at this ratio.
 
         Raises:
             SettingsError: `ratio` is not a multiple of the present one, or larger than the format allows.
@@ -219,12 +241,16 @@ class EncodedPassage:
             raise SettingsError(msg)
         states = repool_states(self.states, self.n_tokens, self.compression_ratio, ratio)
         # The digest of what was pooled will do, beside the ratio: it is known already where a string was read.
-        return _with_digest(replace(self, states=states, compression_ratio=ratio), self.digest)
+        return _noted(replace(self, states=states, compression_ratio=ratio), self.digest)
 
     def metadata_length(self) -> int:
         """Return the length of `to_metadata()` in characters."""
-        codec, payload = write_states(self.states, self.codec)
+        codec, payload = self._written()
         return len(PREFIX) + len(_write_header(self._fields(codec))) + _base64_length(len(payload)) + 2
+
+    def _written(self) -> tuple[str, bytes]:
+        """Return a codec and a payload."""
+        return write_states(self.states, self.codec) if self._payload is None else (self.codec, self._payload)
 
     def _fields(self, codec: str) -> dict[str, Any]:
         shape = [int(size) for size in self.states.shape]
@@ -232,9 +258,11 @@ class EncodedPassage:
         return dict(zip(_HEADER_KEYS, values, strict=False))
 
 
-def _with_digest(encoding: EncodedPassage, digest: str) -> EncodedPassage:
-    """Note an encoding's digest on it."""
+def _noted(encoding: EncodedPassage, digest: str, payload: bytes | None = None) -> EncodedPassage:
+    """Note on an encoding its digest, and what it was read from if its codec needs it to write the same again."""
     object.__setattr__(encoding, "_digest", digest)
+    if encoding.codec not in EXACT_CODECS:
+        object.__setattr__(encoding, "_payload", payload)
     return encoding
 
 
@@ -317,22 +345,32 @@ def _read_header(text: str) -> dict[str, Any]:
         _refuse(f"have a JSON header, but it cannot be read ({error})", error)
     if not isinstance(fields, dict) or tuple(fields) != _HEADER_KEYS:
         _refuse(f"have a header with the keys {', '.join(_HEADER_KEYS)}")
-    for key, digits in (("fp", 32), ("th", 32), ("x", 16)):
-        if not isinstance(fields[key], str) or not re.fullmatch(rf"[0-9a-f]{{{digits}}}", fields[key]):
-            _refuse(f"have {digits} hex digits as {key!r}")
-    shape = fields["s"]
+    _check_hex(fields, "x", 16)
+    _check_fields(fields)
+    return fields
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    """Check all fields but the checksum."""
+    for key in ("fp", "th"):
+        _check_hex(fields, key, 32)
+    n_tokens, ratio, shape = fields["n"], fields["r"], fields["s"]
     # bool is an int to isinstance, so types are compared.
     is_shape = isinstance(shape, list) and len(shape) == 2
-    if not is_shape or any(type(size) is not int for size in (*shape, fields["n"], fields["r"])):
+    if not is_shape or any(type(size) is not int for size in (*shape, n_tokens, ratio)):
         _refuse("have whole numbers as 'n', 'r' and the two entries of 's'")
-    n_tokens, ratio, (n_states, width) = fields["n"], fields["r"], shape
+    n_states, width = shape
     if not (1 <= n_tokens <= MAX_TOKENS and 1 <= ratio <= MAX_TOKENS and 1 <= width <= MAX_TOKENS):
         _refuse(f"have 'n', 'r' and width between 1 and {MAX_TOKENS}")
     if n_states != n_pooled_states(n_tokens, ratio):
         _refuse(f"have ceil(n / r) states, but {n_states} are not that for n={n_tokens}, r={ratio}")
     if not isinstance(fields["c"], str) or fields["c"] not in CODECS:
         _refuse(f"have a codec out of {', '.join(CODECS)}, but got {str(fields['c'])[:16]!r}")
-    return fields
+
+
+def _check_hex(fields: dict[str, Any], key: str, digits: int) -> None:
+    if not isinstance(fields[key], str) or not re.fullmatch(rf"[0-9a-f]{{{digits}}}", fields[key]):
+        _refuse(f"have {digits} hex digits as {key!r}")
 
 
 def _json(facts: object) -> bytes:

@@ -1,8 +1,8 @@
 """A fixed rotation that spreads what a few channels hold over all of them. NumPy only; `docs/format.md` specifies it.
 
-Sign flips, Hadamard blocks, an exchange between the blocks, sign flips, Hadamard blocks. Nothing is divided on the way, so that
-whole numbers stay whole: the inverse of rotated levels is exact in float32, whatever the order of the sums, and gives the same
-bits in every implementation.
+Sign flips, Hadamard blocks, an exchange between the blocks, sign flips, Hadamard blocks. Nothing is divided on the way, so
+that whole numbers stay whole: the inverse of rotated levels is exact in float32, whatever the order of the sums, and gives the
+same bits in every implementation.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Rotation:
         return spare
 
     def undo(self, rotated: Floats) -> Floats:
-        """Return the states (n, width) that `rotate` made this of, times the square of `block`; what was given is overwritten."""
+        """Return the states (n, width) that `rotate` made this of, times the square of `block`; overwrites what is given."""
         spare = np.empty_like(rotated)
         self._transform(rotated, spare)
         rotated *= self.second_signs
@@ -96,4 +96,3 @@ def _hadamard(size: int) -> Floats:
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     return np.ascontiguousarray(matrix)
-
