@@ -31,6 +31,7 @@ def info(
     facts = {
         "model": model,
         "folder": str(checkpoint.folder),
+        "checkpoint": checkpoint.identity,
         "fingerprint": reranker.fingerprint,
         "encoder_layers": len(checkpoint.encoder_config.layer_types),
         "decoder_layers": len(checkpoint.decoder_config.layer_types),

@@ -87,8 +87,8 @@ class KalmReranker(Reranker):
             dtype: "float32" or "bfloat16"; None takes bfloat16 on CUDA and float32 elsewhere.
             compression_ratio: encoder tokens per stored state (the paper's MEP factor, `chunk_size` upstream); 4 by
                 default. A finer stored encoding is pooled to it, a coarser one is used as it is.
-            storage_codec: how states are stored: fp32, fp16, bf16, int8, rot4, rot3 or rot2. What is encoded goes through it at
-                once, so that a passage scores the same before and after it was stored; fp32 changes nothing.
+            storage_codec: how states are stored: fp32, fp16, bf16, int8, rot4, rot3 or rot2. What is encoded goes through it
+                at once, so that a passage scores the same before and after it was stored; fp32 changes nothing.
             max_inline_bytes: if set, `encode_passages` chooses for each passage the finest ratio whose metadata string is not
                 longer.
             storage_mode: "inline" puts encodings into the metadata string, "reference" puts them into `payload_store` and a

@@ -32,7 +32,7 @@ MAX_TOKENS = 2**17
 CODEC_NAMES = ("fp32", "fp16", "bf16", "int8", "rot4", "rot3", "rot2")
 """How states are written; see `passages.codecs`."""
 
-DEFAULT_CODEC = "fp16"
+DEFAULT_CODEC = "rot4"
 
 DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 """What a run may be computed in, and torch's name for it."""

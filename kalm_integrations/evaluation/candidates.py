@@ -118,7 +118,8 @@ def check_ratios_and_codecs(reranker: KalmReranker, ratios: Sequence[int], codec
     """Check what to score at, before any work.
 
     Raises:
-        SettingsError: the reranker rounds what it encodes, a list is empty, a ratio is no multiple of the reranker's, or a codec is unknown.
+        SettingsError: the reranker rounds what it encodes, a list is empty, a ratio is no multiple of the reranker's, or a
+            codec is unknown.
     """
     if reranker.storage_codec != EXACT:
         msg = f"codecs are measured from storage_codec={EXACT!r}, but the reranker's is {reranker.storage_codec!r}"

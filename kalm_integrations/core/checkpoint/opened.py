@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from kalm_integrations.core.checkpoint.locate import DEFAULTS_FILE, TOKENIZER_FILES
 from kalm_integrations.core.checkpoint.stamps import OpenFiles, hash_file
 from kalm_integrations.core.checkpoint.t5gemma2 import (
-    CONFIG_FIELDS,
     EMBEDDING_TENSORS,
     check_shape,
+    identity_facts,
     side_tensors,
     stack_config,
     stack_weights,
@@ -59,7 +59,7 @@ class Checkpoint:
     decoder_config: StackConfig
     defaults: CheckpointDefaults
     is_tied: bool
-    _encoder_fields: Mapping[str, Any]
+    _encoder_facts: Mapping[str, Any]
     _reader: TensorReader
     _opened: OpenFiles
     """Configuration and tokenizer; the reader knows the weights."""
@@ -94,7 +94,7 @@ class Checkpoint:
             text, end_of_image = config.encoder.text_config, config.encoder.eoi_token_index
             encoder_config = stack_config(text, end_of_image, path)
             decoder_config = stack_config(config.decoder, end_of_image, path)
-            encoder_fields = {**{field: getattr(text, field) for field in CONFIG_FIELDS}, "eoi_token_index": end_of_image}
+            encoder_facts = identity_facts(text, encoder_config)
         except InvalidCheckpointError:
             raise
         except Exception as error:  # transformers raises its own validation classes here, and values can be anything
@@ -106,7 +106,7 @@ class Checkpoint:
             decoder_config=decoder_config,
             defaults=_read_defaults(folder / DEFAULTS_FILE),
             is_tied=bool(config.tie_word_embeddings),
-            _encoder_fields=encoder_fields,
+            _encoder_facts=encoder_facts,
             _reader=TensorReader.open(folder),
             _opened=opened,
         )
@@ -125,7 +125,7 @@ class Checkpoint:
         parts = {
             "weights": self._reader.hashes(),
             "tokenizer": {path.name: hash_file(path) for path in tokenizer if path.is_file()},
-            "config": dict(self._encoder_fields),
+            "config": dict(self._encoder_facts),
         }
         self._opened.check()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

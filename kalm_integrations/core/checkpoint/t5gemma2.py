@@ -40,23 +40,6 @@ LAYER_TENSORS: dict[str, tuple[str, ...]] = {
 EMBEDDING_TENSORS = ("embed_tokens.weight", "embed_tokens.eoi_embedding")
 """The encoder's, which the decoder and the output projection share."""
 
-CONFIG_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_activation",
-    "rms_norm_eps",
-    "query_pre_attn_scalar",
-    "sliding_window",
-    "layer_types",
-    "rope_parameters",
-)
-"""Encoder fields that change an encoding; they enter the fingerprint."""
-
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 MAX_WIDTH = 2**20
@@ -64,8 +47,23 @@ MAX_WIDTH = 2**20
 
 MAX_TOKEN_ID = 2**31
 
-STATIC_ROPES = ("default", "linear", "llama3", "yarn")
-"""RoPE types whose frequencies do not depend on the length of the input."""
+STATIC_ROPES = {
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "llama3": ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "rope_theta",
+        "factor",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "original_max_position_embeddings",
+        "truncate",
+    ),
+}
+"""RoPE types whose frequencies do not depend on the length of the input, and the numbers that they depend on."""
 
 
 def stack_weights(
@@ -190,6 +188,29 @@ def stack_config(config: Any, eoi_token_id: int, path: Path) -> StackConfig:
         eoi_token_id=eoi_token_id,
         logit_softcap=config.final_logit_softcapping if hasattr(config, "final_logit_softcapping") else None,
     )
+
+
+def identity_facts(config: Any, stack: StackConfig) -> dict[str, Any]:
+    """Return what a side's configuration adds to a checkpoint's identity: all that changes its states.
+
+    The names are ours and the numbers are text, so that a release of transformers that adds defaults to its configurations, or
+    reads a number as another type, changes nothing here.
+
+    Args:
+        config: what transformers makes of that side's part of config.json.
+        stack: what `stack_config` made of it.
+    """
+    facts = {name: value for name, value in vars(stack).items() if name not in ("ropes", "logit_softcap")}
+    for kind in sorted(stack.ropes):
+        parameters = config.rope_parameters[kind]
+        names = STATIC_ROPES[parameters["rope_type"]]
+        numbers = {name: parameters[name] for name in names if parameters.get(name) is not None}
+        facts[kind] = {"rope_type": parameters["rope_type"], **{name: _text(number) for name, number in numbers.items()}}
+    return {name: _text(value) if isinstance(value, float) else value for name, value in facts.items()}
+
+
+def _text(number: float) -> str:
+    return f"{number:.9g}"
 
 
 def _rope(config: Any, kind: str, path: Path) -> Rope:

@@ -25,31 +25,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any
 
-import pybase64
 import torch
 
-from kalm_integrations.core.model.pooling import n_pooled_states, repool_states
+from kalm_integrations.core.model.pooling import repool_states
 from kalm_integrations.core.passages.codecs import CODECS, EXACT_CODECS, LARGEST, check_limit, read_states, write_states
 from kalm_integrations.core.passages.guarded import store_errors
+from kalm_integrations.core.passages.header import (
+    CHECKSUM_BYTES,
+    HEADER_KEYS,
+    base64_length,
+    check_fields,
+    check_header,
+    checksum,
+    from_base64,
+    read_header,
+    refuse,
+    to_base64,
+    to_json,
+    without_checksum,
+    write_header,
+)
 from kalm_integrations.core.settings import MAX_TOKENS
 from kalm_integrations.core.text import without_surrogates
 from kalm_integrations.core.types import plain, shown
-from kalm_integrations.errors import CorruptEncodingError, EncodingTooLargeError, SettingsError, StaleEncodingError
+from kalm_integrations.errors import EncodingTooLargeError, SettingsError, StaleEncodingError
 
 PREFIX = "kalm1"
 REFERENCE_PREFIX = "kalm1r"
 
 MAX_VALUE_CHARS = 64 * 2**20
 """Longer values are refused unread: 1,024 tokens of the widest model in fp32 at ratio 1 take 14 MB."""
-MAX_HEADER_CHARS = 1024
-
-_HEADER_KEYS = ("fp", "th", "n", "r", "s", "c", "x")
-_CHECKSUM_BYTES = 8
 
 
 def hash_text(text: str) -> str:
@@ -109,8 +118,8 @@ class EncodedPassage:
         states = self.states
         is_plain = isinstance(states, torch.Tensor) and states.layout == torch.strided and states.device.type == "cpu"
         if not is_plain or states.dtype != torch.float32 or states.ndim != 2:
-            _refuse("have as states a float32 tensor on the CPU of shape (n_states, hidden)")
-        _check_fields(self._fields(self.codec))
+            refuse("have as states a float32 tensor on the CPU of shape (n_states, hidden)")
+        check_fields(self._fields(self.codec))
 
     @property
     def digest(self) -> str:
@@ -121,7 +130,7 @@ class EncodedPassage:
         """
         if self._digest is not None:
             return self._digest
-        hashed = hashlib.blake2b(_json([self.n_tokens, self.compression_ratio, *self.states.shape]), digest_size=16)
+        hashed = hashlib.blake2b(to_json([self.n_tokens, self.compression_ratio, *self.states.shape]), digest_size=16)
         hashed.update(self.states.detach().contiguous().view(torch.uint8).numpy().data)
         return _noted(self, hashed.hexdigest()).digest
 
@@ -142,7 +151,7 @@ class EncodedPassage:
             return self
         codec, payload = write_states(self.states, self.codec)
         stored = replace(self, states=read_states(payload, codec, *self.states.shape), codec=codec)
-        return _noted(stored, _checksum(stored._fields(codec), payload).hex(), payload)
+        return _noted(stored, checksum(stored._fields(codec), payload).hex(), payload)
 
     def to_metadata(self, payload_store: MutableMapping[str, bytes] | None = None) -> str:
         """Return the encoding as one ASCII string, to be stored under `kalm_encoding`.
@@ -162,9 +171,9 @@ class EncodedPassage:
         fields = self._fields(codec)
         if payload_store is not None:
             with store_errors("payload_store", payload_store):
-                payload_store[_payload_key(fields)] = _checksum(fields, payload) + payload
-            return f"{REFERENCE_PREFIX}.{_write_header(fields)}"
-        value = f"{PREFIX}.{_write_header(fields, payload)}.{_to_base64(payload)}"
+                payload_store[_payload_key(fields)] = checksum(fields, payload) + payload
+            return f"{REFERENCE_PREFIX}.{write_header(fields)}"
+        value = f"{PREFIX}.{write_header(fields, payload)}.{to_base64(payload)}"
         if len(value) > MAX_VALUE_CHARS:
             msg = (
                 f"an encoding must have at most {MAX_VALUE_CHARS} characters, but this one has {len(value)}; pool it, use a "
@@ -191,26 +200,26 @@ class EncodedPassage:
             StoreError: the payload store failed.
         """
         if not isinstance(value, str):
-            _refuse(f"be a string, but got {type(value).__name__}")
+            refuse(f"be a string, but got {type(value).__name__}")
         if len(value) > MAX_VALUE_CHARS:
-            _refuse(f"have at most {MAX_VALUE_CHARS} characters, but got {len(value)}")
+            refuse(f"have at most {MAX_VALUE_CHARS} characters, but got {len(value)}")
         match value.split(".", 3):
             case [prefix, header, body] if prefix == PREFIX:
-                fields = _read_header(header)
+                fields = read_header(header)
                 # Sizes first: nothing is allocated for a payload that does not have the length its header claims.
-                if len(body) != _base64_length(_n_bytes(fields)):
-                    _refuse(f"hold {_n_bytes(fields)} bytes of payload, but has {len(body)} base64 characters")
+                if len(body) != base64_length(_n_bytes(fields)):
+                    refuse(f"hold {_n_bytes(fields)} bytes of payload, but has {len(body)} base64 characters")
                 _check_expected(fields, expected)
-                payload = _from_base64(body)
-                _check_header(fields, header, payload)
+                payload = from_base64(body)
+                check_header(fields, header, payload)
                 digest = fields["x"]
             case [prefix, header] if prefix == REFERENCE_PREFIX:
-                fields = _read_header(header)
-                _check_header(fields, header)
+                fields = read_header(header)
+                check_header(fields, header)
                 _check_expected(fields, expected)
                 digest, payload = _fetch_payload(fields, payload_store)
             case _:
-                _refuse(f"look like {PREFIX}.<header>.<payload>, but got {value[:24]!r}")
+                refuse(f"look like {PREFIX}.<header>.<payload>, but got {value[:24]!r}")
         n_states, width = fields["s"]
         limit = LARGEST if expected is None else expected.limit
         states = read_states(payload, fields["c"], n_states, width, limit)
@@ -246,7 +255,7 @@ class EncodedPassage:
     def metadata_length(self) -> int:
         """Return the length of `to_metadata()` in characters."""
         codec, payload = self._written()
-        return len(PREFIX) + len(_write_header(self._fields(codec))) + _base64_length(len(payload)) + 2
+        return len(PREFIX) + len(write_header(self._fields(codec))) + base64_length(len(payload)) + 2
 
     def _written(self) -> tuple[str, bytes]:
         """Return a codec and a payload."""
@@ -255,7 +264,7 @@ class EncodedPassage:
     def _fields(self, codec: str) -> dict[str, Any]:
         shape = [int(size) for size in self.states.shape]
         values = (self.fingerprint, self.text_hash, self.n_tokens, self.compression_ratio, shape, codec)
-        return dict(zip(_HEADER_KEYS, values, strict=False))
+        return dict(zip(HEADER_KEYS, values, strict=False))
 
 
 def _noted(encoding: EncodedPassage, digest: str, payload: bytes | None = None) -> EncodedPassage:
@@ -278,29 +287,7 @@ def _check_expected(fields: dict[str, Any], expected: Expected | None) -> None:
         )
         raise StaleEncodingError(msg)
     if fields["n"] > expected.max_tokens:
-        _refuse(f"be of at most max_passage_tokens={expected.max_tokens} tokens, but has {fields['n']}")
-
-
-def _checksum(fields: dict[str, Any], payload: bytes) -> bytes:
-    """Return the BLAKE2b of the fields without checksum and of the payload."""
-    digest = hashlib.blake2b(_json(fields), digest_size=_CHECKSUM_BYTES)
-    digest.update(payload)
-    return digest.digest()
-
-
-def _write_header(fields: dict[str, Any], payload: bytes = b"") -> str:
-    """Return the header for fields without checksum, adding it; a reference's does not cover the payload."""
-    return _to_base64(_json({**fields, "x": _checksum(fields, payload).hex()}))
-
-
-def _check_header(fields: dict[str, Any], header: str, payload: bytes = b"") -> None:
-    """Compare a header with the one that its fields and the payload give, character by character."""
-    if _write_header(_without_checksum(fields), payload) != header:
-        _refuse("match its checksum, but it does not: a character was changed")
-
-
-def _without_checksum(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: fields[key] for key in _HEADER_KEYS[:-1]}
+        refuse(f"be of at most max_passage_tokens={expected.max_tokens} tokens, but has {fields['n']}")
 
 
 def _fetch_payload(fields: dict[str, Any], store: Mapping[str, bytes] | None) -> tuple[str, bytes]:
@@ -312,12 +299,12 @@ def _fetch_payload(fields: dict[str, Any], store: Mapping[str, bytes] | None) ->
             entry = store.get(key)
     if not isinstance(entry, bytes):
         where = "no payload_store was given" if store is None else "the payload_store does not have it"
-        _refuse(f"have its payload under {key!r}, but {where}")
-    if len(entry) != _CHECKSUM_BYTES + _n_bytes(fields):
-        _refuse(f"have an entry of {_CHECKSUM_BYTES + _n_bytes(fields)} bytes in the payload_store, but has {len(entry)}")
-    checksum, payload = entry[:_CHECKSUM_BYTES], entry[_CHECKSUM_BYTES:]
-    if checksum != _checksum(_without_checksum(fields), payload):
-        _refuse("have a payload that matches its checksum, but the one in the payload_store does not")
+        refuse(f"have its payload under {key!r}, but {where}")
+    if len(entry) != CHECKSUM_BYTES + _n_bytes(fields):
+        refuse(f"have an entry of {CHECKSUM_BYTES + _n_bytes(fields)} bytes in the payload_store, but has {len(entry)}")
+    checksum, payload = entry[:CHECKSUM_BYTES], entry[CHECKSUM_BYTES:]
+    if checksum != checksum(without_checksum(fields), payload):
+        refuse("have a payload that matches its checksum, but the one in the payload_store does not")
     return checksum.hex(), payload
 
 
@@ -328,77 +315,3 @@ def _payload_key(fields: dict[str, Any]) -> str:
 
 def _n_bytes(fields: dict[str, Any]) -> int:
     return CODECS[fields["c"]].n_bytes(*fields["s"])
-
-
-def _base64_length(n_bytes: int) -> int:
-    return (n_bytes * 4 + 2) // 3
-
-
-def _read_header(text: str) -> dict[str, Any]:
-    """Parse a header and check every field; nothing is allocated from them here."""
-    if len(text) > MAX_HEADER_CHARS:
-        _refuse(f"have a header of at most {MAX_HEADER_CHARS} characters, but got {len(text)}")
-    data = _from_base64(text)
-    try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        _refuse(f"have a JSON header, but it cannot be read ({error})", error)
-    if not isinstance(fields, dict) or tuple(fields) != _HEADER_KEYS:
-        _refuse(f"have a header with the keys {', '.join(_HEADER_KEYS)}")
-    _check_hex(fields, "x", 16)
-    _check_fields(fields)
-    return fields
-
-
-def _check_fields(fields: dict[str, Any]) -> None:
-    """Check all fields but the checksum."""
-    for key in ("fp", "th"):
-        _check_hex(fields, key, 32)
-    n_tokens, ratio, shape = fields["n"], fields["r"], fields["s"]
-    # bool is an int to isinstance, so types are compared.
-    is_shape = isinstance(shape, list) and len(shape) == 2
-    if not is_shape or any(type(size) is not int for size in (*shape, n_tokens, ratio)):
-        _refuse("have whole numbers as 'n', 'r' and the two entries of 's'")
-    n_states, width = shape
-    if not (1 <= n_tokens <= MAX_TOKENS and 1 <= ratio <= MAX_TOKENS and 1 <= width <= MAX_TOKENS):
-        _refuse(f"have 'n', 'r' and width between 1 and {MAX_TOKENS}")
-    if n_states != n_pooled_states(n_tokens, ratio):
-        _refuse(f"have ceil(n / r) states, but {n_states} are not that for n={n_tokens}, r={ratio}")
-    if not isinstance(fields["c"], str) or fields["c"] not in CODECS:
-        _refuse(f"have a codec out of {', '.join(CODECS)}, but got {str(fields['c'])[:16]!r}")
-
-
-def _check_hex(fields: dict[str, Any], key: str, digits: int) -> None:
-    if not isinstance(fields[key], str) or not re.fullmatch(rf"[0-9a-f]{{{digits}}}", fields[key]):
-        _refuse(f"have {digits} hex digits as {key!r}")
-
-
-def _json(facts: object) -> bytes:
-    return json.dumps(facts, separators=(",", ":")).encode()
-
-
-def _to_base64(data: bytes) -> str:
-    return pybase64.b64encode(data, altchars=b"-_").rstrip(b"=").decode("ascii")
-
-
-def _from_base64(text: str) -> bytes:
-    """Decode base64url without padding.
-
-    Raises:
-        CorruptEncodingError: `_to_base64` does not write this.
-    """
-    # The decoder would take the other alphabet, too, and any value of the unused bits of the last character.
-    if "+" in text or "/" in text:
-        _refuse("be base64url, but it has a '+' or a '/'")
-    try:
-        data = pybase64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-    except ValueError as error:
-        _refuse(f"be base64url, but it cannot be read ({error})", error)
-    if _to_base64(data) != text:
-        _refuse("be canonical base64url, but it is spelled in another way")
-    return data
-
-
-def _refuse(rule: str, cause: Exception | None = None) -> NoReturn:
-    msg = f"a passage encoding must {rule}; encode the passage again"
-    raise CorruptEncodingError(msg) from cause

@@ -1,0 +1,124 @@
+"""The header of an encoding's string: its fields, their checks, its checksum, and base64. `docs/format.md` specifies it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any, NoReturn
+
+import pybase64
+
+from kalm_integrations.core.model.pooling import n_pooled_states
+from kalm_integrations.core.passages.codecs import CODECS
+from kalm_integrations.core.settings import MAX_TOKENS
+from kalm_integrations.errors import CorruptEncodingError
+
+MAX_HEADER_CHARS = 1024
+HEADER_KEYS = ("fp", "th", "n", "r", "s", "c", "x")
+CHECKSUM_BYTES = 8
+
+
+def checksum(fields: dict[str, Any], payload: bytes) -> bytes:
+    """Return the BLAKE2b of the fields without checksum and of the payload."""
+    digest = hashlib.blake2b(to_json(fields), digest_size=CHECKSUM_BYTES)
+    digest.update(payload)
+    return digest.digest()
+
+
+def write_header(fields: dict[str, Any], payload: bytes = b"") -> str:
+    """Return the header for fields without checksum, adding it; a reference's does not cover the payload."""
+    return to_base64(to_json({**fields, "x": checksum(fields, payload).hex()}))
+
+
+def check_header(fields: dict[str, Any], header: str, payload: bytes = b"") -> None:
+    """Compare a header with the one that its fields and the payload give, character by character."""
+    if write_header(without_checksum(fields), payload) != header:
+        refuse("match its checksum, but it does not: a character was changed")
+
+
+def without_checksum(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that the checksum covers."""
+    return {key: fields[key] for key in HEADER_KEYS[:-1]}
+
+
+def base64_length(n_bytes: int) -> int:
+    """Return how many characters bytes take."""
+    return (n_bytes * 4 + 2) // 3
+
+
+def read_header(text: str) -> dict[str, Any]:
+    """Parse a header and check every field; nothing is allocated from them here."""
+    if len(text) > MAX_HEADER_CHARS:
+        refuse(f"have a header of at most {MAX_HEADER_CHARS} characters, but got {len(text)}")
+    data = from_base64(text)
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        refuse(f"have a JSON header, but it cannot be read ({error})", error)
+    if not isinstance(fields, dict) or tuple(fields) != HEADER_KEYS:
+        refuse(f"have a header with the keys {', '.join(HEADER_KEYS)}")
+    _check_hex(fields, "x", 16)
+    check_fields(fields)
+    return fields
+
+
+def check_fields(fields: dict[str, Any]) -> None:
+    """Check all fields but the checksum."""
+    for key in ("fp", "th"):
+        _check_hex(fields, key, 32)
+    n_tokens, ratio, shape = fields["n"], fields["r"], fields["s"]
+    # bool is an int to isinstance, so types are compared.
+    is_shape = isinstance(shape, list) and len(shape) == 2
+    if not is_shape or any(type(size) is not int for size in (*shape, n_tokens, ratio)):
+        refuse("have whole numbers as 'n', 'r' and the two entries of 's'")
+    n_states, width = shape
+    if not (1 <= n_tokens <= MAX_TOKENS and 1 <= ratio <= MAX_TOKENS and 1 <= width <= MAX_TOKENS):
+        refuse(f"have 'n', 'r' and width between 1 and {MAX_TOKENS}")
+    if n_states != n_pooled_states(n_tokens, ratio):
+        refuse(f"have ceil(n / r) states, but {n_states} are not that for n={n_tokens}, r={ratio}")
+    if not isinstance(fields["c"], str) or fields["c"] not in CODECS:
+        refuse(f"have a codec out of {', '.join(CODECS)}, but got {str(fields['c'])[:16]!r}")
+
+
+def _check_hex(fields: dict[str, Any], key: str, digits: int) -> None:
+    if not isinstance(fields[key], str) or not re.fullmatch(rf"[0-9a-f]{{{digits}}}", fields[key]):
+        refuse(f"have {digits} hex digits as {key!r}")
+
+
+def to_json(facts: object) -> bytes:
+    """Return facts as JSON without white space."""
+    return json.dumps(facts, separators=(",", ":")).encode()
+
+
+def to_base64(data: bytes) -> str:
+    """Return bytes as base64url without padding."""
+    return pybase64.b64encode(data, altchars=b"-_").rstrip(b"=").decode("ascii")
+
+
+def from_base64(text: str) -> bytes:
+    """Decode base64url without padding.
+
+    Raises:
+        CorruptEncodingError: `to_base64` does not write this.
+    """
+    # The decoder would take the other alphabet, too, and any value of the unused bits of the last character.
+    if "+" in text or "/" in text:
+        refuse("be base64url, but it has a '+' or a '/'")
+    try:
+        data = pybase64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except ValueError as error:
+        refuse(f"be base64url, but it cannot be read ({error})", error)
+    if to_base64(data) != text:
+        refuse("be canonical base64url, but it is spelled in another way")
+    return data
+
+
+def refuse(rule: str, cause: Exception | None = None) -> NoReturn:
+    """Refuse an encoding that breaks a rule.
+
+    Raises:
+        CorruptEncodingError: always.
+    """
+    msg = f"a passage encoding must {rule}; encode the passage again"
+    raise CorruptEncodingError(msg) from cause
