@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--collection", type=Path, help="BEIR folder with the passages")
     parser.add_argument("--passages", type=int, default=80, help="how many, taken evenly from the collection (default: 80)")
     parser.add_argument("--render", action="store_true", help="only write the tables of docs/compression.md")
-    options = trials.parse(parser, arguments)
+    options = parser.parse_args(arguments)
     if options.render:
         PAGE.write_text(updated(PAGE, options.output), encoding="utf-8")
         return
