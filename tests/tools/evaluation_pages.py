@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,19 @@ def read(name: str) -> dict[str, Any]:
 
 def updated(page: Path) -> str:
     """Return a page with its tables as the figures make them."""
+    return filled(page, "tools.evaluation_pages", TABLES)
+
+
+def filled(page: Path, command: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """Return a page whose tables of one command (`python -m`) are made anew; those of others stay as they are."""
     text = page.read_text(encoding="utf-8")
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
-        table = TABLES[name]().strip()
-        return f"<!-- {name}: python -m tools.evaluation_pages -->\n\n{table}\n\n<!-- end of {name} -->"
+        table = tables[name]().strip()
+        return f"<!-- {name}: python -m {command} -->\n\n{table}\n\n<!-- end of {name} -->"
 
-    pattern = r"<!-- (?P<name>\w+): python -m tools.evaluation_pages -->.*?<!-- end of (?P=name) -->"
+    pattern = rf"<!-- (?P<name>\w+): python -m {re.escape(command)} -->.*?<!-- end of (?P=name) -->"
     text, n = re.subn(pattern, fill, text, flags=re.DOTALL)
     assert n, f"{page} must have a table to fill"
     return text
