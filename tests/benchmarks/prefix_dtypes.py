@@ -1,8 +1,8 @@
 """What keeping prefix states in fewer bits changes, on real questions: bytes, scores, order, and the time of a hot query.
 
-`python -m benchmarks.prefix_dtypes` prints a table: `pico`, questions of the built-in XQuAD sample, candidates of BM25 or drawn at
-random. Differences are to states in float32; ÷ is the median over rounds of the CPU seconds of one thread, divided by those
-with float16 in the same round.
+`python -m benchmarks.prefix_dtypes` prints a table: `pico`, questions of the built-in XQuAD sample, candidates of BM25 or
+drawn at random. Differences are to states in float32; ÷ is the median over rounds of the CPU seconds of one thread, divided
+by those with float16 in the same round.
 """
 
 from __future__ import annotations
