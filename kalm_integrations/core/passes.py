@@ -16,9 +16,10 @@ from kalm_integrations.core.checkpoint.tokenization import n_shared
 from kalm_integrations.core.jobs import Work
 from kalm_integrations.core.model.decoder import answer_logits, prefill, project_passages
 from kalm_integrations.core.model.encoder import encode
-from kalm_integrations.core.model.kv_cache import GatheredKVCache, KVCache, PaddedKVCache, PrefixStates
+from kalm_integrations.core.model.kv_cache import GatheredKVCache, KVCache, PaddedKVCache
 from kalm_integrations.core.model.layers import StackConfig
 from kalm_integrations.core.model.pooling import n_pooled_states, pool_states
+from kalm_integrations.core.model.prefix_states import PrefixStates, kept_bytes
 from kalm_integrations.core.passages.prefixes import Candidate, Prefix, PrefixKey
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.errors import NonFiniteScoreError, SettingsError
@@ -234,7 +235,7 @@ def _chunks(runtime: Runtime, candidates: Sequence[Candidate], n_prompts: int, p
     instead of pushing out what the next query will ask for.
     """
     config = runtime.checkpoint.decoder_config
-    per_token = 2 * len(config.layer_types) * config.kv_width * prefix.dtype.itemsize
+    per_token = kept_bytes((len(config.layer_types), 2, config.n_kv_heads, 1, config.head_width), prefix.dtype)
     order = list(range(len(candidates)))
     if n_prompts == 1:
         there = prefix.cache.get_many(map(prefix.key, candidates))

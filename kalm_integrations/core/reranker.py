@@ -108,11 +108,11 @@ class KalmReranker(Reranker):
                 strings that were decoded, for the queries that ask for them again.
             prefix_cache_bytes: bound of the in-memory cache of prefix states, on the model's device; 1 GiB by default, 0
                 switches it off. A passage whose states are there costs a query only the query's own tokens.
-            prefix_dtype: what prefix states are kept in: "float32", "bfloat16" or "float16"; None takes the model's dtype,
-                which changes no score.
+            prefix_dtype: what prefix states are kept in: "float32", "bfloat16", "float16" or "int8"; None takes the model's
+                dtype, which changes no score.
             prefix_store: a mapping from str to bytes, or the folder of an LMDB store, that keeps prefix states on disk too, so
                 that a passage's first query finds them (see `prepare`). It takes about 4 MB a passage for `nano` in float32,
-                half of that in float16.
+                half of that in float16, a quarter in int8.
             calibration: makes scores probabilities: True takes what `kalm calibrate` has saved beside the checkpoint, or give
                 `{"temperature": …, "bias": …}`. Off by default. Margins, the order and encodings do not depend on it.
             max_queued_pairs: how many pairs, or passages to encode, of all callers together may wait for the model; a request

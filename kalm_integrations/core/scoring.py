@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from kalm_integrations.core.flows import Flow
 from kalm_integrations.core.forks import kept_property
 from kalm_integrations.core.jobs import Job, Work
-from kalm_integrations.core.model.kv_cache import PrefixStates
+from kalm_integrations.core.model.prefix_states import PrefixStates
 from kalm_integrations.core.passages.caches import BoundedCache
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.passages.guarded import guard

@@ -130,7 +130,7 @@ class QuerySettings(_Settings):
     score_batch_size: PositiveInt | None = None
     cache_bytes: int = Field(default=256 * 2**20, ge=0)
     prefix_cache_bytes: int = Field(default=2**30, ge=0)
-    prefix_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    prefix_dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
     calibration: bool | Calibration = False
     """True takes the checkpoint's."""
     max_queued_pairs: PositiveInt = 2**16

@@ -57,5 +57,6 @@ BARS = (
     Bar("pooled, share of the floor", _share(plan.OURS_POOLED), 0.85, unit=""),
     Bar("prefix, share of the floor", _share(plan.OURS_PREFIX), 0.8, unit=""),
     Bar("prefix, against the MiniLM-L6 shape", _ratio(plan.MINILM, plan.OURS_PREFIX), 3),
+    Bar("prefix in int8 ÷ prefix in float16", _ratio(plan.OURS_INT8, plan.OURS_HALF), 1.15, is_upper=True),
     Bar("prefix in bfloat16, 100 candidates", _seconds(plan.OURS_PREFIX, "bfloat16"), 1, unit="s", is_upper=True),
 )

@@ -80,7 +80,8 @@ class Plan:
 REFERENCE_COLD, REFERENCE_POOLED = "reference, cold", "reference, pooled states given"
 OURS_COLD, OURS_POOLED = "ours, cold", "ours, pooled"
 OURS_FIRST, OURS_PREFIX = "ours, pooled, prefix states made", "ours, prefix"
-OURS_HALF, OURS_DISK = "ours, prefix in float16", "ours, prefix from disk"
+OURS_HALF, OURS_INT8 = "ours, prefix in float16", "ours, prefix in int8"
+OURS_DISK = "ours, prefix from disk"
 BGE, QWEN, MINILM = "bge-reranker-v2-m3 shape", "Qwen3-Reranker-0.6B shape", "MiniLM-L6 shape"
 
 BARE_QUERY = (BGE, MINILM)
@@ -96,6 +97,7 @@ _CPU: dict[tuple[str, int], dict[str, tuple[int, int]]] = {
         OURS_POOLED: (100, 5),
         OURS_PREFIX: (100, 5),
         OURS_HALF: (100, 5),
+        OURS_INT8: (100, 5),
         OURS_DISK: (100, 5),
         BGE: (32, 1),
         QWEN: (10, 1),

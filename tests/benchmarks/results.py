@@ -77,7 +77,7 @@ class Results:
         n_states = math.ceil(row.passage_tokens / RATIO)
         prompt = row.prompt
         whole = floor.decoder_multiply_adds(widths, row.candidates, n_states, 0, prompt.n_tokens)
-        if row.name in (plan.OURS_PREFIX, plan.OURS_HALF, plan.OURS_DISK):
+        if row.name in (plan.OURS_PREFIX, plan.OURS_HALF, plan.OURS_INT8, plan.OURS_DISK):
             return floor.decoder_multiply_adds(widths, row.candidates, n_states, prompt.n_prefix, prompt.n_new)
         if row.name == plan.OURS_COLD:
             encoding = floor.encoder_multiply_adds(widths, row.candidates, row.passage_tokens)

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -101,8 +101,8 @@ def _ours_prefix(models: Models, spec: RowSpec) -> Work:
     return _after_another_query(models, spec, models.with_prefixes)
 
 
-def _ours_half(models: Models, spec: RowSpec) -> Work:
-    reranker = models.reranker(prefix_cache_bytes=PREFIX_CACHE_BYTES, prefix_dtype="float16")
+def _ours_small(models: Models, spec: RowSpec, prefix_dtype: str) -> Work:
+    reranker = models.reranker(prefix_cache_bytes=PREFIX_CACHE_BYTES, prefix_dtype=prefix_dtype)
     return _after_another_query(models, spec, reranker)
 
 
@@ -146,7 +146,8 @@ BUILDERS: dict[str, Callable[[Models, RowSpec], Work]] = {
     plan.OURS_POOLED: _ours_pooled,
     plan.OURS_FIRST: _ours_first,
     plan.OURS_PREFIX: _ours_prefix,
-    plan.OURS_HALF: _ours_half,
+    plan.OURS_HALF: partial(_ours_small, prefix_dtype="float16"),
+    plan.OURS_INT8: partial(_ours_small, prefix_dtype="int8"),
     plan.OURS_DISK: _ours_disk,
     **dict.fromkeys(PEERS, _peer),
 }
@@ -159,6 +160,7 @@ SAME_SCORES = {
     plan.OURS_FIRST: "pooled",
     plan.OURS_PREFIX: "pooled",
     plan.OURS_HALF: "pooled",
+    plan.OURS_INT8: "pooled",
     plan.OURS_DISK: "pooled",
 }
 """Rows that score the same passages from the same start."""

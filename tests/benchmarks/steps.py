@@ -17,8 +17,9 @@ from benchmarks.rows import progress, timed
 from benchmarks.stacks import SHAPE_TEXTS, VOCABULARY, draw_embedding, draw_stack, make_config, pack_stack
 from benchmarks.ways import ALL_ON, DTYPES, POOLED, PREFIX, WAYS, Way
 from kalm_integrations.core.model import decoder, kv_cache
-from kalm_integrations.core.model.kv_cache import GatheredKVCache, KVCache, PaddedKVCache, PrefixStates
+from kalm_integrations.core.model.kv_cache import GatheredKVCache, KVCache, PaddedKVCache
 from kalm_integrations.core.model.layers import StackWeights
+from kalm_integrations.core.model.prefix_states import PrefixStates
 
 WHOLE_VOCABULARY = 262_144
 """Rows of the published checkpoints' output projection."""

@@ -16,7 +16,7 @@ from kalm_integrations.core.passages.codecs import CODECS, write_states
 
 RATIOS = (1, 2, 4, 8, 16, 32)
 READ_ROUNDS = 7
-PREFIX_DTYPES = ("float32", "bfloat16", "float16")
+PREFIX_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def measure_storage(workload: Workload, reranker: KalmReranker, n_tokens: int, n: int) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from tools.fuzzing import rounds
 
 from kalm_integrations import EncodedPassage, KalmReranker, Passage
 from kalm_integrations.core.model.pooling import n_pooled_states
+from kalm_integrations.core.model.prefix_states import PrefixStates
 from kalm_integrations.core.passages import prefixes
 from kalm_integrations.core.passages.codecs import CODECS, write_states
 from kalm_integrations.errors import CorruptEncodingError
@@ -315,7 +316,7 @@ def forged_pairs(data: bytes, name: str, rng: random.Random) -> bytes:
     number = rng.choice([math.nan, math.inf, -math.inf, 3e38, 1e20, 1e12, 1.0, 0.0, -1e-40])
     pairs = torch.randn(n_numbers)
     pairs[rng.randrange(n_numbers) :] = number
-    return prefixes._dump(pairs, name)
+    return prefixes._dump(PrefixStates(0, pairs), name)
 
 
 def test_prefix_values(truth: Truth, tiny_checkpoint: Path) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kalm_integrations.core.model.prefix_states import PrefixStates, keep
+
 
 class KVCache(ABC):
     """Keys and values that the next prompt tokens of a batch attend to: of passage states, then of prompt tokens."""
@@ -69,37 +71,20 @@ class PaddedKVCache(KVCache):
         )
 
     def split(self, dtype: torch.dtype) -> list[PrefixStates]:
-        """Return what each row keeps of it, in a storage dtype."""
-        states = []
+        """Return what is kept of each row, in a storage dtype."""
+        kept = [keep(states, dtype) for pair in zip(self.keys, self.values, strict=True) for states in pair]
+        rows = []
         for row, n_states in enumerate(self.n_states.tolist()):
-            pairs = self.keys[0].new_empty(
-                (len(self.keys), 2, self.keys[0].shape[1], n_states + self.n_prompt, self.keys[0].shape[3]), dtype=dtype
-            )
-            for kept, keys, values in zip(pairs, self.keys, self.values, strict=True):
-                for target, source in zip(kept, (keys[row], values[row]), strict=True):
-                    target[:, :n_states] = source[:, :n_states]
-                    target[:, n_states:] = source[:, self.width :]
-            states.append(PrefixStates(pairs, n_states))
-        return states
-
-
-@dataclass(frozen=True)
-class PrefixStates:
-    """The KV cache of one passage and a prompt prefix, which outlives the query that computed it."""
-
-    pairs: torch.Tensor
-    """Keys and values, passage states first. Shape: (n_layers, 2, n_kv_heads, n_states + n_prompt, head_width)."""
-    n_states: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the keys and values."""
-        return self.pairs.nbytes
-
-    @property
-    def n_prompt(self) -> int:
-        """Prompt tokens in it."""
-        return self.pairs.shape[3] - self.n_states
+            tensors = []
+            for sources in zip(*kept, strict=True):
+                _, n_heads, _, width = sources[0].shape
+                tensor = sources[0].new_empty((len(sources), n_heads, n_states + self.n_prompt, width))
+                for target, source in zip(tensor, sources, strict=True):
+                    target[:, :n_states] = source[row, :, :n_states]
+                    target[:, n_states:] = source[row, :, self.width :]
+                tensors.append(tensor.unflatten(0, (len(self.keys), 2)))
+            rows.append(PrefixStates(n_states, *tensors))
+        return rows
 
 
 class GatheredKVCache(KVCache):
@@ -144,11 +129,11 @@ class GatheredKVCache(KVCache):
         return buffer[0], buffer[1]
 
     def _gather(self, layers: slice) -> None:
-        """Copy some layers' pairs of all rows into place."""
+        """Put some layers' pairs of all rows into place."""
         end = self.width + self.n_prompt
         for index, row in enumerate(self._rows):
             n_used = row.n_states + self.n_prompt
-            self._buffer[:, :, index, :, end - n_used : end] = row.pairs[layers, :, :, :n_used]
+            row.write_to(self._buffer[:, :, index, :, end - n_used : end], layers)
 
 
 def gathers_at_once(device: torch.device) -> bool:

@@ -12,11 +12,16 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from kalm_integrations.core.model.kv_cache import PrefixStates
 from kalm_integrations.core.model.layers import StackConfig
+from kalm_integrations.core.model.prefix_states import PrefixStates, kept_bytes, kept_parts
 from kalm_integrations.core.passages.caches import BoundedCache
 
-PREFIX_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PREFIX_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
 
 PrefixKey = tuple[Hashable, ...]
 
@@ -84,9 +89,10 @@ class Prefix:
                 continue
             name, n_states = _name(key), len(candidate.states)
             value = self.store.get(name)
-            pairs = _load(value, name, (n_layers, 2, n_heads, n_states + len(self.token_ids), width), self.dtype)
-            if pairs is not None:
-                self.held[key] = PrefixStates(pairs.to(device), n_states)
+            shape = (n_layers, 2, n_heads, n_states + len(self.token_ids), width)
+            states = _load(value, name, n_states, shape, self.dtype)
+            if states is not None:
+                self.held[key] = states.to(device)
             elif value is not None:
                 n_refused += 1
         self.cache.put_many(self.held)
@@ -109,8 +115,8 @@ class Prefix:
     def flush(self) -> None:
         """Write to the store what was computed, and hold no states any more."""
         if self.store is not None and self.unkept:
-            named = {_name(key): entry.pairs for key, entry in self.unkept.items()}
-            self.store.update({name: _dump(pairs, name) for name, pairs in named.items()})
+            named = {_name(key): entry for key, entry in self.unkept.items()}
+            self.store.update({name: _dump(entry, name) for name, entry in named.items()})
         self.held.clear()
         self.unkept.clear()
 
@@ -132,28 +138,40 @@ def _name(key: PrefixKey) -> str:
     return "prefix:" + hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
 
 
-def _dump(pairs: torch.Tensor, name: str) -> bytes:
-    """Return the keys and values as bytes, behind their name and a checksum; see `_load`."""
-    data = pairs.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+def _dump(states: PrefixStates, name: str) -> bytes:
+    """Return the states as bytes, behind their name and a checksum; see `_load`."""
+    data = b"".join(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes() for tensor in states.tensors)
     return _head(data, name) + data
 
 
-def _load(value: object, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
-    """Return the keys and values of what was stored under a name, or None if it is not what was kept under it."""
+def _load(value: object, name: str, n_states: int, shape: tuple[int, ...], dtype: torch.dtype) -> PrefixStates | None:
+    """Return the states that were stored under a name, or None if the value is not what was kept under it.
+
+    Args:
+        value: of the store.
+        name: its key.
+        n_states: how many of the tokens are passage states.
+        shape: of the pairs.
+        dtype: of the pairs.
+    """
     start = len(_head(b"", name))
-    if not isinstance(value, bytes) or len(value) != start + math.prod(shape) * dtype.itemsize:
+    if not isinstance(value, bytes) or len(value) != start + kept_bytes(shape, dtype):
         return None
     data = memoryview(value)[start:]
     if value[:start] != _head(data, name):
         return None
-    pairs = torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
-    least, largest = pairs.aminmax()
-    # NaN, which is neither, is refused too.
-    return pairs if least.item() >= -_MAX_MAGNITUDE and largest.item() <= _MAX_MAGNITUDE else None
+    tensors = []
+    for part, kept_in in kept_parts(shape, dtype):
+        size = math.prod(part) * kept_in.itemsize
+        tensors.append(torch.frombuffer(bytearray(data[:size]), dtype=kept_in).view(part))
+        data = data[size:]
+    states = PrefixStates(n_states, *tensors)
+    # NaN, which is not smaller either, is refused too.
+    return states if states.bound <= _MAX_MAGNITUDE else None
 
 
 def _head(data: bytes | memoryview, name: str) -> bytes:
-    """Return what stands before the keys and values: their name, and a checksum that finds damage.
+    """Return what stands before the states: their name, and a checksum that finds damage.
 
     It need not be hard to forge: who writes to the store can compute any. BLAKE2b would make a query from disk a third slower.
     """

@@ -17,6 +17,7 @@ from tools.checkpoints import TEXTS, make_checkpoint
 from tools.parity import TOLERANCE, Parity
 
 from kalm_integrations import EncodedPassage, KalmReranker, Passage, RankedPassage
+from kalm_integrations.core.model.prefix_states import PrefixStates
 from kalm_integrations.core.passages import prefixes
 from kalm_integrations.errors import SettingsError
 
@@ -114,8 +115,8 @@ def test_states_in_half_precision(make_reranker: MakeReranker, dtype: str, toler
 
 
 def test_an_unknown_dtype_or_a_negative_bound_is_refused(make_reranker: MakeReranker) -> None:
-    with pytest.raises(SettingsError, match=r"prefix_dtype.*'int8'"):
-        make_reranker(prefix_dtype="int8")
+    with pytest.raises(SettingsError, match=r"prefix_dtype.*'int4'"):
+        make_reranker(prefix_dtype="int4")
     with pytest.raises(SettingsError, match=r"prefix_cache_bytes.*-1"):
         make_reranker(prefix_cache_bytes=-1)
 
@@ -257,7 +258,7 @@ def forged(value: bytes, number: float) -> bytes:
     start = len(prefixes._head(b"", name))
     pairs = torch.frombuffer(bytearray(value[start:]), dtype=torch.float32)
     pairs[7] = number
-    return prefixes._dump(pairs, name)
+    return prefixes._dump(PrefixStates(0, pairs), name)
 
 
 def test_states_of_another_passage_are_refused(make_reranker: MakeReranker) -> None:
