@@ -32,10 +32,10 @@ def other_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_reranker(tiny_checkpoint: Path) -> Callable[..., KalmReranker]:
-    """Makes a reranker with empty caches on the tiny checkpoint."""
+    """Makes a reranker with empty caches on the tiny checkpoint, which rounds no encoding unless a test wants it to."""
 
     def make(model: Path = tiny_checkpoint, **settings: object) -> KalmReranker:
-        return KalmReranker.from_pretrained(model, **settings)
+        return KalmReranker.from_pretrained(model, **{"storage_codec": "fp32", **settings})
 
     return make
 

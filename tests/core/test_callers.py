@@ -320,7 +320,7 @@ def ambient_states() -> dict:
     }
 
 
-@pytest.mark.parametrize("storage_codec", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("storage_codec", ["fp16", "int8", "rot4", "rot3"])
 @pytest.mark.parametrize("name", ambient_states())
 def test_ambient_states_of_torch_change_nothing(make_reranker, name, storage_codec):
     def everything() -> tuple:

@@ -204,7 +204,7 @@ def test_query_settings_do_not_change_the_fingerprint(make_reranker):
         score_batch_size=1,
         cache_bytes=0,
         compression_ratio=8,
-        storage_codec="int4",
+        storage_codec="rot2",
         max_inline_bytes=9_000,
         dtype="bfloat16",
     )

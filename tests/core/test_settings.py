@@ -56,7 +56,7 @@ def test_a_size_that_is_no_positive_whole_number_is_refused(name, value):
         ({"cache_bytes": -1}, "cache_bytes: .* greater than or equal to 0"),
         ({"max_passage_tokens": 2**17 + 1}, "max_passage_tokens: .* less than or equal to 131072"),
         ({"compression_ratio": 2**17 + 1}, "compression_ratio: .* less than or equal to 131072"),
-        ({"storage_codec": "zip"}, "storage_codec must be one of fp32, fp16, bf16, int8, int4, but got 'zip'"),
+        ({"storage_codec": "zip"}, "storage_codec must be one of fp32, fp16, bf16, int8, rot4, rot3, rot2, but got 'zip'"),
         ({"storage_codec": 16}, "storage_codec: .* valid string"),
         ({"storage_mode": "disk"}, "storage_mode: .*'auto', 'inline' or 'reference'"),
         ({"instruction": 5}, "instruction: .* valid string"),

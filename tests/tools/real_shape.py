@@ -123,7 +123,7 @@ def _measure_here(side: str, folder: Path) -> dict[str, float | list[float]]:
 def _load_ours(folder: Path) -> tuple[Callable[[], list[float]], Callable[[], int]]:
     from kalm_integrations import KalmReranker
 
-    reranker = KalmReranker.from_pretrained(folder, device="cpu", dtype="float32")
+    reranker = KalmReranker.from_pretrained(folder, device="cpu", dtype="float32", storage_codec="fp32")
     assert reranker.fingerprint
     reranker.warm_up()
     return lambda: reranker.score(QUERY, PASSAGES), lambda: reranker.runtime.nbytes

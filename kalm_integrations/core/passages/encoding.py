@@ -302,10 +302,10 @@ def _fetch_payload(fields: dict[str, Any], store: Mapping[str, bytes] | None) ->
         refuse(f"have its payload under {key!r}, but {where}")
     if len(entry) != CHECKSUM_BYTES + _n_bytes(fields):
         refuse(f"have an entry of {CHECKSUM_BYTES + _n_bytes(fields)} bytes in the payload_store, but has {len(entry)}")
-    checksum, payload = entry[:CHECKSUM_BYTES], entry[CHECKSUM_BYTES:]
-    if checksum != checksum(without_checksum(fields), payload):
+    stored, payload = entry[:CHECKSUM_BYTES], entry[CHECKSUM_BYTES:]
+    if stored != checksum(without_checksum(fields), payload):
         refuse("have a payload that matches its checksum, but the one in the payload_store does not")
-    return checksum.hex(), payload
+    return stored.hex(), payload
 
 
 def _payload_key(fields: dict[str, Any]) -> str:

@@ -58,7 +58,7 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
 
 
 def use(folder: Path) -> list[float]:
-    return KalmReranker.from_pretrained(folder).score("query", ["passage"])
+    return KalmReranker.from_pretrained(folder, storage_codec="fp32").score("query", ["passage"])
 
 
 # Finding a checkpoint.

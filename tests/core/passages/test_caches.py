@@ -24,7 +24,7 @@ ROW_BYTES = 40
 
 def make_encoding(n_states: int = 1) -> EncodedPassage:
     """An encoding of `n_states` times 40 bytes."""
-    return EncodedPassage(torch.zeros(n_states, 10), n_states, 1, "f", "t", "fp32")
+    return EncodedPassage(torch.zeros(n_states, 10), n_states, 1, "f" * 32, "0" * 32, "fp32")
 
 
 def key(name: object) -> tuple[str, str]:
