@@ -13,7 +13,7 @@ from tools.command_line import Run, assert_fails
 
 def test_eval_beir_prints_its_report(run: Run, model: Any, beir_folder: Path) -> None:
     """A line for BM25 and two for each ratio and codec, within 80 columns; the same figures as JSON."""
-    options = ("--ratios", "2,8", "--codecs", "fp16,int4", "--top-k", 3, "--seed", 1, "--measure", "RR", *model)
+    options = ("--ratios", "2,8", "--codecs", "fp16,rot2", "--top-k", 3, "--seed", 1, "--measure", "RR", *model)
     lines = run("eval", "beir", beir_folder, *options).stdout.splitlines()
     assert max(map(len, lines)) <= 80
     [printed] = json.loads(run("eval", "beir", beir_folder, "--json", *options).stdout)["collections"]
@@ -21,7 +21,7 @@ def test_eval_beir_prints_its_report(run: Run, model: Any, beir_folder: Path) ->
     _, _, *rows = lines
     expected = [
         "bm25",
-        *(f"{name} {s}" for s in ("r2 fp16", "r2 int4", "r8 fp16", "r8 int4") for name in ("reranked", "+ bm25")),
+        *(f"{name} {s}" for s in ("r2 fp16", "r2 rot2", "r8 fp16", "r8 rot2") for name in ("reranked", "+ bm25")),
     ]
     assert [system["name"] for system in printed["systems"]] == expected
     for row, system in zip(rows, printed["systems"], strict=True):

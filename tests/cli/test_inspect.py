@@ -27,12 +27,12 @@ def test_inspect_tells_what_an_encoding_holds(run: Run, make_reranker: Callable[
         "characters": len(encoding.to_metadata()),
     }
     assert list(lengths) == ["8", "16", "32", "64", "128"]
-    for ratio, codec in (("8", "int8"), ("16", "int4"), ("128", "fp32")):
+    for ratio, codec in (("8", "int8"), ("16", "rot4"), ("128", "fp32")):
         other = make_reranker(compression_ratio=int(ratio), storage_codec=codec)
         assert lengths[ratio][codec] == len(other.encode_to_metadata([" ".join(TEXTS * 5)])[0]["kalm_encoding"])
     table = run("inspect", encoding.to_metadata()).stdout
     assert reranker.fingerprint in table
-    assert f"{lengths['16']['int4']:,.0f}" in table
+    assert f"{lengths['16']['rot4']:,.0f}" in table
 
 
 def test_inspect_adds_up_files_and_streams(run: Run, make_reranker: Callable[..., KalmReranker]) -> None:

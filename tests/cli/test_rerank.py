@@ -48,7 +48,7 @@ def test_rerank_uses_stored_encodings(
     run: Run, model: Any, make_reranker: Callable[..., KalmReranker], other_checkpoint: Path
 ) -> None:
     """Valid ones of this model and text are scored as they are; others are made anew; none is printed."""
-    good, _, _, _ = make_reranker(storage_codec="int4").encode_to_metadata(TEXTS)
+    good, _, _, _ = make_reranker(storage_codec="rot2").encode_to_metadata(TEXTS)
     foreign = make_reranker(other_checkpoint).encode_to_metadata(TEXTS)[1]
     stored = [good, foreign, {"kalm_encoding": "kalm1.x.y"}, {"kalm_encoding": None}]
     rows = [{"_id": f"p{i}", "text": text, **metadata} for i, (text, metadata) in enumerate(zip(TEXTS, stored, strict=True))]
@@ -62,7 +62,7 @@ def test_rerank_uses_stored_encodings(
     assert scores["p1"] == pytest.approx(exact[1], abs=1e-6)
     [coarse] = make_reranker().score(QUERY, [EncodedPassage.from_metadata(good["kalm_encoding"])])
     assert scores["p0"] == pytest.approx(coarse, abs=1e-6)
-    assert coarse != pytest.approx(exact[0], abs=1e-5), "int4 must show, or this test does not"
+    assert coarse != pytest.approx(exact[0], abs=1e-5), "rot2 must show, or this test does not"
     result = run("rerank", QUERY, "p.jsonl", *model)
     assert "p0" in result.stdout
     assert "encodings: 1 stored ones used, 3 made now, 1 stale, 1 corrupt" in result.stderr

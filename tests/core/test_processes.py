@@ -35,7 +35,7 @@ def start(folder: Path, stores: Path, rounds: int, name: str) -> subprocess.Pope
 
 
 def test_a_process_that_is_killed_spoils_nothing_for_the_others(tiny_checkpoint: Path, tmp_path: Path):
-    right = KalmReranker.from_pretrained(tiny_checkpoint, prefix_cache_bytes=0).score(QUERY, TEXTS)
+    right = KalmReranker.from_pretrained(tiny_checkpoint, storage_codec="fp32", prefix_cache_bytes=0).score(QUERY, TEXTS)
     victim = start(tiny_checkpoint, tmp_path, 10_000, "victim")
     others = [start(tiny_checkpoint, tmp_path, 5, name) for name in ("a", "b")]
     assert victim.stdout is not None
@@ -52,7 +52,11 @@ def test_a_process_that_is_killed_spoils_nothing_for_the_others(tiny_checkpoint:
             assert (n_corrupt, n_failures) == (0, 0)
             assert scores == pytest.approx(right, abs=1e-5)
     after = KalmReranker.from_pretrained(
-        tiny_checkpoint, prefix_cache_bytes=0, payload_store=tmp_path / "payloads", prefix_store=tmp_path / "prefixes"
+        tiny_checkpoint,
+        storage_codec="fp32",
+        prefix_cache_bytes=0,
+        payload_store=tmp_path / "payloads",
+        prefix_store=tmp_path / "prefixes",
     )
     assert after.score(QUERY, TEXTS) == pytest.approx(right, abs=1e-5)
     assert after.stats.store_failures == 0

@@ -42,14 +42,14 @@ def reranker(tiny_checkpoint: Path) -> KalmReranker:
 
 @pytest.fixture(scope="module")
 def costs(collection: Collection, reranker: KalmReranker) -> CollectionCosts:
-    return measure_costs(reranker, collection, ratios=[4], codecs=["fp16", "int8", "int4"], top_k=12, rounds=1)
+    return measure_costs(reranker, collection, ratios=[4], codecs=["fp16", "int8", "rot2"], top_k=12, rounds=1)
 
 
 def test_costs_are_those_of_stored_encodings(
     collection: Collection, costs: CollectionCosts, make_reranker: Callable[..., KalmReranker]
 ) -> None:
     """Quality, changes of scores, agreement and bytes, worked out here from what a reranker stores at each setting."""
-    assert [(c.ratio, c.codec) for c in costs.costs] == [(r, c) for r in (1, 4) for c in ("fp32", "fp16", "int8", "int4")]
+    assert [(c.ratio, c.codec) for c in costs.costs] == [(r, c) for r in (1, 4) for c in ("fp32", "fp16", "int8", "rot2")]
     candidates = find_candidates(collection, top_k=12)
     margins, scores = {}, {}
     for cost in costs.costs:
@@ -136,7 +136,7 @@ def test_recommended_are_the_fewest_bytes_that_keep_order_and_scores_on_every_co
 
 
 def test_pareto_line_has_no_setting_that_another_beats() -> None:
-    cheap, beaten, best = (cost(r, "int4", size, ndcg, 0, 0) for r, size, ndcg in ((8, 10, 0.5), (4, 20, 0.4), (2, 30, 0.9)))
+    cheap, beaten, best = (cost(r, "rot2", size, ndcg, 0, 0) for r, size, ndcg in ((8, 10, 0.5), (4, 20, 0.4), (2, 30, 0.9)))
     assert pareto([best, beaten, cheap, EXACT]) == [cheap, best]
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kalm_integrations import EncodedPassage, KalmReranker, Passage
 from kalm_integrations.core.model.pooling import n_pooled_states, pool_states
 from kalm_integrations.core.passages import encoding as encoding_module
-from kalm_integrations.core.passages.codecs import CODECS
+from kalm_integrations.core.passages.codecs import CODECS, WRITERS
 from kalm_integrations.core.passages.encoding import hash_text
 from kalm_integrations.core.settings import MAX_TOKENS
 from kalm_integrations.errors import (
@@ -528,7 +528,7 @@ def test_a_payload_written_again_with_other_last_bits_does_not_break_older_refer
 
 def test_payloads_of_other_ratios_and_codecs_do_not_overwrite_each_other():
     store: dict[str, bytes] = {}
-    encodings = [make_encoding(codec).pool(ratio) for codec in CODECS for ratio in (4, 8)]
+    encodings = [make_encoding(codec).pool(ratio) for codec in WRITERS for ratio in (4, 8)]
     values = [encoding.to_metadata(store) for encoding in encodings]
     assert len(store) == len(encodings)
     for value, encoding in zip(values, encodings, strict=True):
