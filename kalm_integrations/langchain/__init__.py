@@ -25,7 +25,7 @@ from kalm_integrations.langchain.encode import KalmPassageEncoder, kalm_key_enco
 from kalm_integrations.langchain.payloads import ByteStorePayloads
 from kalm_integrations.langchain.rerank import KalmRerank
 from kalm_integrations.langchain.retriever import KalmRetriever
-from kalm_integrations.langchain.stores import DocumentAccess, backfill, write_back_to
+from kalm_integrations.langchain.stores import DocumentAccess, backfill, fetch_from, write_back_to
 
 __all__ = [
     "BackfillReport",
@@ -37,6 +37,7 @@ __all__ = [
     "KalmRetriever",
     "WriteBackStats",
     "backfill",
+    "fetch_from",
     "kalm_key_encoder",
     "wait_for_write_back",
     "write_back_stats",
