@@ -1,4 +1,4 @@
-"""Searches of real stores that leave encodings out: they are fetched by id, nothing is encoded, and a second query fetches none."""
+"""Searches of real stores that leave encodings out: they are fetched by id, once, and nothing is encoded."""
 
 from __future__ import annotations
 
