@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from uuid import uuid4
 
 import chromadb
 import pytest
+from benchmarks import lean_searches
 from haystack import Document as HaystackDocument
 from haystack.document_stores.in_memory import InMemoryDocumentStore
 from haystack.utils import Secret
@@ -195,11 +197,13 @@ HAYSTACK = [haystack_chroma, haystack_qdrant, haystack_pgvector]
 
 @pytest.mark.parametrize("open_store", HAYSTACK)
 def test_haystack_encodings_in_a_store_beside_the_store(open_store, tmp_path, postgres_uri, make_reranker):
+    """Which needs no vectors; Chroma's would make some."""
     store, kind = open_store(tmp_path, postgres_uri)
-    encodings = InMemoryDocumentStore()
+    encodings = InMemoryDocumentStore() if open_store is haystack_chroma else open_store(tmp_path, postgres_uri)[0]
     pages = [HaystackDocument(id=i, content=text, embedding=VECTOR) for i, text in zip(IDS, TEXTS, strict=True)]
     store.write_documents(pages)
-    encodings.write_documents(haystack.KalmDocumentEncoder(model=make_reranker(), progress_bar=False).run(pages)["documents"])
+    bare = [replace(page, embedding=None) for page in pages]
+    encodings.write_documents(haystack.KalmDocumentEncoder(model=make_reranker(), progress_bar=False).run(bare)["documents"])
     retriever, reranker = kind(document_store=store), make_reranker()
     ranker = haystack.KalmRanker(model=reranker, document_store=encodings, fetch_encodings=True)
     for _ in range(2):
@@ -219,3 +223,11 @@ def test_haystack_encodings_out_of_a_store(open_store, tmp_path, postgres_uri, m
     ranker = haystack.KalmRanker(model=reranker, document_store=store, fetch_encodings=True)
     assert len(ranker.run(QUERY, [replace(page, embedding=None) for page in pages])["documents"]) == len(TEXTS)
     assert reranker.stats.passages_encoded == 0
+
+
+def test_the_measurement_of_the_page_runs(tmp_path):
+    output = tmp_path / "lean.json"
+    lean_searches.main(["--passages", "8", "--characters", "400", "--k", "3", "--rounds", "1", "--output", str(output)])
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["store"] for row in rows] == list(lean_searches.STORES)
+    assert all(row[way] > 0 for row in rows for way in ("whole", "lean", "fetch"))

