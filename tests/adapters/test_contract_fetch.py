@@ -6,8 +6,13 @@ import asyncio
 import contextvars
 import copy
 import functools
+import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from haystack.document_stores.in_memory import InMemoryDocumentStore
@@ -208,6 +213,49 @@ async def test_an_async_query_does_not_wait_for_a_store_that_hangs(host, caplog,
     assert len(await host.ause(component, QUERY, documents(host))) == len(TEXTS)
     assert "the store did not answer in time" in caplog.text
     store.may_end.set()
+
+
+def _query(host: Host, store: Store, component, answers) -> None:
+    store.may_end.set()
+    answers.put((len(host.use(component, QUERY, documents(host))), len(store.asked)))
+
+
+def test_a_forked_child_asks_though_its_parents_call_hangs(host, monkeypatch):
+    monkeypatch.setattr(fetching, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(fetching, "FETCH_SECONDS", 0.05)
+    store = Store(host)
+    store.may_end.clear()
+    component = component_of(host, model=FakeReranker(), fetch=store.fetch)
+    host.use(component, QUERY, documents(host))
+    assert len(store.asked) == 1
+    monkeypatch.setattr(fetching, "FETCH_SECONDS", SECONDS)
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=_query, args=(host, store, component, answers))
+    child.start()
+    assert answers.get(timeout=SECONDS) == (len(TEXTS), 2)
+    child.join(SECONDS)
+    assert child.exitcode == 0
+    store.may_end.set()
+
+
+def test_a_store_that_hangs_does_not_keep_the_process_from_ending():
+    program = """
+import threading
+from tools.hosts import HOSTS
+from kalm_integrations.hosting import fetching
+from kalm_integrations.testing import FakeReranker
+
+fetching.FETCH_SECONDS = 0.05
+for host in HOSTS:
+    component = host.reranker(model=FakeReranker(), fetch=lambda given: threading.Event().wait())
+    assert len(host.use(component, "query", [host.document("id", "text", {})])) == 1
+print("all answered")
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (0, "all answered\n"), done.stderr
 
 
 def test_a_fetch_is_part_of_the_query_for_who_traces_it(host):

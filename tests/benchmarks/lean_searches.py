@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--passages", type=int, default=300)
     parser.add_argument("--characters", type=int, nargs="+", default=CHARACTERS)
     parser.add_argument("--k", type=int, nargs="+", default=(20, 50))
-    parser.add_argument("--rounds", type=int, default=101)
+    parser.add_argument("--rounds", type=int, default=61)
     options = trials.parse(parser, arguments)
     draw = random.Random(0)
     rows = []
