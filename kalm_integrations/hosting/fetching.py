@@ -76,7 +76,10 @@ class Fetcher(Generic[Doc]):
             call.set_result(_Answer([None] * len(documents)))
             return call, None
         context = contextvars.copy_context()
-        work = lambda: call.set_result(context.run(_answer, self.fetch, documents))  # noqa: E731
+
+        def work() -> None:
+            call.set_result(context.run(_answer, self.fetch, documents))
+
         thread = threading.Thread(target=work, name="kalm-fetch", daemon=True)
         try:
             thread.start()
