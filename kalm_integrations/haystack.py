@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from haystack_integrations.common.kalm.stores import access_to
+from haystack_integrations.common.kalm.stores import access_to, fetch_from
 from haystack_integrations.components.embedders.kalm import KalmDocumentEncoder
 from haystack_integrations.components.rankers.kalm import KalmRanker
 from kalm_integrations.hosting import stores as hosting
@@ -21,6 +21,7 @@ __all__ = [
     "KalmRanker",
     "WriteBackStats",
     "backfill",
+    "fetch_from",
     "wait_for_write_back",
     "write_back_stats",
 ]

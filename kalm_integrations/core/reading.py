@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Hashable, Iterable, MutableMapping
+from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +47,8 @@ class Reader:
         self._encoder = encoder
         self._ratio = compression_ratio
         self.cache: BoundedCache[Hashable, EncodedPassage] = BoundedCache(cache_bytes)
-        """By key; see `key`."""
+        """By key (see `key`), and what was fetched by key and origin: an encoding that somebody else made serves none but the
+        passages of where it lies."""
         self._decoded: BoundedCache[str, _Decoded] = BoundedCache(cache_bytes // 4)
         """By the whole string: what many queries ask for is decoded and checked once."""
         self._stats = RuntimeStats()
@@ -102,6 +103,8 @@ class Reader:
         found: dict[Hashable, EncodedPassage] = {}
         decoded: dict[object, EncodedPassage | Status] = {}
         known: dict[tuple[str, object], Status] = {}
+        fetched: dict[Hashable, EncodedPassage] = {}
+        origins: dict[Hashable, Hashable] = {}
         tally: Counter[str] = Counter()
         for passage in passages:
             if isinstance(passage, EncodedPassage):
@@ -113,8 +116,8 @@ class Reader:
                 texts.append(None)
                 keys.append(id(passage))
                 continue
-            given = (passage.text, passage.encoding) if isinstance(passage, Passage) else (passage, None)
-            text, value = map(plain, given)
+            given = passage if isinstance(passage, Passage) else Passage(passage)
+            text, value, origin = plain(given.text), plain(given.encoding), given.origin
             if not isinstance(text, str):
                 got = f"a Passage of {type(text).__name__}" if isinstance(passage, Passage) else type(passage).__name__
                 msg = f"passages must be str, EncodedPassage or Passage (of str), but got {got}"
@@ -132,16 +135,28 @@ class Reader:
                 elif isinstance(stored, EncodedPassage) and key not in found:
                     tally["metadata_hits"] += 1
                     found[key] = self._at_ratio(stored, tally)
+                    if origin is not None:
+                        fetched[key, origin] = found[key]
+            if origin is not None:
+                origins.setdefault(key, origin)
             statuses.append(known[key, name])
             texts.append(text)
             keys.append(key)
-        cached = self.cache.get_many(key for key in dict.fromkeys(keys) if key not in found)
+        self.cache.put_many(fetched)
+        cached = self._remember([key for key in dict.fromkeys(keys) if key not in found], origins)
         statuses = [
             "cached" if status == "missing" and key in cached else status for key, status in zip(keys, statuses, strict=True)
         ]
         tally["cache_hits"] = tally["metadata_hits"] + len(cached)
         read_by = f"{current}:{self._ratio}"
         return Reading(tuple(statuses), tuple(texts), tuple(keys), {**found, **cached}, read_by, dict(tally))
+
+    def _remember(self, keys: Sequence[Hashable], origins: Mapping[Hashable, Hashable]) -> dict[Hashable, EncodedPassage]:
+        """Return what memory has: what was made here, else what was fetched from the passage's own origin."""
+        made = self.cache.get_many(keys)
+        names: dict[Hashable, Hashable] = {(key, origins[key]): key for key in keys if key in origins and key not in made}
+        fetched = self.cache.get_many(names)
+        return {**made, **{names[name]: encoding for name, encoding in fetched.items()}}
 
     def use(self, passages: Iterable[AnyPassage] | Reading) -> Reading:
         """Return the reading of passages, counted; one that was made before is taken as it is.

@@ -41,6 +41,9 @@ class Passage:
 
     text: str
     encoding: str | None = field(default=None, repr=False)
+    origin: Hashable | None = field(default=None, repr=False, compare=False)
+    """Where encodings of such passages are fetched from. A valid one is kept in memory for the same text of the same origin,
+    for the times when it comes without."""
 
 
 AnyPassage: TypeAlias = "str | EncodedPassage | Passage"

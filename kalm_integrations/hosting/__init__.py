@@ -3,9 +3,10 @@
 * `models`: a component's model, from its settings to an open reranker.
 * `fields`: the settings of components as pydantic fields, checked together and assigned whole or not at all.
 * `documents`: where an encoding lies in a document's metadata, and what may be passed as documents.
-* `ranking`: one query: what is missing, who is told, what is written back.
+* `ranking`: one query: what is missing, fetched, told and written back.
+* `fetching`: encodings that documents came without, by id from a store that may fail or hang.
 * `write_back`: the queue by which it is written after the answer.
-* `stores`: encodings into documents that a store has already: write-back and backfill.
+* `stores`: encodings into documents that a store has already (write-back and backfill), and out of them.
 * `qdrant`: what stores of several hosts do with Qdrant's client.
 
 Importing this loads neither torch nor a framework.

@@ -31,7 +31,8 @@ from kalm_integrations.core.settings import STORE_SETTINGS, check_names, describ
 from kalm_integrations.core.types import ENCODING_KEY, FusionMethod, plain
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import check_encoding_key
-from kalm_integrations.hosting.models import Opened, WithModel, check_model, check_model_kwargs, check_no_token
+from kalm_integrations.hosting.fetching import Fetch, Fetcher
+from kalm_integrations.hosting.models import FUNCTIONS, Opened, WithModel, check_model, check_model_kwargs, check_no_token
 
 MODEL_FIELDS = (
     "revision",
@@ -72,6 +73,7 @@ TorchName = Annotated[str | None, BeforeValidator(_name)]
 EncodingKey = Annotated[str, BeforeValidator(check_encoding_key)]
 Model = Annotated[SkipValidation[str | os.PathLike[str] | Reranker], WithJsonSchema({"type": "string"})]
 Function = Annotated[Callable[[Any], object], WithJsonSchema({"type": "null"})]
+FetchFunction = Annotated[Fetch, WithJsonSchema({"type": "null"})]
 
 
 class CheckedModel(BaseModel):
@@ -211,7 +213,7 @@ class ModelFields(CheckedModel, WithModel):
         """
         self.check_travels()
         fields = type(self).model_fields
-        values = {name: value for name, value in self.__dict__.items() if name == "write_back" or not fields[name].exclude}
+        values = {name: value for name, value in self.__dict__.items() if name in FUNCTIONS or not fields[name].exclude}
         return assigned, (type(self), values, type(self).__name__)
 
 
@@ -257,6 +259,11 @@ class RerankFields(QueryFields, EncodingFields):
     write_back: Function | None = Field(default=None, repr=False, exclude=True)
     """Called after the answer, in a background thread, with copies of the documents that came without a valid encoding, their
     encodings in the metadata; see `write_back_to`. What it raises is logged, and fails no query."""
+    fetch: FetchFunction | None = Field(default=None, repr=False, exclude=True)
+    """Called before anything is encoded, with the documents that came without an encoding and are not in memory; returns for
+    each its encoding, or None. See `fetch_from`. What it raises is logged, and the documents are encoded."""
+
+    _fetcher: Fetcher[Any] | None = PrivateAttr(None)
 
     def __init__(self, **values: Any) -> None:
         """Check the fields, all together; what would be without effect is refused here, where all are given at once.
@@ -266,6 +273,15 @@ class RerankFields(QueryFields, EncodingFields):
         """
         super().__init__(**values)
         self._check_used()
+
+    def fetcher(self) -> Fetcher[Any] | None:
+        """Return what asks a store for encodings, if there is one; it stays the same as long as `fetch` does."""
+        if self.fetch is None:
+            return None
+        fetcher = self._fetcher
+        if fetcher is None or fetcher.fetch is not self.fetch:
+            self._fetcher = fetcher = Fetcher(self.fetch)
+        return fetcher
 
     def _check_used(self) -> None:
         """Check that every setting has an effect."""

@@ -20,6 +20,9 @@ from kalm_integrations.errors import SettingsError
 
 logger = logging.getLogger(__name__)
 
+FUNCTIONS = ("write_back", "fetch")
+"""Settings of components that are functions of the user's."""
+
 # One lock a model, so that nobody waits for another model's download; kept here, because a lock in a component would forbid
 # copying it.
 _locks: defaultdict[str, ForkSafeLock] = defaultdict(ForkSafeLock)
@@ -194,7 +197,7 @@ class WithModel:
         if is_reranker(self.model):
             yield self.model
         yield from (value for name, value in self.model_settings().items() if name in STORE_SETTINGS)
-        yield getattr(self, "write_back", None)
+        yield from (getattr(self, name, None) for name in FUNCTIONS)
 
     def share(self, memo: dict[int, Any]) -> dict[int, Any]:
         """Return the memo of a deep copy in which the shared parts stand for themselves."""
@@ -214,7 +217,8 @@ class WithModel:
             )
             raise SettingsError(msg)
         check_stores_travel(self.model_settings())
-        check_callable_travels(getattr(self, "write_back", None), "write_back")
+        for name in FUNCTIONS:
+            check_callable_travels(getattr(self, name, None), name)
 
 
 def check_callable_travels(function: Callable[..., object] | None, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Qdrant's client, which stores of every host stand on: the ids of points, and payloads added on a condition."""
+"""Qdrant's client, which stores of every host stand on: ids of points, payloads added on a condition, and left out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
+
+from kalm_integrations.core.types import ENCODING_KEY
+from kalm_integrations.hosting.documents import check_encoding_key
 
 _IDS_AT_A_TIME = 1000
 
@@ -18,6 +21,38 @@ class PayloadChange:
     payload: Mapping[str, Any]
     unchanged: tuple[str, str] | None = None
     """A field of the payload and what it must still hold; None makes no condition."""
+
+
+class LeanQdrantClient:
+    """A `QdrantClient` whose searches leave encodings out of the payloads; else it does what the client does that it is given.
+
+    ```python
+    store = QdrantVectorStore(LeanQdrantClient(QdrantClient("http://localhost:6333")), "pages", embeddings)
+    rerank = KalmRerank(fetch=fetch_from(store))
+    ```
+    """
+
+    def __init__(self, client: Any, *, metadata_payload_key: str = "metadata", encoding_key: str = ENCODING_KEY) -> None:
+        """Search by a client.
+
+        Args:
+            client: a `QdrantClient`; it stays as it is.
+            metadata_payload_key: the payload's field that holds the metadata; that of the store.
+            encoding_key: metadata key of the encoding.
+        """
+        self._client = client
+        field = f"{metadata_payload_key}.{check_encoding_key(encoding_key)}"
+        self._payload = import_module("qdrant_client.models").PayloadSelectorExclude(exclude=[field])
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the client has."""
+        if name == "_client":  # not set yet, as in a copy that is being made
+            raise AttributeError(name)
+        return getattr(self._client, name)
+
+    def query_points(self, *args: Any, with_payload: Any = True, **kwargs: Any) -> Any:
+        """Search; a payload that is asked for whole comes without encodings."""
+        return self._client.query_points(*args, with_payload=self._payload if with_payload is True else with_payload, **kwargs)
 
 
 def find_ids(client: Any, collection: str, field: str, fingerprint: str | None) -> list[str | int]:

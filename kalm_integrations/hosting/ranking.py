@@ -1,4 +1,4 @@
-"""One query of a host: what is missing, who is told, and what is written back. And what ingest adds to documents."""
+"""One query of a host: what is missing, fetched, told and written back. And what ingest adds to documents."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.fallback import keep_order, note_answer, too_late
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata, Passage, Ranking, Reading
 from kalm_integrations.errors import DeadlineExceededError, EncodingError, SettingsError
+from kalm_integrations.hosting.fetching import afetch, fetch
 from kalm_integrations.hosting.fields import RerankFields
 from kalm_integrations.hosting.models import WithModel
 from kalm_integrations.hosting.write_back import hand_over
@@ -74,6 +75,8 @@ class HostQuery(Generic[Doc]):
     fields: RerankFields
     """The component's."""
     query: str
+    documents: Sequence[Any]
+    """As they came, for `fetch`."""
     passages: Sequence[Passage]
     """The documents' texts, with the encodings that came with them."""
     names: Sequence[str]
@@ -115,8 +118,16 @@ class HostQuery(Generic[Doc]):
         Raises:
             EncodingError: a document has no valid encoding.
         """
-        _check_stored(reading, self.names)
+        _check_stored(reading, self.not_stored(reading), self.names)
         return reading
+
+    def not_stored(self, reading: Reading) -> list[int]:
+        """Return the indices of the documents that have no valid encoding in their store, as far as this is known.
+
+        Where encodings are fetched, a store is not asked for what memory has: it had that, or was given it when it was made.
+        """
+        fetches = self.fields.fetcher() is not None
+        return [index for index in reading.not_stored if not (fetches and reading[index] == "cached")]
 
     def arguments(self) -> dict[str, Any]:
         """Return what the reranker is asked beside the passages."""
@@ -165,6 +176,9 @@ def rank(query: HostQuery[Any]) -> Ranking:
     try:
         reranker = query.component.reranker
         passages: Any = query.passages
+        fetcher = query.fields.fetcher()
+        if fetcher is not None:
+            passages = fetch(fetcher, reranker, passages, query.documents, deadline)
         if query.must_be_stored:
             passages = query.check_stored(reranker.read(passages))
         # Something is left in any case: a time-out is positive.
@@ -181,7 +195,7 @@ async def arank(query: HostQuery[Any]) -> Ranking:
     """Do what `rank` does; no thread waits for the model, and a coroutine that is cancelled takes its request back."""
     query.check()
     timeout = query.fields.timeout
-    task = asyncio.ensure_future(_arank(query))
+    task = asyncio.ensure_future(_arank(query, None if timeout is None else time.monotonic() + timeout))
     try:
         return await asyncio.wait_for(task, timeout)
     except asyncio.TimeoutError as error:
@@ -190,9 +204,12 @@ async def arank(query: HostQuery[Any]) -> Ranking:
         return query.give_up(error)
 
 
-async def _arank(query: HostQuery[Any]) -> Ranking:
+async def _arank(query: HostQuery[Any], deadline: float | None) -> Ranking:
     reranker = await query.component.areranker()
     passages: Any = query.passages
+    fetcher = query.fields.fetcher()
+    if fetcher is not None:
+        passages = await afetch(fetcher, reranker, passages, query.documents, deadline)
     if query.must_be_stored:
         passages = query.check_stored(await reranker.aread(passages))
     return query.finish(await reranker.arank(query.query, passages, **query.arguments()))
@@ -200,7 +217,7 @@ async def _arank(query: HostQuery[Any]) -> Ranking:
 
 def _write_back(target: object, write: Callable[[list[Doc]], object], ranking: Ranking, query: HostQuery[Doc]) -> None:
     """Hand over documents with their encodings: what is copied here belongs to the query, all else is done after it."""
-    missing = {query.names[index]: index for index in ranking.reading.not_stored}.values()
+    missing = {query.names[index]: index for index in query.not_stored(ranking.reading)}.values()
     copies = {index: query.copy(index) for index in missing}
     if not copies:
         return
@@ -212,8 +229,7 @@ def _write_back(target: object, write: Callable[[list[Doc]], object], ranking: R
     hand_over(target, len(copies), work)
 
 
-def _check_stored(reading: Reading, names: Sequence[str]) -> None:
-    missing = reading.not_stored
+def _check_stored(reading: Reading, missing: Sequence[int], names: Sequence[str]) -> None:
     if missing:
         msg = (
             "with on_missing='error' every document must carry a valid encoding of its text and this model, but "

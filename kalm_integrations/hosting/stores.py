@@ -1,4 +1,4 @@
-"""Encodings into documents that a store has already, without embedding them again: write-back and backfill.
+"""Encodings into documents that a store has already, without embedding them again: write-back and backfill. And out of them.
 
 What others write meanwhile is never undone: two keys are added to what the store holds now, and documents that are gone or
 have another text are passed over and counted.
@@ -31,15 +31,19 @@ Changes: TypeAlias = Mapping[DocumentId, Mapping[str, str]]
 """Metadata to add, by document."""
 
 
+class Readable(Protocol[Doc]):
+    """What fetching encodings needs of a store."""
+
+    def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, Doc]:
+        """Return documents by id as the store holds them now, leaving out those that are gone or have no text."""
+
+
 @runtime_checkable
-class DocumentAccess(Protocol[Doc]):
+class DocumentAccess(Readable[Doc], Protocol[Doc]):
     """What write-back and backfill need of a store; implement it for a store that is not known here."""
 
     def find_ids(self, fingerprint: str | None) -> Sequence[DocumentId]:
         """Return the ids of the documents whose `kalm_fp` is missing or another; of all documents for None."""
-
-    def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, Doc]:
-        """Return documents by id as the store holds them now, leaving out those that are gone or have no text."""
 
     def add_metadata(self, changes: Changes) -> None:
         """Add to the metadata of one or more documents as the store holds them now, leaving all else as it is.
@@ -58,6 +62,20 @@ class DocumentKind(Generic[Doc]):
     has_text_of: Callable[[Doc, Doc], bool]
     """Whether what a store holds (first) still has the text of the document that was encoded (second)."""
     encoding_key: str
+
+
+def encodings_of(access: Readable[Doc], kind: DocumentKind[Doc], ids: Sequence[DocumentId | None]) -> list[Any]:
+    """Return what a store has under the encoding's key of documents, in order, by one call for all; None where it has none.
+
+    Args:
+        access: to the store.
+        kind: how its documents are read.
+        ids: of the documents; None for one that has none.
+    """
+    wanted = [document_id for document_id in dict.fromkeys(ids) if document_id is not None]
+    held = access.read(wanted) if wanted else {}
+    found = {document_id: kind.metadata(document).get(kind.encoding_key) for document_id, document in held.items()}
+    return [None if document_id is None else found.get(document_id) for document_id in ids]
 
 
 @dataclass(frozen=True)

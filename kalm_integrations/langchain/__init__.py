@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
     _message = 'kalm_integrations.langchain needs langchain-core; pip install "kalm-integrations[langchain]"'
     raise MissingExtraError(_message) from error
 
+from kalm_integrations.hosting.qdrant import LeanQdrantClient
 from kalm_integrations.hosting.stores import BackfillReport
 from kalm_integrations.hosting.write_back import WriteBackStats, wait_for_write_back, write_back_stats
 from kalm_integrations.langchain.cross_encoder import KalmCrossEncoder
@@ -25,7 +26,7 @@ from kalm_integrations.langchain.encode import KalmPassageEncoder, kalm_key_enco
 from kalm_integrations.langchain.payloads import ByteStorePayloads
 from kalm_integrations.langchain.rerank import KalmRerank
 from kalm_integrations.langchain.retriever import KalmRetriever
-from kalm_integrations.langchain.stores import DocumentAccess, backfill, write_back_to
+from kalm_integrations.langchain.stores import DocumentAccess, backfill, fetch_from, write_back_to
 
 __all__ = [
     "BackfillReport",
@@ -35,8 +36,10 @@ __all__ = [
     "KalmPassageEncoder",
     "KalmRerank",
     "KalmRetriever",
+    "LeanQdrantClient",
     "WriteBackStats",
     "backfill",
+    "fetch_from",
     "kalm_key_encoder",
     "wait_for_write_back",
     "write_back_stats",

@@ -184,6 +184,7 @@ class KalmRerank(RerankFields, BaseDocumentCompressor):
             self,
             self,
             query,
+            documents,
             [to_passage(document, key) for document in documents],
             [document.id or f"document {index}" for index, document in enumerate(documents)],
             copy,

@@ -1,4 +1,4 @@
-"""Encodings into documents that a store has already, through each store's own API and without embedding a text again."""
+"""Encodings into documents that a store has already, and out of them, through each store's own API and without embedding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from langchain_core.documents import Document
 from langchain_core.stores import BaseStore
-from langchain_core.vectorstores import InMemoryVectorStore
+from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
 from kalm_integrations.errors import SettingsError
@@ -64,6 +64,33 @@ def write_back_to(
     return write_back
 
 
+def fetch_from(
+    store: object,
+    *,
+    encoding_key: str = ENCODING_KEY,
+    id_of: Callable[[Document], DocumentId | None] | None = None,
+) -> Callable[[Sequence[Document]], list[Any]]:
+    """Return what `KalmRerank(fetch=...)` takes, for a store: by one call it reads the documents that came without encodings.
+
+    Args:
+        store: any vector store with `get_by_ids`, or what `write_back_to` takes. It need not be the one that was searched.
+        encoding_key: metadata key of the encoding.
+        id_of: finds the store's id of a document; see `write_back_to`.
+
+    Raises:
+        SettingsError: the store is none of these.
+    """
+    is_other = isinstance(store, VectorStore) and _kind_of(store) is None and not isinstance(store, DocumentAccess)
+    access: Any = _ById(store) if is_other else access_to(store)
+    kind = document_kind(check_encoding_key(encoding_key))
+    find_id = access.id_of if id_of is None else id_of
+
+    def fetch(documents: Sequence[Document]) -> list[Any]:
+        return hosting.encodings_of(access, kind, [find_id(document) for document in documents])
+
+    return fetch
+
+
 def backfill(
     store: object,
     encoder: KalmPassageEncoder | None = None,
@@ -104,10 +131,9 @@ def access_to(store: object) -> DocumentAccess:
     """
     if isinstance(store, DocumentAccess):
         return store
-    for base in type(store).__mro__:
-        kind = _KINDS.get(f"{base.__module__.partition('.')[0]}.{base.__name__}")
-        if kind is not None:
-            return kind(store)
+    kind = _kind_of(store)
+    if kind is not None:
+        return kind(store)
     if isinstance(store, BaseStore):
         return _KeyValue(store)
     msg = (
@@ -115,6 +141,24 @@ def access_to(store: object) -> DocumentAccess:
         "write a DocumentAccess for it"
     )
     raise SettingsError(msg)
+
+
+def _kind_of(store: object) -> Callable[[Any], DocumentAccess] | None:
+    names = (f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in type(store).__mro__)
+    return next((_KINDS[name] for name in names if name in _KINDS), None)
+
+
+class _ById:
+    """Any vector store, for reading only."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, Document]:
+        return {document.id: document for document in self._store.get_by_ids([str(i) for i in ids])}
+
+    def id_of(self, document: Document) -> DocumentId | None:
+        return document.id
 
 
 class _Chroma:

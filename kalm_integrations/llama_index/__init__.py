@@ -15,18 +15,20 @@ from kalm_integrations.hosting.stores import BackfillReport, DocumentAccess
 from kalm_integrations.hosting.write_back import WriteBackStats, wait_for_write_back, write_back_stats
 from kalm_integrations.llama_index.encode import KalmPassageEncoder
 from kalm_integrations.llama_index.payloads import KVPayloadStore
-from kalm_integrations.llama_index.rerank import KalmRerank, WriteBack
-from kalm_integrations.llama_index.stores import backfill, write_back_to
+from kalm_integrations.llama_index.rerank import Fetch, KalmRerank, WriteBack
+from kalm_integrations.llama_index.stores import backfill, fetch_from, write_back_to
 
 __all__ = [
     "BackfillReport",
     "DocumentAccess",
+    "Fetch",
     "KVPayloadStore",
     "KalmPassageEncoder",
     "KalmRerank",
     "WriteBack",
     "WriteBackStats",
     "backfill",
+    "fetch_from",
     "wait_for_write_back",
     "write_back_stats",
     "write_back_to",

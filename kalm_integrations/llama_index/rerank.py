@@ -33,6 +33,9 @@ dispatcher = get_dispatcher(__name__)
 WriteBack: TypeAlias = Callable[[Sequence[BaseNode]], object]
 """Takes nodes that were encoded during a query, as copies that carry the encoding; `write_back_to` makes one for a store."""
 
+Fetch: TypeAlias = Callable[[Sequence[BaseNode]], Sequence[Any]]
+"""Takes nodes that came without an encoding, and returns for each its encoding or None; `fetch_from` makes one for a store."""
+
 
 class KalmRerank(NodeFields, RerankFields, BaseNodePostprocessor):
     """Reranks nodes, best first, with the encodings that they carry; what has none is encoded.
@@ -128,6 +131,7 @@ class KalmRerank(NodeFields, RerankFields, BaseNodePostprocessor):
             self,
             self,
             query,
+            [node.node for node in nodes],
             [to_passage(node.node, key, self.metadata_mode) for node in nodes],
             [node.node_id for node in nodes],
             lambda index: stripped(nodes[index].node, key),

@@ -1,4 +1,4 @@
-"""Encodings into nodes that a store has already, without embedding a text again: write-back at query time, and backfill."""
+"""Encodings into nodes that a store has already, without embedding a text again, and out of them at query time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from llama_index.core.constants import DATA_KEY
 from llama_index.core.schema import BaseNode
 from llama_index.core.storage.docstore.keyval_docstore import KVDocumentStore
+from llama_index.core.vector_stores.types import BasePydanticVectorStore
 
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
 from kalm_integrations.errors import SettingsError
@@ -18,7 +19,7 @@ from kalm_integrations.hosting.documents import check_encoding_key
 from kalm_integrations.hosting.stores import BackfillReport, Changes, DocumentAccess, DocumentId
 from kalm_integrations.llama_index.encode import KalmPassageEncoder
 from kalm_integrations.llama_index.nodes import node_kind
-from kalm_integrations.llama_index.rerank import WriteBack
+from kalm_integrations.llama_index.rerank import Fetch, WriteBack
 
 T = TypeVar("T")
 
@@ -46,6 +47,26 @@ def write_back_to(store: Any, encoding_key: str = ENCODING_KEY) -> WriteBack:
         hosting.write_encodings(access, kind, {node.node_id: node for node in nodes})
 
     return write_back
+
+
+def fetch_from(store: Any, encoding_key: str = ENCODING_KEY) -> Fetch:
+    """Return a `fetch` for `KalmRerank`: by one call it reads the nodes that came without encodings.
+
+    Args:
+        store: any vector store with `get_nodes`, or what `write_back_to` takes. It need not be the one that was searched.
+        encoding_key: that of the reranker.
+
+    Raises:
+        SettingsError: it is another kind of store, or `encoding_key` is one of our other keys.
+    """
+    is_other = isinstance(store, BasePydanticVectorStore) and _known(store, _VECTOR_STORES) is None
+    access: Any = _VectorStore(store) if is_other else access_to(store)
+    kind = node_kind(check_encoding_key(encoding_key))
+
+    def fetch(nodes: Sequence[BaseNode]) -> list[Any]:
+        return hosting.encodings_of(access, kind, [node.node_id for node in nodes])
+
+    return fetch
 
 
 def backfill(

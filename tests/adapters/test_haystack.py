@@ -128,6 +128,12 @@ class TestRankerConstruction:
         with pytest.raises(SettingsError, match="got both"):
             KalmRanker(document_store=in_memory_store, write_back=print)
 
+    def test_fetching_needs_one_way_to_fetch(self, in_memory_store: InMemoryDocumentStore) -> None:
+        with pytest.raises(SettingsError, match="got both"):
+            KalmRanker(document_store=in_memory_store, fetch_encodings=True, fetch=print)
+        with pytest.raises(SettingsError, match="fetch_encodings=True needs document_store"):
+            KalmRanker(fetch_encodings=True)
+
     def test_parameters_are_keyword_only(self) -> None:
         with pytest.raises(TypeError):
             KalmRanker("pico")
@@ -172,6 +178,14 @@ class TestAssignment:
         ranker = KalmRanker(fusion="z_score", fusion_weight=0.9)
         ranker.fusion = None
         assert KalmRanker.from_dict(ranker.to_dict()).to_dict() == ranker.to_dict()
+
+    def test_fetching_may_be_left_without_a_store(self, in_memory_store: InMemoryDocumentStore) -> None:
+        """It does not enter YAML then, for the constructor would refuse it."""
+        ranker = KalmRanker(model=FakeReranker(), document_store=in_memory_store, fetch_encodings=True)
+        ranker.document_store = None
+        assert len(ranker.run(QUERY, documents())["documents"]) == len(documents())
+        ranker.model = "pico"
+        assert KalmRanker.from_dict(ranker.to_dict()).fetch_encodings is False
 
     def test_a_missing_attribute_is_an_attribute_error(self) -> None:
         with pytest.raises(AttributeError, match="no_such_parameter"):
@@ -545,7 +559,9 @@ class TestSerialisation:
                 "timeout": None,
                 "on_error": "raise",
                 "document_store": None,
+                "fetch_encodings": False,
                 "write_back": None,
+                "fetch": None,
                 "model_kwargs": None,
             },
         }
@@ -657,6 +673,15 @@ class TestSerialisation:
         assert Pipeline.loads(pipeline.dumps(), allowed_modules=["json"]).get_component("ranker").write_back is json.dumps
         with pytest.raises(SettingsError, match="write_back must be a function that can be imported by its name"):
             KalmRanker(write_back=lambda _: None).to_dict()
+
+    def test_fetch_is_kept_by_name_and_fetch_encodings_with_its_store(self, in_memory_store: InMemoryDocumentStore) -> None:
+        described = KalmRanker(fetch=print).to_dict()
+        assert described["init_parameters"]["fetch"] == "builtins.print"
+        with pytest.raises(SettingsError, match="fetch must be a function that can be imported by its name"):
+            KalmRanker(fetch=lambda _: None).to_dict()
+        pipeline = Pipeline()
+        pipeline.add_component("ranker", KalmRanker(document_store=in_memory_store, fetch_encodings=True))
+        assert Pipeline.loads(pipeline.dumps()).get_component("ranker").fetch_encodings is True
 
     def test_a_dictionary_can_be_loaded_twice(self) -> None:
         described = KalmRanker(device=ComponentDevice.from_str("cpu"), write_back=print).to_dict()

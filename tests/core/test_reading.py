@@ -307,3 +307,50 @@ def test_ratios_beyond_what_a_checkpoint_was_trained_for_are_warned_about(caplog
 
 def test_a_reading_is_public():
     assert Reading.__doc__
+
+
+class TestOrigin:
+    """What was fetched is remembered for passages of the same text and origin, which come without it."""
+
+    HERE, THERE = object(), object()
+
+    def remembering(self, make_reranker: MakeReranker) -> KalmReranker:
+        reranker = make_reranker()
+        fetched = [Passage(p.text, p.encoding, self.HERE) for p in stored(make_reranker(), TEXTS[:2])]
+        assert list(reranker.read(fetched)) == ["stored", "stored"]
+        return reranker
+
+    def test_the_same_origin_finds_it(self, make_reranker: MakeReranker) -> None:
+        reranker = self.remembering(make_reranker)
+        passages = [Passage(text, origin=self.HERE) for text in TEXTS[:3]]
+        assert list(reranker.read(passages)) == ["cached", "cached", "missing"]
+        expected = make_reranker().score(QUERY, stored(make_reranker(), TEXTS[:2]))
+        assert reranker.score(QUERY, passages[:2]) == pytest.approx(expected, abs=1e-6)
+        assert (reranker.stats.passages_encoded, reranker.stats.cache_hits) == (0, 2)
+
+    def test_no_other_does(self, make_reranker: MakeReranker) -> None:
+        reranker = self.remembering(make_reranker)
+        assert list(reranker.read([Passage(TEXTS[0], origin=self.THERE), Passage(TEXTS[1]), TEXTS[0]])) == ["missing"] * 3
+
+    def test_what_was_made_here_serves_all(self, make_reranker: MakeReranker) -> None:
+        reranker = self.remembering(make_reranker)
+        reranker.encode_passages(TEXTS[:1])
+        assert list(reranker.read([TEXTS[0], Passage(TEXTS[0], origin=self.THERE)])) == ["cached"] * 2
+
+    def test_what_another_passage_of_the_text_came_with_is_not_its_own(self, make_reranker: MakeReranker) -> None:
+        """Else whoever writes to one store would decide scores of another's documents for longer than a query."""
+        reranker = make_reranker()
+        [passage] = stored(make_reranker(), TEXTS[:1])
+        reranker.read([passage, Passage(passage.text, passage.encoding, self.HERE)])
+        assert list(reranker.read([Passage(passage.text, origin=self.HERE)])) == ["missing"]
+
+    def test_what_is_invalid_is_not_remembered(self, make_reranker: MakeReranker) -> None:
+        reranker = make_reranker()
+        [valid, other] = stored(make_reranker(), TEXTS[:2])
+        reranker.read([Passage(TEXTS[0], other.encoding, self.HERE), Passage(TEXTS[1], valid.encoding[:-1], self.HERE)])
+        assert list(reranker.read([Passage(text, origin=self.HERE) for text in TEXTS[:2]])) == ["missing"] * 2
+
+    def test_without_a_cache_nothing_is_remembered(self, reranker: KalmReranker, make_reranker: MakeReranker) -> None:
+        [passage] = stored(make_reranker(), TEXTS[:1])
+        reranker.read([Passage(passage.text, passage.encoding, self.HERE)])
+        assert list(reranker.read([Passage(passage.text, origin=self.HERE)])) == ["missing"]

@@ -20,7 +20,7 @@ ARGUMENTS = {"langchain": ("top_n", "instruction"), "llama_index": (), "haystack
 OWN = {
     "langchain": ("first_stage_score_key",),
     "llama_index": ("keep_retrieval_score", "metadata_mode"),
-    "haystack": ("token", "document_store", "meta_fields_to_embed", "embedding_separator"),
+    "haystack": ("token", "document_store", "fetch_encodings", "meta_fields_to_embed", "embedding_separator"),
 }
 SETTINGS = tuple(name for name in RerankFields.model_fields if name != "write_back")
 

@@ -1,4 +1,4 @@
-"""Encodings into documents that a document store has already, without embedding a text again."""
+"""Encodings into documents that a document store has already, without embedding a text again, and out of them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from weakref import WeakValueDictionary
 
 from haystack import Document
 
-from kalm_integrations.core.types import FINGERPRINT_KEY
+from haystack_integrations.common.kalm.documents import DocumentLayout
+from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting import qdrant
-from kalm_integrations.hosting.stores import Changes, DocumentAccess, DocumentId
+from kalm_integrations.hosting.documents import check_encoding_key
+from kalm_integrations.hosting.stores import Changes, DocumentAccess, DocumentId, encodings_of
 
 Filters = dict[str, Any]
 
@@ -56,9 +58,36 @@ def access_to(document_store: Any, filters: Filters | None = None) -> DocumentAc
     Raises:
         SettingsError: the store has no `update_by_filter`.
     """
+    return _kind_of(document_store)(check_updatable(document_store), filters)
+
+
+def fetch_from(document_store: Any, *, encoding_key: str = ENCODING_KEY) -> Callable[[Sequence[Document]], list[Any]]:
+    """Return a `fetch` for `KalmRanker`: it reads the documents that came without encodings.
+
+    Args:
+        document_store: any; Chroma, Qdrant, pgvector and the store in memory are asked by one call for all documents, others
+            for each. It need not be the one that was searched.
+        encoding_key: that of the ranker.
+
+    Raises:
+        SettingsError: it is no document store, or `encoding_key` is one of our other keys.
+    """
+    if not callable(getattr(document_store, "filter_documents", None)):
+        msg = f"document_store must have filter_documents, but got {type(document_store).__name__}; pass a document store"
+        raise SettingsError(msg)
+    access = _kind_of(document_store)(document_store, None)
+    kind = DocumentLayout((), "", check_encoding_key(encoding_key)).kind
+
+    def fetch(documents: Sequence[Document]) -> list[Any]:
+        return encodings_of(access, kind, [document.id for document in documents])
+
+    return fetch
+
+
+def _kind_of(document_store: Any) -> Callable[[Any, Filters | None], DocumentAccess[Document]]:
     # A subclass may do otherwise, and is asked by the methods of every store.
     name = f"{type(document_store).__module__.partition('.')[0]}.{type(document_store).__name__}"
-    return _KINDS.get(name, _AnyStore)(check_updatable(document_store), filters)
+    return _KINDS.get(name, _AnyStore)
 
 
 class _AnyStore:

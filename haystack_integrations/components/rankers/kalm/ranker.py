@@ -1,7 +1,7 @@
 """KalmRanker: ranks documents for a query."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from haystack import Document, component, default_from_dict
@@ -9,14 +9,16 @@ from haystack.utils import ComponentDevice, Secret, deserialize_callable, serial
 from pydantic import AfterValidator, Field, model_validator
 
 from haystack_integrations.common.kalm.component import HUB_TOKEN, ComponentFields, KalmComponent
-from haystack_integrations.common.kalm.stores import access_to, check_updatable
+from haystack_integrations.common.kalm.stores import access_to, check_updatable, fetch_from
 from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.fallback import OnError
 from kalm_integrations.core.ranking import check_count, check_fusion, check_threshold
 from kalm_integrations.core.types import ENCODING_KEY, FusionMethod, Ranking, shown
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import checked_documents
+from kalm_integrations.hosting.fetching import Fetcher
 from kalm_integrations.hosting.fields import Count, RerankFields
+from kalm_integrations.hosting.models import FUNCTIONS
 from kalm_integrations.hosting.ranking import HostQuery, arank, rank
 from kalm_integrations.hosting.stores import DocumentId, write_encodings
 
@@ -24,13 +26,24 @@ from kalm_integrations.hosting.stores import DocumentId, write_encodings
 class _RankerFields(ComponentFields, RerankFields):
     top_k: Count
     document_store: Annotated[Any, AfterValidator(check_updatable)] = Field(repr=False)
+    fetch_encodings: bool
 
     @model_validator(mode="after")
-    def _check_write_back(self) -> "_RankerFields":
+    def _check_stores(self) -> "_RankerFields":
         if self.document_store is not None and self.write_back is not None:
             msg = "encodings are written back by document_store or by write_back, but got both; leave one out"
             raise SettingsError(msg)
+        if self.fetch_encodings and self.fetch is not None:
+            msg = "encodings are fetched from document_store (fetch_encodings) or by fetch, but got both; leave one out"
+            raise SettingsError(msg)
         return self
+
+    def fetcher(self) -> Fetcher[Any] | None:
+        if not self.fetch_encodings or self.document_store is None:
+            return super().fetcher()
+        if self._fetcher is None:
+            self._fetcher = Fetcher(fetch_from(self.document_store, encoding_key=self.encoding_key))
+        return self._fetcher
 
     def shared_parts(self) -> Iterator[object]:
         yield from super().shared_parts()
@@ -85,7 +98,9 @@ class KalmRanker(KalmComponent):
         timeout: float | None = None,
         on_error: OnError = "raise",
         document_store: Any = None,
+        fetch_encodings: bool = False,
         write_back: Callable[[list[Document]], object] | None = None,
+        fetch: Callable[[list[Document]], Sequence[Any]] | None = None,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Check and keep the parameters; nothing is loaded.
@@ -122,7 +137,11 @@ class KalmRanker(KalmComponent):
                 their scores, and `meta["reranked"]` False. Why is logged.
             document_store: write encodings made at query time into this store, through its `update_by_filter`, in the
                 background after the answer; see `kalm_integrations.haystack.wait_for_write_back`.
+            fetch_encodings: before anything is encoded, ask `document_store` for the encodings that documents came without, as
+                far as memory has them not: for searches that leave the long strings out.
             write_back: or hand them to this callable: copies of the documents that were encoded, with encodings in `meta`.
+            fetch: or ask this callable for encodings, as one of `kalm_integrations.haystack.fetch_from`: it takes documents
+                and returns for each its encoding or None.
             model_kwargs: further arguments of `KalmReranker.from_pretrained`, such as `cache_bytes` and `payload_store`.
 
         Raises:
@@ -154,10 +173,15 @@ class KalmRanker(KalmComponent):
             timeout=timeout,
             on_error=on_error,
             document_store=document_store,
+            fetch_encodings=fetch_encodings,
             write_back=write_back,
+            fetch=fetch,
             model_kwargs=model_kwargs,
         )
         check_fusion(fusion, fusion_weight)
+        if fetch_encodings and document_store is None:
+            msg = "fetch_encodings=True needs document_store, which is asked, but got None; give one, or fetch"
+            raise SettingsError(msg)
 
     def warm_up(self) -> None:
         """Open the checkpoint, fetching it if need be, and load its decoder.
@@ -175,17 +199,19 @@ class KalmRanker(KalmComponent):
         """Return the component as a dictionary.
 
         Raises:
-            SettingsError: a part lives in this process only: `model` is a reranker, `payload_store` a mapping, `write_back` no
-                function that can be imported, or `token` a plain token.
-            SerializationError: `write_back` is a method.
+            SettingsError: a part lives in this process only: `model` is a reranker, `payload_store` a mapping, `write_back` or
+                `fetch` no function that can be imported, or `token` a plain token.
+            SerializationError: `write_back` or `fetch` is a method.
         """
         described = KalmComponent.to_dict(self)
         parameters = described["init_parameters"]
         if self.fusion is None:
             # It may have been left from before fusion was switched off, which the constructor would refuse.
             parameters["fusion_weight"] = None
-        if self.write_back is not None:
-            parameters["write_back"] = serialize_callable(self.write_back)
+        parameters["fetch_encodings"] = self.fetch_encodings and self.document_store is not None
+        for name in FUNCTIONS:
+            if parameters[name] is not None:
+                parameters[name] = serialize_callable(parameters[name])
         return described
 
     @classmethod
@@ -193,11 +219,12 @@ class KalmRanker(KalmComponent):
         """Return the component that `to_dict` described.
 
         Raises:
-            DeserializationError: `write_back` lies in a module that Haystack was not told to trust.
+            DeserializationError: `write_back` or `fetch` lies in a module that Haystack was not told to trust.
         """
         parameters = dict(data.get("init_parameters", {}))
-        if parameters.get("write_back") is not None:
-            parameters["write_back"] = deserialize_callable(parameters["write_back"])
+        for name in FUNCTIONS:
+            if parameters.get(name) is not None:
+                parameters[name] = deserialize_callable(parameters[name])
         return default_from_dict(cls, {**data, "init_parameters": parameters})
 
     @component.output_types(documents=list[Document])
@@ -268,6 +295,7 @@ class KalmRanker(KalmComponent):
             self,
             fields,
             query,
+            candidates,
             [layout.passage(document) for document in candidates],
             [document.id for document in candidates],
             lambda index: layout.bare(candidates[index]),
