@@ -37,7 +37,7 @@ def beir(
     split: options.Split = "test",
     model: options.Model = "pico",
     ratios: options.Ratios = "1,2,4,8,16,32",
-    codecs: options.Codecs = "fp16",
+    codecs: options.Codecs = "rot4",
     first_stage: options.FirstStage = "bm25",
     cross_encoder: Annotated[
         list[str] | None, typer.Option(help="A cross-encoder of sentence-transformers to compare with; may be repeated.")
@@ -118,7 +118,7 @@ def mteb(
     ] = "KaLM-Embedding/KaLM-embedding-multilingual-mini-instruct-v2.5",
     top_k: options.TopK = 100,
     ratio: options.Ratio = 4,
-    codec: options.Codec = "fp16",
+    codec: options.Codec = "rot4",
     label: Annotated[str | None, typer.Option(help="Name of the summary.", show_default="the benchmark's or task's")] = None,
     revision: options.Revision = None,
     device: options.Device = None,
@@ -157,7 +157,7 @@ def compression(
     split: options.Split = "test",
     model: options.Model = "pico",
     ratios: options.Ratios = "1,2,4,8,16,32",
-    codecs: options.Codecs = "fp32,fp16,bf16,int8,int4",
+    codecs: options.Codecs = "fp32,fp16,bf16,int8,rot4,rot3,rot2",
     first_stage: options.FirstStage = "bm25",
     top_k: options.TopK = 20,
     queries: options.Queries = None,

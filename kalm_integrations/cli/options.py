@@ -26,7 +26,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 Device = Annotated[str | None, typer.Option(help="A torch device, such as cpu or cuda:0.", show_default="CUDA if any")]
 Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="bfloat16 on CUDA, float32 elsewhere")]
 Ratio = Annotated[int | None, typer.Option(help="Tokens per stored state.", show_default="4")]
-Codec = Annotated[str | None, typer.Option(help="fp32, fp16, bf16, int8 or int4.", show_default="fp16")]
+Codec = Annotated[str | None, typer.Option(help="fp32, fp16, bf16, int8, rot4, rot3 or rot2.", show_default="rot4")]
 PayloadStore = Annotated[
     Path | None, typer.Option(help="Folder of an LMDB store for encodings that are too long for their row.")
 ]

@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from kalm_integrations.core.passages.codecs import CODECS
 from kalm_integrations.core.passages.encoding import EncodedPassage
-from kalm_integrations.core.settings import poolable_ratios
+from kalm_integrations.core.settings import CODEC_NAMES, poolable_ratios
 
 FACTS = ("fingerprint", "ratio", "codec", "width")
 
@@ -52,13 +51,13 @@ class EncodingSummary:
     def lengths(self) -> dict[int, dict[str, float]]:
         """Return the mean length by ratio and codec, for the ratios that every encoding can be pooled to."""
         ratios = sorted(ratio for ratio, n in self.n_at_ratio.items() if n == self.n_encodings)
-        return {ratio: {codec: self.totals[ratio, codec] / self.n_encodings for codec in CODECS} for ratio in ratios}
+        return {ratio: {codec: self.totals[ratio, codec] / self.n_encodings for codec in CODEC_NAMES} for ratio in ratios}
 
 
 def _lengths(encoding: EncodedPassage) -> Iterable[tuple[tuple[int, str], int]]:
     for ratio in poolable_ratios(encoding.compression_ratio):
         pooled = encoding.pool(ratio)
-        for codec in CODECS:
+        for codec in CODEC_NAMES:
             yield (ratio, codec), replace(pooled, codec=codec).metadata_length()
 
 

@@ -122,7 +122,8 @@ def check_ratios_and_codecs(reranker: KalmReranker, ratios: Sequence[int], codec
             codec is unknown.
     """
     if reranker.storage_codec != EXACT:
-        msg = f"codecs are measured from storage_codec={EXACT!r}, but the reranker's is {reranker.storage_codec!r}"
+        got = reranker.storage_codec
+        msg = f"codecs are measured from states that none has rounded, of storage_codec={EXACT!r}, but the reranker's is {got!r}"
         raise SettingsError(msg)
     if not ratios or not codecs:
         msg = f"ratios and codecs must each name one at least, but got {list(ratios)} and {list(codecs)}"

@@ -12,8 +12,16 @@ from kalm_integrations.errors import MissingExtraError
 
 INK = "#808080"
 """Text and axes: as far from white as from black."""
-COLOURS = {"fp32": "#3b82f6", "fp16": "#e8730c", "bf16": "#a855f7", "int8": "#16a34a", "int4": "#dc2650"}
-MARKERS = {"fp32": "o", "fp16": "s", "bf16": "D", "int8": "^", "int4": "v"}
+COLOURS = {
+    "fp32": "#3b82f6",
+    "fp16": "#e8730c",
+    "bf16": "#a855f7",
+    "int8": "#16a34a",
+    "rot4": "#dc2650",
+    "rot3": "#0d9488",
+    "rot2": "#ca8a04",
+}
+MARKERS = {"fp32": "o", "fp16": "s", "bf16": "D", "int8": "^", "rot4": "v", "rot3": "P", "rot2": "X"}
 
 
 def plot_costs(report: Mapping[str, Any], path: Path) -> None:

@@ -20,6 +20,7 @@ from tools.command_line import KALM, QUERY, TEXTS, Run, assert_fails, read_jsonl
 
 from kalm_integrations import EncodedPassage, KalmReranker
 from kalm_integrations.cli.encode import ROWS_PER_BATCH
+from kalm_integrations.core.settings import DEFAULT_CODEC
 
 
 def test_encode_adds_encodings_and_nothing_else(run: Run, model: Any, make_reranker: Callable[..., KalmReranker]) -> None:
@@ -41,7 +42,8 @@ def test_encode_adds_encodings_and_nothing_else(run: Run, model: Any, make_reran
 def test_encode_reads_the_fields_it_is_told(run: Run, model: Any, make_reranker: Callable[..., KalmReranker]) -> None:
     rows = [{"title": "t", "body": " spaces stay "}]
     result = run("encode", *model, "--text-field", "body", "--title-field", "", stdin=json.dumps(rows[0]))
-    assert read_jsonl(result.stdout) == [{**rows[0], **make_reranker().encode_to_metadata([" spaces stay "])[0]}]
+    reranker = make_reranker(storage_codec=DEFAULT_CODEC)
+    assert read_jsonl(result.stdout) == [{**rows[0], **reranker.encode_to_metadata([" spaces stay "])[0]}]
 
 
 def test_encode_keeps_to_the_length_limit(run: Run, model: Any, tmp_path: Path) -> None:
@@ -54,7 +56,7 @@ def test_encode_keeps_to_the_length_limit(run: Run, model: Any, tmp_path: Path) 
     assert all(len(encoding) <= 1400 for encoding in encodings)
     ratios = [EncodedPassage.from_metadata(encoding).compression_ratio for encoding in encodings]
     assert ratios == sorted(set(ratios))
-    options = ("--max-inline-bytes", 250, "--payload-store", tmp_path / "store", *model)
+    options = ("--max-inline-bytes", 200, "--payload-store", tmp_path / "store", *model)
     assert run("encode", "p.jsonl", "-o", "r.jsonl", *options).exit_code == 0
     references = [row["kalm_encoding"] for row in read_jsonl(Path("r.jsonl").read_text())]
     assert all(reference.startswith("kalm1r.") for reference in references)
@@ -100,10 +102,10 @@ def test_encode_writes_gzip_where_the_name_says_so(run: Run, model: Any) -> None
 def test_encode_says_what_the_encodings_take(run: Run, model: Any, tmp_path: Path) -> None:
     """In the rows, in all and on average; and what the payload store takes."""
     write_jsonl(Path("p.jsonl"), [{"text": text} for text in TEXTS])
-    result = run("encode", "p.jsonl", "-o", "out.jsonl", *model)
+    result = run("encode", "p.jsonl", "-o", "out.jsonl", "--codec", "fp16", *model)
     total = sum(len(row["kalm_encoding"]) for row in read_jsonl(Path("out.jsonl").read_text()))
     assert f"the encodings take {total / 1000:.1f} kB in the rows, {total / 4000:.1f} kB each on average\n" in result.stderr
-    result = run("encode", "p.jsonl", "--payload-store", "store", "--max-inline-bytes", 250, *model)
+    result = run("encode", "p.jsonl", "--payload-store", "store", "--max-inline-bytes", 250, "--codec", "fp16", *model)
     on_disk = sum(path.stat().st_size for path in Path("store").iterdir())
     assert f"; 4 have their payload in store, which takes {on_disk / 1000:.1f} kB\n" in result.stderr
     assert "take" not in run("encode", *model).stderr
@@ -114,7 +116,17 @@ def test_encode_tells_a_terminal_early_how_much_it_will_write(tiny_checkpoint: P
     path = write_jsonl(tmp_path / "p.jsonl", [{"text": text} for text in TEXTS * ROWS_PER_BATCH])
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
-    command = [*KALM, "encode", str(path), "-o", str(tmp_path / "out.jsonl"), "--model", str(tiny_checkpoint)]
+    command = [
+        *KALM,
+        "encode",
+        str(path),
+        "-o",
+        str(tmp_path / "out.jsonl"),
+        "--codec",
+        "fp16",
+        "--model",
+        str(tiny_checkpoint),
+    ]
     every_batch = {**os.environ, "TQDM_MININTERVAL": "0"}  # a bar is drawn ten times a second else
     with subprocess.Popen(command, stderr=its, env=every_batch) as encoder:
         os.close(its)

@@ -12,8 +12,7 @@ from tools.command_line import Run, run_process
 
 from kalm_integrations import __version__
 from kalm_integrations.cli import app
-from kalm_integrations.core.passages.codecs import CODECS
-from kalm_integrations.core.settings import DEFAULT_CODEC, StorageSettings
+from kalm_integrations.core.settings import CODEC_NAMES, DEFAULT_CODEC, StorageSettings
 
 
 def commands(group: Any = None, path: str = "") -> dict[str, Any]:
@@ -44,7 +43,7 @@ def test_documented_defaults_are_the_settings_ones() -> None:
     options = {parameter.name: parameter for parameter in commands()["encode"].params}
     assert options["codec"].show_default == DEFAULT_CODEC
     assert options["ratio"].show_default == str(StorageSettings().compression_ratio)
-    assert all(codec in options["codec"].help for codec in CODECS)
+    assert all(codec in options["codec"].help for codec in CODEC_NAMES)
     compared = {parameter.name: parameter for parameter in commands()["eval beir"].params}
     assert compared["codecs"].default == DEFAULT_CODEC
 

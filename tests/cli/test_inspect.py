@@ -50,7 +50,7 @@ def test_inspect_adds_up_files_and_streams(run: Run, make_reranker: Callable[...
         assert printed["characters"] == sum(map(len, values))
         assert list(printed["lengths"]) == ["16", "32", "64", "128"]
         at_32 = [len(EncodedPassage.from_metadata(value).pool(32).to_metadata()) for value in values]
-        assert printed["lengths"]["32"]["fp16"] == sum(at_32) / 4
+        assert printed["lengths"]["32"]["fp32"] == sum(at_32) / 4
     odd = make_reranker(compression_ratio=3).encode_to_metadata(["a"])[0]["kalm_encoding"]
     without_table = run("inspect", stdin=f"{lines}\n{odd}")
     assert (without_table.exit_code, "fp32" in without_table.stdout) == (0, False)

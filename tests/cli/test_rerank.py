@@ -11,12 +11,13 @@ import pytest
 from tools.command_line import QUERY, TEXTS, Run, write_jsonl
 
 from kalm_integrations import EncodedPassage, KalmReranker
+from kalm_integrations.core.settings import DEFAULT_CODEC
 
 
 def test_rerank_prints_what_the_reranker_says(run: Run, model: Any, make_reranker: Callable[..., KalmReranker]) -> None:
     Path("passages.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
     result = run("rerank", QUERY, "passages.txt", "--json", *model)
-    expected = make_reranker().rank(QUERY, TEXTS)
+    expected = make_reranker(storage_codec=DEFAULT_CODEC).rank(QUERY, TEXTS)
     printed = json.loads(result.stdout)
     assert [(r["index"], r["score"], r["margin"]) for r in printed["results"]] == [
         (p.index, p.score, p.margin) for p in expected
@@ -31,7 +32,7 @@ def test_rerank_prints_what_the_reranker_says(run: Run, model: Any, make_reranke
 
 def test_rerank_passes_its_options_on(run: Run, model: Any, make_reranker: Callable[..., KalmReranker]) -> None:
     Path("p.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    expected = make_reranker(compression_ratio=8).rank(QUERY, TEXTS, instruction="Find a place.")
+    expected = make_reranker(compression_ratio=8, storage_codec=DEFAULT_CODEC).rank(QUERY, TEXTS, instruction="Find a place.")
     threshold = expected[1].score
     options = ("--instruction", "Find a place.", "--ratio", 8, "--score-threshold", threshold)
     results = json.loads(run("rerank", QUERY, "p.txt", "--json", *options, *model).stdout)["results"]
@@ -58,7 +59,7 @@ def test_rerank_uses_stored_encodings(
     assert counts == {"metadata_hits": 1, "stale": 1, "corrupt": 1, "passages_encoded": 3}
     assert [set(r["row"]) for r in printed["results"]] == [{"_id", "text"}] * 4
     scores = {r["row"]["_id"]: r["score"] for r in printed["results"]}
-    exact = make_reranker().score(QUERY, TEXTS)
+    exact = make_reranker(storage_codec=DEFAULT_CODEC).score(QUERY, TEXTS)
     assert scores["p1"] == pytest.approx(exact[1], abs=1e-6)
     [coarse] = make_reranker().score(QUERY, [EncodedPassage.from_metadata(good["kalm_encoding"])])
     assert scores["p0"] == pytest.approx(coarse, abs=1e-6)

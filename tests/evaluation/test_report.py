@@ -30,7 +30,7 @@ def collection() -> Collection:
 
 @pytest.fixture(scope="module")
 def reranker(tiny_checkpoint: Path) -> KalmReranker:
-    return KalmReranker.from_pretrained(tiny_checkpoint, compression_ratio=1)
+    return KalmReranker.from_pretrained(tiny_checkpoint, compression_ratio=1, storage_codec="fp32")
 
 
 @pytest.fixture(scope="module")
