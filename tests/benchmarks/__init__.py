@@ -6,7 +6,7 @@
 | workload.py | the checkpoint, and texts of exact token counts |
 | rows.py | the work of each row, and the runner that interleaves them |
 | reference.py, peers.py | the reference with pooled states, and models of other shapes |
-| floor.py | the arithmetic that cannot be avoided, and the rate of this machine's matrix products |
+| floor.py | the seconds that cannot be avoided, at the rate of this machine's matrix products |
 | curves.py, storage.py, memory.py | growth, bytes and read time of encodings, peak memory |
 | steps.py, ways.py | gain of each step of the decoder: `python -m benchmarks.steps` |
 | windows.py | what the encoder saves by blocks of queries: `python -m benchmarks.windows` |

@@ -223,13 +223,20 @@ class EncodedPassage:
 
     def metadata_length(self) -> int:
         """Return the length of `to_metadata()` in characters."""
-        codec, payload = write_states(self.states, self.codec)
-        return len(PREFIX) + len(_write_header(self._fields(codec))) + _base64_length(len(payload)) + 2
+        codec, _ = write_states(self.states, self.codec)
+        return inline_length(self.n_tokens, self.compression_ratio, self.states.shape[1], codec)
 
     def _fields(self, codec: str) -> dict[str, Any]:
         shape = [int(size) for size in self.states.shape]
         values = (self.fingerprint, self.text_hash, self.n_tokens, self.compression_ratio, shape, codec)
         return dict(zip(_HEADER_KEYS, values, strict=False))
+
+
+def inline_length(n_tokens: int, ratio: int, width: int, codec: str) -> int:
+    """Return the characters of the metadata string of a passage whose states the codec can hold."""
+    n_states = n_pooled_states(n_tokens, ratio)
+    fields = dict(zip(_HEADER_KEYS, ("0" * 32, "0" * 32, n_tokens, ratio, [n_states, width], codec), strict=False))
+    return len(PREFIX) + len(_write_header(fields)) + _base64_length(_n_bytes(fields)) + 2
 
 
 def _with_digest(encoding: EncodedPassage, digest: str) -> EncodedPassage:
