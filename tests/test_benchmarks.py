@@ -10,18 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import callers, floor, plan, steps, trials, windows
+from benchmarks import callers, floor, plan, steps, stores, stores_page, trials, windows
 from benchmarks.__main__ import PARTS, main
 from benchmarks.bars import BARS
 from benchmarks.parts import FUNCTIONS, REST
 from benchmarks.render import RESULTS, make_page
 from benchmarks.results import Results
 from benchmarks.rows import BUILDERS, Models
+from benchmarks.store_kinds import Kind, LangChainFaiss, LlamaIndexSimple, Lmdb
 from benchmarks.ways import DTYPES, POOLED, PREFIX, WAYS
 from benchmarks.workload import Workload, make_workload_checkpoint
 from tools.parity import TOLERANCE
 
 from kalm_integrations import KalmReranker
+from kalm_integrations.planning.sizes import StoreModel
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +236,33 @@ def test_committed_page_is_rendered_from_committed_results():
     """`python -m benchmarks render` changes nothing."""
     runs = json.loads(RESULTS.read_text())
     assert RESULTS.parent.with_suffix(".md").read_text(encoding="utf-8") == make_page(runs, trials.read(RESULTS.parent))
+
+
+@pytest.mark.parametrize("kind", [LangChainFaiss, LlamaIndexSimple, Lmdb])
+def test_stores_are_weighed_and_asked_with_and_without_encodings(kind: type[Kind]):
+    """At every count, bytes with encodings are more than without; a search is timed at the smallest."""
+    measured = stores.measure_kind(kind, {"short": 3_000, "long": 9_000}, (30, 150), (3, 7), rounds=2)
+    weighed = {(row["payload"], row["passages"]): row for row in measured["weighed"]}
+    assert list(weighed) == [(payload, n) for n in (30, 150) for payload in ("none", "short", "long")]
+    for n in (30, 150):
+        none, short, long = (weighed[payload, n] for payload in ("none", "short", "long"))
+        assert none["stored"] == 0
+        assert long["disk"] - none["disk"] > 0.9 * long["stored"] > 2 * short["stored"]
+    payloads = {"short", "long"} if kind.holds_payloads else {"none", "short", "long"}
+    assert [(row["k"], set(row["milliseconds"])) for row in measured["fetched"]] == [(3, payloads), (7, payloads)]
+    assert all(value > 0 for row in measured["fetched"] for value in row["milliseconds"].values())
+
+
+def test_the_factors_of_a_store_are_found():
+    """Bytes that were made by factors give these factors back."""
+    expected = StoreModel(500, 2, 0.75, holds_payloads=False)
+    weighed = [
+        {"passages": n, "stored": n * size, "disk": n * 3000 + (expected.n_bytes(n, size, 0) if size else 0)}
+        for n in (500, 2000)
+        for size in (0, 20_000, 30_000, 110_000)
+    ]
+    measured = {"stores": [{"store": "made", "holds_payloads": False, "weighed": weighed}]}
+    [(name, model, error)] = stores_page.fits(measured)
+    assert (name, model.holds_payloads) == ("made", False)
+    assert (model.per_passage, model.per_byte, model.per_queued_byte) == pytest.approx((500, 2, 0.75), rel=1e-3)
+    assert error < 1e-3

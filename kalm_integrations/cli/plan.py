@@ -32,16 +32,23 @@ def plan(
         str | None, typer.Option(help="What prefix states are kept in.", show_default="the dtype of the run")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="float32")] = None,
+    speed: Annotated[
+        float | None,
+        typer.Option(
+            help="Speed of the machine to plan for, in that of the benchmarks' (2 cores of an AMD EPYC).",
+            show_default="this machine's CPU, measured for a second",
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what a collection takes before it is encoded.
 
-    Characters of metadata, bytes in stores and in memory, what stores with a limit allow, and seconds on this machine's CPU,
-    whose speed is measured for a second. Bytes are those of the encodings: text, vectors and other metadata come on top.
+    Characters of metadata, bytes in stores and in memory, what stores with a limit allow, and time on a CPU. Bytes are of the
+    encodings: text, vectors and other metadata come on top.
     """
     from kalm_integrations.planning.plans import make_plan
 
-    made = make_plan(model, passages, tokens, ratio=ratio, codec=codec, prefix_dtype=prefix_dtype, dtype=dtype)
+    made = make_plan(model, passages, tokens, ratio=ratio, codec=codec, prefix_dtype=prefix_dtype, dtype=dtype, speed=speed)
     if as_json:
         print_json(asdict(made))
         return
@@ -53,13 +60,13 @@ def plan(
 
 def _facts(made: Plan) -> dict[str, object]:
     memory = made.memory
-    prefixes = f"{format_bytes(memory.prefix)} in {memory.prefix_dtype}"
     return {
         "collection": f"{made.passages:,} passages of {made.tokens:,} tokens, {made.states:,} states each",
         "encodings": f"{made.model} at ratio {made.ratio} in {made.codec}",
         "metadata": f"{made.characters:,} characters a passage, {format_bytes(made.total)} in all",
         "encoding_in_memory": f"{format_bytes(memory.encoding)} a passage, {memory.encodings:,} in the default cache",
-        "prefix_states": f"{prefixes} a passage, {memory.prefixes:,} in the default cache",
+        "prefix_states": f"{format_bytes(memory.prefix)} a passage, {memory.prefixes:,} in the default cache",
+        "prefix_dtype": memory.prefix_dtype,
     }
 
 

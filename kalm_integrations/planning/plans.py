@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from kalm_integrations.core.settings import CODEC_NAMES, MAX_TOKENS, QuerySettin
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.planning import sizes
 from kalm_integrations.planning.shapes import shape_of
-from kalm_integrations.planning.speed import measure_speed
+from kalm_integrations.planning.speed import speed_at
 
 MEASURED = Path(__file__).with_name("measured.json")
 """What the benchmarks found; `python -m benchmarks.stores render` writes it."""
@@ -40,10 +41,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Seconds:
-    """How long it takes on this machine's CPU."""
+    """How long it takes on a CPU."""
 
     scale: float
-    """Speed of this machine, in that of the benchmark's."""
+    """Speed of the machine, in that of the benchmark's."""
     dtype: str
     encoding: float
     """The whole collection."""
@@ -86,7 +87,7 @@ def make_plan(
     codec: str | None = None,
     prefix_dtype: str | None = None,
     dtype: str | None = None,
-    measuring: float = 1.0,
+    speed: float | None = None,
 ) -> Plan:
     """Plan for a collection.
 
@@ -98,7 +99,7 @@ def make_plan(
         codec: how states are written; None is the default.
         prefix_dtype: in which prefix states are kept; None is the precision of the run.
         dtype: precision of the run; None is float32, a CPU's default.
-        measuring: seconds for which this machine's speed is measured.
+        speed: of the machine, in that of the benchmark's; None measures this one for a second.
 
     Raises:
         InvalidCheckpointError: the folder holds no checkpoint.
@@ -108,6 +109,9 @@ def make_plan(
         if not 1 <= value <= most:
             msg = f"{name} must be a whole number from 1 to {most:,}, but got {value}"
             raise SettingsError(msg)
+    if speed is not None and not 0 < speed < math.inf:
+        msg = f"speed must be positive, 1 for the machine of the benchmarks, but got {speed}; leave it out to measure this one"
+        raise SettingsError(msg)
     stored = make_settings(StorageSettings, {"compression_ratio": ratio, "storage_codec": codec})
     ratio, codec = stored.compression_ratio, stored.storage_codec
     dtype = check_dtype(dtype or "float32")
@@ -118,7 +122,7 @@ def make_plan(
     characters, payload = lengths[ratio][codec], sizes.payload_bytes(shape, tokens, ratio, codec)
     encoding, prefix = sizes.encoding_bytes(shape, tokens, ratio), sizes.prefix_bytes(shape, tokens, ratio, kept_in)
     measured = read_measured()
-    speed = measure_speed(measured["speed"], dtype, measuring)
+    machine = speed_at(measured["speed"], dtype, speed)
     room = sizes.room_in(tokens)
     return Plan(
         model=model,
@@ -135,10 +139,10 @@ def make_plan(
         finest={name: sizes.finest(lengths, CODEC_NAMES, n_bytes) for name, n_bytes in room.items()},
         memory=Memory(encoding, query.cache_bytes // encoding, prefix, query.prefix_cache_bytes // prefix, kept_in),
         seconds=Seconds(
-            scale=speed.scale,
+            scale=machine.scale,
             dtype=dtype,
-            encoding=speed.encode_seconds(shape, passages, tokens),
-            query=speed.query_seconds(shape, CANDIDATES, tokens, ratio),
+            encoding=machine.encode_seconds(shape, passages, tokens),
+            query=machine.query_seconds(shape, CANDIDATES, tokens, ratio),
         ),
     )
 

@@ -33,10 +33,10 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast this machine is at a dtype."""
+    """How fast a machine is at a dtype."""
 
     scale: float
-    """Rate of the product here, in that of the benchmark's machine."""
+    """Rate of the product there, in that of the benchmark's machine."""
     rates: dict[str, Points]
     """Multiply-adds per second that the benchmark reached for each work, by tokens of a passage."""
 
@@ -61,16 +61,18 @@ class Speed:
         return multiply_adds / (float(np.interp(n_tokens, at, rates)) * self.scale)
 
 
-def measure_speed(measured: dict[str, Any], dtype: str, seconds: float) -> Speed:
-    """Measure this machine's CPU.
+def speed_at(measured: dict[str, Any], dtype: str, scale: float | None) -> Speed:
+    """Return the speed of a machine at a dtype.
 
     Args:
         measured: what the benchmark found by dtype: the rate of the product, and `Speed.rates`.
         dtype: torch's name.
-        seconds: how long.
+        scale: see `Speed`; None measures this machine's CPU for a second.
     """
     of_dtype = measured[dtype]
-    return Speed(product_rate(getattr(torch, dtype), seconds) / of_dtype["product"], of_dtype["rates"])
+    if scale is None:
+        scale = product_rate(getattr(torch, dtype), 1.0) / of_dtype["product"]
+    return Speed(scale, of_dtype["rates"])
 
 
 def product_rate(dtype: torch.dtype, seconds: float) -> float:

@@ -12,6 +12,7 @@
 | windows.py | what the encoder saves by blocks of queries: `python -m benchmarks.windows` |
 | stacks.py | layers of a real shape with random weights, for these two |
 | trials.py | options and tables that these two share |
+| stores.py, store_kinds.py, stores_page.py | bytes and milliseconds in real stores: `python -m benchmarks.stores` |
 | mep_ablation.py | what training on pooled states is worth: `python -m benchmarks.mep_ablation TRAIN TEST` |
 | machine.py | what the figures depend on |
 | render.py, bars.py, plots.py, tables.py, page.md | results to docs/benchmarks.md |

@@ -108,12 +108,13 @@ def _about(measured: dict[str, Any]) -> str:
     sizes = _mean_characters(measured)
     described = ", ".join(f"{characters:,.0f} ({name})" for name, characters in sizes.items())
     n = max(weighed["passages"] for weighed in measured["stores"][0]["weighed"])
+    asked = measured["stores"][0]["fetched"][0]["passages"]
     error = max(error for _, _, error in fits(measured))
     return (
         f"{facts['cpu']}, {facts['cores']} cores, load before {facts['load_before']:.1f}; {n:,} passages of "
         f"{measured['text_characters']:,} characters, vectors of {measured['vector_width']} numbers, and metadata strings of "
         f"{described} characters on average: 256 tokens of Nano at ratio 4. The factors are a fit to all sizes and numbers of "
-        f"passages, within {100 * error:.0f} % of each. A search is the median of {measured['rounds']}, the sizes taking turns."
+        f"passages, within {100 * error:.0f} % of each. A search, of {asked} passages, is the best of {measured['rounds']}."
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from uuid import UUID
 
 import pytest
+import torch
 from benchmarks import plan as rows
 from benchmarks import stores_page
 from benchmarks.results import Results
@@ -27,7 +28,7 @@ from kalm_integrations.planning.arithmetic import Widths
 from kalm_integrations.planning.plans import CANDIDATES, MEASURED, Plan, make_plan, read_measured
 from kalm_integrations.planning.shapes import PUBLISHED, shape_of
 from kalm_integrations.planning.sizes import QUEUED
-from kalm_integrations.planning.speed import Speed
+from kalm_integrations.planning.speed import Speed, product_rate
 from kalm_integrations.samples import XQUAD_EN
 
 TOLERANCE = 0.15
@@ -36,8 +37,8 @@ PREFIX_DTYPES = get_args(get_args(QuerySettings.model_fields["prefix_dtype"].ann
 
 
 def plan_for(*arguments: Any, **settings: Any) -> Plan:
-    """Make a plan without measuring the machine for a whole second."""
-    return make_plan(*arguments, **settings, measuring=0)
+    """Make a plan for the benchmark's machine, which need not be measured."""
+    return make_plan(*arguments, **{"speed": 1.0, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,16 @@ def test_larger_models_and_longer_passages_take_longer():
     for made in plans:
         query = made.seconds.query
         assert query["nothing"] > query["encodings"] > query["prefix states"] > 0
-        assert made.seconds.scale > 0
+
+
+def test_this_machine_is_measured_where_no_speed_is_given(monkeypatch: pytest.MonkeyPatch):
+    """By the product whose rate the benchmark has, in both dtypes."""
+    assert product_rate(torch.bfloat16, 0.01) > 0
+    rate = read_measured()["speed"]["float32"]["product"]
+    monkeypatch.setattr("kalm_integrations.planning.speed.product_rate", lambda _dtype, _seconds: 2 * rate)
+    measured, given = make_plan("nano", 10, 256), make_plan("nano", 10, 256, speed=2)
+    assert measured == given
+    assert measured.seconds.encoding == plan_for("nano", 5, 256).seconds.encoding
 
 
 def test_limits_name_the_finest_ratio_that_fits():
@@ -202,6 +212,7 @@ def test_queued_copies_are_counted_once():
         ({"codec": "zip"}, "storage_codec must be one of .*, but got 'zip'"),
         ({"prefix_dtype": "int3"}, "prefix_dtype: .*, but got 'int3'"),
         ({"dtype": "float16"}, "dtype must be one of"),
+        ({"speed": 0.0}, "speed must be positive, .*, but got 0.0"),
         ({"model": "who/knows"}, "a model to plan for must be one of pico, nano, .*, or a local folder, but got 'who/knows'"),
     ],
 )
