@@ -77,12 +77,14 @@ types: $(READY) ## check types
 docs: $(READY) ## build the documentation into site/, refusing broken links
 	$(BIN)/mkdocs build --strict
 
-bench: $(READY) ## measure parity, memory, load time and speed (docs/parity.md, docs/benchmarks.md); half an hour
+bench: $(READY) ## measure parity, memory, load time, speed and stores (docs/parity.md, docs/benchmarks.md, docs/stores.md); half an hour
 	cd tests && ../$(BIN)/python -m tools.parity
 	cd tests && ../$(BIN)/python -m tools.real_shape
 	cd tests && ../$(BIN)/python -m benchmarks measure
 	cd tests && ../$(BIN)/python -m benchmarks.callers
 	cd tests && ../$(BIN)/python -m benchmarks render
+	cd tests && ../$(BIN)/python -m benchmarks.stores measure
+	cd tests && ../$(BIN)/python -m benchmarks.stores render
 
 # Copied, not linked from uv's cache: NLTK, which LlamaIndex splits with, reads no file that has two names.
 UV_LOWEST = $(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest --link-mode copy --resolution lowest-direct --group lowest

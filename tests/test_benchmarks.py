@@ -10,20 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import callers, floor, plan, steps, trials, windows
+from benchmarks import callers, floor, plan, steps, stores, stores_page, trials, windows
 from benchmarks.__main__ import PARTS, main
 from benchmarks.bars import BARS
 from benchmarks.parts import FUNCTIONS, REST
 from benchmarks.render import RESULTS, make_page
 from benchmarks.results import Results
 from benchmarks.rows import BUILDERS, Models
-from benchmarks.stacks import draw_embedding, draw_stack, make_config
+from benchmarks.store_kinds import Kind, LangChainFaiss, LlamaIndexSimple, Lmdb
 from benchmarks.ways import DTYPES, POOLED, PREFIX, WAYS
 from benchmarks.workload import Workload, make_workload_checkpoint
 from tools.parity import TOLERANCE
 
 from kalm_integrations import KalmReranker
-from kalm_integrations.core.model.encoder import encode
+from kalm_integrations.planning.sizes import StoreModel
 
 
 @pytest.fixture(scope="module")
@@ -169,35 +169,9 @@ def test_verdicts_follow_from_the_figures(run: dict[str, Any]):
     assert verdicts["prefix in bfloat16, 100 candidates"] == ("< 1 s", "–", "not measured")
 
 
-def test_floor_of_nano():
-    """The formula gives, for 100 passages of 64 states and a prompt of 80 tokens, the sum done by hand."""
-    kinds = (*["sliding_attention"] * 17, "full_attention")
-    nano = floor.Widths(kinds, 512, hidden_width=640, query_width=1024, kv_width=256, mlp_width=2048)
-    pooled = floor.decoder_multiply_adds(nano, 100, 64, 0, 80)
-    per_token = 640 * 1536 + 1024 * 640 + 3 * 640 * 2048
-    saved_in_layer_0 = 99 * 80 * 640 * 1536
-    saved_in_last_layer = 100 * 79 * (per_token - 640 * 512)
-    attention = 100 * 2048 * (17 * sum(64 + i for i in range(1, 81)) + 144)
-    passages = 100 * 64 * 18 * 640 * 512
-    assert sum(pooled.values()) == 100 * 80 * 18 * per_token - saved_in_layer_0 - saved_in_last_layer + attention + passages
-    prefix = floor.decoder_multiply_adds(nano, 100, 64, 56, 24)
-    assert sum(prefix.values()) < 0.3 * sum(pooled.values())
-    encoding = floor.encoder_multiply_adds(nano, 100, 256)
-    assert encoding["attention"] == 100 * 2048 * 18 * 256**2
+def test_floor_is_the_work_at_the_rates_of_its_products():
+    """Attention, which has no product of its own, gets the best rate."""
     assert floor.floor_seconds({"out": 6, "attention": 8}, {"out": 2.0, "down": 4.0}) == 5.0
-
-
-def test_windows_cut_the_floor():
-    """An encoder layer with a window counts the pairs of tokens of which one really depends on the other."""
-    draw = torch.Generator().manual_seed(0)
-    config = replace(make_config("toy"), layer_types=("sliding_attention",))
-    weights, embedding = draw_stack(config, torch.float32, draw), draw_embedding(config, draw)
-    n = 30
-    embedding.tokens.requires_grad_(True)
-    states = encode(torch.arange(n)[None], torch.tensor([n]), embedding, weights, config)[0]
-    seen = [torch.autograd.grad(state.sum(), embedding.tokens, retain_graph=True)[0][:n].any(dim=1) for state in states]
-    widths = floor.Widths(("sliding_attention",), config.sliding_window, 4, 4, 4, 4)
-    assert floor.encoder_multiply_adds(widths, 1, n)["attention"] == 2 * 4 * int(torch.stack(seen).sum())
 
 
 def test_every_step_is_switched_off_and_margins_stay(results_path: Path):
@@ -263,3 +237,33 @@ def test_committed_page_is_rendered_from_committed_results():
     """`python -m benchmarks render` changes nothing."""
     runs = json.loads(RESULTS.read_text())
     assert RESULTS.parent.with_suffix(".md").read_text(encoding="utf-8") == make_page(runs, trials.read(RESULTS.parent))
+
+
+@pytest.mark.parametrize("kind", [LangChainFaiss, LlamaIndexSimple, Lmdb])
+def test_stores_are_weighed_and_asked_with_and_without_encodings(kind: type[Kind]):
+    """At every count, bytes with encodings are more than without; a search is timed at the smallest."""
+    measured = stores.measure_kind(kind, {"short": 3_000, "long": 9_000}, (30, 150), (3, 7), rounds=2)
+    weighed = {(row["payload"], row["passages"]): row for row in measured["weighed"]}
+    assert list(weighed) == [(payload, n) for n in (30, 150) for payload in ("none", "short", "long")]
+    for n in (30, 150):
+        none, short, long = (weighed[payload, n] for payload in ("none", "short", "long"))
+        assert none["stored"] == 0
+        assert long["disk"] - none["disk"] > 0.9 * long["stored"] > 2 * short["stored"]
+    payloads = {"short", "long"} if kind.holds_payloads else {"none", "short", "long"}
+    assert [(row["k"], set(row["milliseconds"])) for row in measured["fetched"]] == [(3, payloads), (7, payloads)]
+    assert all(value > 0 for row in measured["fetched"] for value in row["milliseconds"].values())
+
+
+def test_the_factors_of_a_store_are_found():
+    """Bytes that were made by factors give these factors back."""
+    expected = StoreModel(500, 2, 0.75, holds_payloads=False)
+    weighed = [
+        {"passages": n, "stored": n * size, "disk": n * 3000 + (expected.n_bytes(n, size, 0) if size else 0)}
+        for n in (500, 2000)
+        for size in (0, 20_000, 30_000, 110_000)
+    ]
+    measured = {"stores": [{"store": "made", "holds_payloads": False, "weighed": weighed}]}
+    [(name, model, error)] = stores_page.fits(measured)
+    assert (name, model.holds_payloads) == ("made", False)
+    assert (model.per_passage, model.per_byte, model.per_queued_byte) == pytest.approx((500, 2, 0.75), rel=1e-3)
+    assert error < 1e-3

@@ -65,6 +65,8 @@ def encode(
     """
     from tqdm.auto import tqdm
 
+    from kalm_integrations.core.settings import DEFAULT_CODEC
+
     if output.suffix in (".csv", ".tsv"):
         msg = f"the output is JSON lines and must not be named {output.suffix}, but got {str(output)!r}; name it .jsonl"
         raise SettingsError(msg)
@@ -105,7 +107,11 @@ def encode(
         f"{stats.truncated:,} of them cut to the model's limit"
     )
     if n_rows:
-        sizes = f"the encodings take {format_bytes(n_bytes)} in the rows, {format_bytes(n_bytes / n_rows)} each on average"
+        ratios = f"{reranker.compression_ratio}{' or coarser' if max_inline_bytes is not None else ''}"
+        sizes = (
+            f"the encodings take {n_bytes:,} characters of metadata, {n_bytes / n_rows:,.0f} a passage on average, at ratio "
+            f"{ratios} in {codec or DEFAULT_CODEC}"
+        )
         if n_references and payload_store is not None:
             on_disk = sum(path.stat().st_size for path in payload_store.iterdir())
             sizes += f"; {n_references:,} have their payload in {payload_store}, which takes {format_bytes(on_disk)}"

@@ -101,3 +101,11 @@ def format_bytes(n_bytes: float) -> str:
             break
         size, unit = size / 1000, larger
     return f"{size:,.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time such as 4.2 s or 3.1 h."""
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.1f} s" if seconds >= 1 else f"{1000 * seconds:,.0f} ms"

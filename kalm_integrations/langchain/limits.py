@@ -9,16 +9,17 @@ from langchain_core.documents import Document
 from langchain_core.vectorstores import VectorStore
 
 from kalm_integrations.errors import EncodingTooLargeError
+from kalm_integrations.hosting.limits import LUCENE_TERM_BYTES, MILVUS_VARCHAR_BYTES, PINECONE_METADATA_BYTES
 
 # By class name, so that no store's package is imported.
 _MAX_VALUE = {
-    "Milvus": 65_535,  # VARCHAR of a static schema
-    "OpenSearchVectorSearch": 32_766,  # a Lucene term, which the default mapping makes of a string
-    "ElasticsearchStore": 32_766,
+    "Milvus": MILVUS_VARCHAR_BYTES,
+    "OpenSearchVectorSearch": LUCENE_TERM_BYTES,
+    "ElasticsearchStore": LUCENE_TERM_BYTES,
 }
 """Bytes of one metadata value."""
 
-_MAX_METADATA = {"PineconeVectorStore": 40_960}
+_MAX_METADATA = {"PineconeVectorStore": PINECONE_METADATA_BYTES}
 """Bytes of all metadata of a document together, its text among them."""
 
 

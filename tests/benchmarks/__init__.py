@@ -6,12 +6,13 @@
 | workload.py | the checkpoint, and texts of exact token counts |
 | rows.py | the work of each row, and the runner that interleaves them |
 | reference.py, peers.py | the reference with pooled states, and models of other shapes |
-| floor.py | the arithmetic that cannot be avoided, and the rate of this machine's matrix products |
+| floor.py | the seconds that cannot be avoided, at the rate of this machine's matrix products |
 | curves.py, storage.py, memory.py | growth, bytes and read time of encodings, peak memory |
 | steps.py, ways.py | gain of each step of the decoder: `python -m benchmarks.steps` |
 | windows.py | what the encoder saves by blocks of queries: `python -m benchmarks.windows` |
 | stacks.py | layers of a real shape with random weights, for these two |
 | trials.py | options and tables that these two share |
+| stores.py, store_kinds.py, stores_page.py | bytes and milliseconds in real stores: `python -m benchmarks.stores` |
 | mep_ablation.py | what training on pooled states is worth: `python -m benchmarks.mep_ablation TRAIN TEST` |
 | machine.py | what the figures depend on |
 | render.py, bars.py, plots.py, tables.py, page.md | results to docs/benchmarks.md |

@@ -22,6 +22,7 @@ from benchmarks.render import RESULTS, render
 from benchmarks.rows import Models, Scores, measure_rows, progress
 from benchmarks.storage import measure_prefix_states, measure_storage
 from benchmarks.workload import MAKERS, Workload, make_workload_checkpoint
+from kalm_integrations.planning.arithmetic import Widths
 
 DTYPES = ("float32", "bfloat16")
 PARTS = ("rows", "curves", "storage", "memory")
@@ -69,7 +70,7 @@ def measure(chosen: Plan, shape: str, device: str, parts: Sequence[str]) -> Iter
             return Models(workload, dtype, device, are_peers_tiny=is_toy)
 
         first = models_of(dtypes[0])
-        widths = floor.Widths.of(first.encoder.runtime.checkpoint.decoder_config)
+        widths = Widths.of(first.encoder.runtime.checkpoint.decoder_config)
         yield {"config": asdict(widths)}
         if "rows" in parts:
             rows: list[dict[str, Any]] = []

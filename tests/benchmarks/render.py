@@ -8,12 +8,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from benchmarks import floor, plan, plots, trials
+from benchmarks import plan, plots, trials
 from benchmarks.bars import BARS
 from benchmarks.plan import LONG, SHORT
 from benchmarks.results import Results, Row
 from benchmarks.tables import significant, table
 from benchmarks.trials import NOT_MEASURED
+from kalm_integrations.planning import arithmetic
 
 RESULTS = trials.FOLDER / "results.json"
 PAGE = Path(__file__).with_name("page.md")
@@ -41,7 +42,7 @@ def make_page(runs: dict[str, Any], tried: dict[str, Any], folder: str = RESULTS
         "bars": _bars(results),
         "rows": "\n\n".join(_rows_sections(results, images)) or NOT_MEASURED,
         "long_prompt": _long_prompt(results),
-        "floor_formula": floor.__doc__.partition("\n\n")[2].strip(),
+        "floor_formula": arithmetic.__doc__.partition("\n\n")[2].strip(),
         "rates": _rates(results),
         "floor": _floor(results),
         "curves": images.get("growth", "") + _curves(results),
@@ -162,7 +163,7 @@ def _rates(results: Results) -> str:
     dtypes = list(results.run.get("rates", {}))
     if not dtypes:
         return NOT_MEASURED
-    shapes = floor.product_shapes(results.widths)
+    shapes = arithmetic.product_shapes(results.widths)
     rates = {dtype: results.rates(dtype) for dtype in dtypes}
     return table(
         ("product", "in → out", *(f"{dtype}, GFLOP/s" for dtype in dtypes)),

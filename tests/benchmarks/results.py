@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import floor, plan
 from benchmarks.plan import SHORT, Prompt
+from kalm_integrations.planning import arithmetic
 
 RATIO = 4
 """Compression ratio of every row: the default."""
@@ -62,9 +63,9 @@ class Results:
         return None if None in rows else rows[0].seconds / rows[1].seconds
 
     @property
-    def widths(self) -> floor.Widths:
+    def widths(self) -> arithmetic.Widths:
         config = self.run["config"]
-        return floor.Widths(**{**config, "layer_types": tuple(config["layer_types"])})
+        return arithmetic.Widths(**{**config, "layer_types": tuple(config["layer_types"])})
 
     def rates(self, dtype: str) -> dict[str, float]:
         """Return median multiply-adds per second of each product."""
@@ -76,11 +77,11 @@ class Results:
         widths = self.widths
         n_states = math.ceil(row.passage_tokens / RATIO)
         prompt = row.prompt
-        whole = floor.decoder_multiply_adds(widths, row.candidates, n_states, 0, prompt.n_tokens)
+        whole = arithmetic.decoder_multiply_adds(widths, row.candidates, n_states, 0, prompt.n_tokens)
         if row.name in (plan.OURS_PREFIX, plan.OURS_HALF, plan.OURS_INT8, plan.OURS_DISK):
-            return floor.decoder_multiply_adds(widths, row.candidates, n_states, prompt.n_prefix, prompt.n_new)
+            return arithmetic.decoder_multiply_adds(widths, row.candidates, n_states, prompt.n_prefix, prompt.n_new)
         if row.name == plan.OURS_COLD:
-            encoding = floor.encoder_multiply_adds(widths, row.candidates, row.passage_tokens)
+            encoding = arithmetic.encoder_multiply_adds(widths, row.candidates, row.passage_tokens)
             return {name: whole[name] + encoding.get(name, 0) for name in whole}
         return whole
 

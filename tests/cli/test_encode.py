@@ -100,13 +100,15 @@ def test_encode_writes_gzip_where_the_name_says_so(run: Run, model: Any) -> None
 
 
 def test_encode_says_what_the_encodings_take(run: Run, model: Any, tmp_path: Path) -> None:
-    """In the rows, in all and on average; and what the payload store takes."""
+    """In all and on average, at which ratio and codec; and what the payload store takes."""
     write_jsonl(Path("p.jsonl"), [{"text": text} for text in TEXTS])
-    result = run("encode", "p.jsonl", "-o", "out.jsonl", "--codec", "fp16", *model)
+    result = run("encode", "p.jsonl", "-o", "out.jsonl", *model)
     total = sum(len(row["kalm_encoding"]) for row in read_jsonl(Path("out.jsonl").read_text()))
-    assert f"the encodings take {total / 1000:.1f} kB in the rows, {total / 4000:.1f} kB each on average\n" in result.stderr
-    result = run("encode", "p.jsonl", "--payload-store", "store", "--max-inline-bytes", 250, "--codec", "fp16", *model)
+    average = f"{total:,} characters of metadata, {total / 4:,.0f} a passage on average"
+    assert f"the encodings take {average}, at ratio 4 in {DEFAULT_CODEC}\n" in result.stderr
+    result = run("encode", "p.jsonl", "--payload-store", "store", "--max-inline-bytes", 200, *model)
     on_disk = sum(path.stat().st_size for path in Path("store").iterdir())
+    assert f" on average, at ratio 4 or coarser in {DEFAULT_CODEC}; 4 have" in result.stderr
     assert f"; 4 have their payload in store, which takes {on_disk / 1000:.1f} kB\n" in result.stderr
     assert "take" not in run("encode", *model).stderr
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from kalm_integrations.core.model.pooling import repool_states
+from kalm_integrations.core.model.pooling import n_pooled_states, repool_states
 from kalm_integrations.core.passages.codecs import CODECS, EXACT_CODECS, LARGEST, check_limit, read_states, write_states
 from kalm_integrations.core.passages.guarded import store_errors
 from kalm_integrations.core.passages.header import (
@@ -254,8 +254,8 @@ class EncodedPassage:
 
     def metadata_length(self) -> int:
         """Return the length of `to_metadata()` in characters."""
-        codec, payload = self._written()
-        return len(PREFIX) + len(write_header(self._fields(codec))) + base64_length(len(payload)) + 2
+        codec, _ = self._written()
+        return inline_length(self.n_tokens, self.compression_ratio, self.states.shape[1], codec)
 
     def _written(self) -> tuple[str, bytes]:
         """Return a codec and a payload."""
@@ -265,6 +265,13 @@ class EncodedPassage:
         shape = [int(size) for size in self.states.shape]
         values = (self.fingerprint, self.text_hash, self.n_tokens, self.compression_ratio, shape, codec)
         return dict(zip(HEADER_KEYS, values, strict=False))
+
+
+def inline_length(n_tokens: int, ratio: int, width: int, codec: str) -> int:
+    """Return the characters of the metadata string of a passage whose states the codec can hold."""
+    n_states = n_pooled_states(n_tokens, ratio)
+    fields = dict(zip(HEADER_KEYS, ("0" * 32, "0" * 32, n_tokens, ratio, [n_states, width], codec), strict=False))
+    return len(PREFIX) + len(write_header(fields)) + base64_length(_n_bytes(fields)) + 2
 
 
 def _noted(encoding: EncodedPassage, digest: str, payload: bytes | None = None) -> EncodedPassage:

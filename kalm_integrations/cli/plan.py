@@ -1,0 +1,113 @@
+"""`kalm plan`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kalm_integrations.cli import options
+from kalm_integrations.cli.terminal import format_bytes, format_seconds, print_facts, print_json, print_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kalm_integrations.planning.plans import Plan
+
+
+def plan(
+    passages: Annotated[int, typer.Option(help="How many passages the collection has.")] = 1_000_000,
+    tokens: Annotated[int, typer.Option(help="Tokens of a passage, on average.")] = 256,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="nano, small, large, nano-r2, small-r2, large-r2, pico or a local folder; only its shape is read, nothing is "
+            "fetched."
+        ),
+    ] = "nano",
+    ratio: options.Ratio = None,
+    codec: options.Codec = None,
+    prefix_dtype: Annotated[
+        str | None, typer.Option(help="What prefix states are kept in.", show_default="the dtype of the run")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="float32")] = None,
+    speed: Annotated[
+        float | None,
+        typer.Option(
+            help="Speed of the machine to plan for, in that of the benchmarks' (2 cores of an AMD EPYC).",
+            show_default="this machine's CPU, measured for a second",
+        ),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Say what a collection takes before it is encoded.
+
+    Characters of metadata, bytes in stores and in memory, what stores with a limit allow, and time on a CPU. Bytes are of the
+    encodings: text, vectors and other metadata come on top.
+    """
+    from kalm_integrations.planning.plans import make_plan
+
+    made = make_plan(model, passages, tokens, ratio=ratio, codec=codec, prefix_dtype=prefix_dtype, dtype=dtype, speed=speed)
+    if as_json:
+        print_json(asdict(made))
+        return
+    print_facts(_facts(made))
+    for table in (_lengths(made), _stores(made), _limits(made), _seconds(made)):
+        print()
+        print_table(table)
+
+
+def _facts(made: Plan) -> dict[str, object]:
+    memory = made.memory
+    return {
+        "collection": f"{made.passages:,} passages of {made.tokens:,} tokens, {made.states:,} states each",
+        "encodings": f"{made.model} at ratio {made.ratio} in {made.codec}",
+        "metadata": f"{made.characters:,} characters a passage, {format_bytes(made.total)} in all",
+        "encoding_in_memory": f"{format_bytes(memory.encoding)} a passage, {memory.encodings:,} in the default cache",
+        "prefix_states": f"{format_bytes(memory.prefix)} a passage, {memory.prefixes:,} in the default cache",
+        "prefix_dtype": memory.prefix_dtype,
+    }
+
+
+def _table(first: str, *others: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _lengths(made: Plan) -> Table:
+    codecs = list(made.lengths[made.ratio])
+    table = _table("characters at ratio", *codecs)
+    for ratio, by_codec in made.lengths.items():
+        table.add_row(str(ratio), *(f"{by_codec[codec]:,}" for codec in codecs))
+    return table
+
+
+def _stores(made: Plan) -> Table:
+    table = _table("bytes in a store", "a passage", "in all")
+    for name, total in made.stores.items():
+        table.add_row(name, format_bytes(total / made.passages), format_bytes(total))
+    return table
+
+
+def _limits(made: Plan) -> Table:
+    codecs = list(made.lengths[made.ratio])
+    table = _table("finest ratio within the limit of", "bytes", *codecs)
+    for name, n_bytes in made.room.items():
+        ratios = (made.finest[name][codec] for codec in codecs)
+        table.add_row(name, f"{n_bytes:,}", *("none" if ratio is None else str(ratio) for ratio in ratios))
+    return table
+
+
+def _seconds(made: Plan) -> Table:
+    seconds = made.seconds
+    table = _table(f"time in {seconds.dtype}, {seconds.scale:.2f} × the benchmark's machine", "")
+    table.add_row("encode the collection", format_seconds(seconds.encoding))
+    for kept, value in seconds.query.items():
+        table.add_row(f"query of 100 candidates, {kept} kept", format_seconds(value))
+    return table
