@@ -41,7 +41,7 @@ def plan(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Say what a collection takes before it is encoded.
+    """Say what a collection will take.
 
     Characters of metadata, bytes in stores and in memory, what stores with a limit allow, and time on a CPU. Bytes are of the
     encodings: text, vectors and other metadata come on top.

@@ -123,7 +123,7 @@ def check_ratios_and_codecs(reranker: KalmReranker, ratios: Sequence[int], codec
     """
     if reranker.storage_codec != EXACT:
         got = reranker.storage_codec
-        msg = f"codecs are measured from states in storage_codec={EXACT!r}, but the reranker's is {got!r}; open it with that one"
+        msg = f"codecs are measured from storage_codec={EXACT!r}, but the reranker's is {got!r}; open it with that one"
         raise SettingsError(msg)
     if not ratios or not codecs:
         msg = f"ratios and codecs must each name one at least, but got {list(ratios)} and {list(codecs)}"

@@ -53,7 +53,7 @@ def test_inspect_adds_up_files_and_streams(run: Run, make_reranker: Callable[...
         assert printed["lengths"]["32"]["fp32"] == sum(at_32) / 4
     odd = make_reranker(compression_ratio=3).encode_to_metadata(["a"])[0]["kalm_encoding"]
     without_table = run("inspect", stdin=f"{lines}\n{odd}")
-    assert (without_table.exit_code, "fp32" in without_table.stdout) == (0, False)
+    assert (without_table.exit_code, "fp16" in without_table.stdout) == (0, False)
     cut = lines.replace(values[1], values[1][:-1])
     assert_fails(run("inspect", stdin=cut), "standard input:2: a passage encoding must")
     assert json.loads(run("inspect", "--skip-bad", "--json", stdin=cut).stdout)["encodings"] == 3
