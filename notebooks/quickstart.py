@@ -94,7 +94,7 @@ print(
 )
 
 # %%
-for codec in ("fp16", "int8", "int4"):
+for codec in ("fp16", "rot4", "rot2"):
     for ratio in (4, 8, 16):
         [written] = KalmReranker.from_pretrained("pico", compression_ratio=ratio, storage_codec=codec).encode_to_metadata(
             [rows[0]["text"]]
@@ -102,5 +102,5 @@ for codec in ("fp16", "int8", "int4"):
         print(f"{codec}  ratio {ratio:2}  {len(written['kalm_encoding']):6,} characters")
 
 # %% [markdown]
-# A finer encoding serves a coarser request with exactly the coarser result, so the choice can be made anew at any time. How to
-# make it is in the documentation, under "Encodings".
+# A finer encoding serves a coarser request, so the choice can be made anew at any time. How to make it is in the documentation,
+# under "Encodings".

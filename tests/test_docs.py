@@ -76,10 +76,10 @@ def test_length_table_is_right():
     """The characters that docs/encodings.md names are what the format takes."""
     widths = {"Nano": 640, "Small": 1152, "Large": 2560}
     text = (ROOT / "docs" / "encodings.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\w+) \| (\d+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", text, re.MULTILINE)
-    assert len(rows) == 9
+    rows = re.findall(r"^\| (\w+) \| (\d+)" + r" \| ([\d,]+)" * 5 + r" \|$", text, re.MULTILINE)
+    assert len(rows) == 12
     for name, ratio, *lengths in rows:
         states = torch.zeros(n_pooled_states(512, int(ratio)), widths[name])
-        for codec, length in zip(("fp16", "int8", "int4"), lengths, strict=True):
+        for codec, length in zip(("fp16", "int8", "rot4", "rot3", "rot2"), lengths, strict=True):
             encoding = EncodedPassage(states, 512, int(ratio), "0" * 32, "0" * 32, codec)
             assert len(encoding.to_metadata()) == int(length.replace(",", ""))

@@ -120,7 +120,7 @@ def make_plan(
     shape = shape_of(model)
     lengths = sizes.lengths(shape, tokens, ratio)
     characters, payload = lengths[ratio][codec], sizes.payload_bytes(shape, tokens, ratio, codec)
-    encoding, prefix = sizes.encoding_bytes(shape, tokens, ratio), sizes.prefix_bytes(shape, tokens, ratio, kept_in)
+    encoding, prefix = sizes.encoding_bytes(shape, tokens, ratio, codec), sizes.prefix_bytes(shape, tokens, ratio, kept_in)
     measured = read_measured()
     machine = speed_at(measured["speed"], dtype, speed)
     room = sizes.room_in(tokens)

@@ -9,7 +9,7 @@ import torch
 
 from kalm_integrations.core.model.kv_cache import PaddedKVCache
 from kalm_integrations.core.model.pooling import n_pooled_states
-from kalm_integrations.core.passages.codecs import CODECS
+from kalm_integrations.core.passages.codecs import CODECS, EXACT_CODECS
 from kalm_integrations.core.passages.encoding import inline_length
 from kalm_integrations.core.passages.prefixes import PREFIX_DTYPES
 from kalm_integrations.core.settings import CODEC_NAMES, COMPRESSION_RATIOS
@@ -72,10 +72,11 @@ def finest(by_ratio: dict[int, dict[str, int]], codecs: Iterable[str], room: int
     return {codec: next((ratio for ratio in by_ratio if by_ratio[ratio][codec] <= room), None) for codec in codecs}
 
 
-def encoding_bytes(shape: Shape, n_tokens: int, ratio: int) -> int:
-    """Return the bytes of a passage's encoding in memory."""
+def encoding_bytes(shape: Shape, n_tokens: int, ratio: int, codec: str) -> int:
+    """Return the bytes of a passage's encoding in memory: float32 states, and their payload if it is kept."""
     # Nothing is allocated on the meta device.
-    return torch.empty(n_pooled_states(n_tokens, ratio), shape.encoder.hidden_width, device="meta").nbytes
+    states = torch.empty(n_pooled_states(n_tokens, ratio), shape.encoder.hidden_width, device="meta").nbytes
+    return states + (0 if codec in EXACT_CODECS else payload_bytes(shape, n_tokens, ratio, codec))
 
 
 def prefix_bytes(shape: Shape, n_tokens: int, ratio: int, dtype: str) -> int:
