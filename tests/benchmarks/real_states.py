@@ -33,7 +33,8 @@ from benchmarks.real_states_page import BOTH_WAYS, CAUSAL, PAGE, PICO, updated
 from benchmarks.rows import progress
 from kalm_integrations import EncodedPassage, KalmReranker, Passage
 from kalm_integrations.core.checkpoint.prompts import passage_text
-from kalm_integrations.core.passages.codecs import CODECS, write_states
+from kalm_integrations.core.passages.codecs import write_states
+from kalm_integrations.core.settings import CODEC_NAMES
 from kalm_integrations.corpora.beir import Collection
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def measure(name: str, reranker: KalmReranker, passages: Sequence[str], encoding
     for ratio in RATIOS:
         pooled = [encoding.pool(ratio) for encoding in encodings]
         channels = describe_channels([encoding.states for encoding in pooled])
-        codecs = [measure_codec(reranker, passages, pooled, codec) for codec in CODECS]
+        codecs = [measure_codec(reranker, passages, pooled, codec) for codec in CODEC_NAMES]
         rows.append({"ratio": ratio, "channels": channels, "codecs": codecs})
         progress(f"{name}, ratio {ratio}: " + ", ".join(f"{row['codec']} {row['error']:.4f}" for row in codecs))
     return {"name": name, "ratios": rows}

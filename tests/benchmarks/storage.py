@@ -12,7 +12,8 @@ from benchmarks.plan import SHORT
 from benchmarks.rows import Models
 from benchmarks.workload import Workload
 from kalm_integrations import EncodedPassage, KalmReranker
-from kalm_integrations.core.passages.codecs import CODECS, write_states
+from kalm_integrations.core.passages.codecs import write_states
+from kalm_integrations.core.settings import CODEC_NAMES
 
 RATIOS = (1, 2, 4, 8, 16, 32)
 READ_ROUNDS = 7
@@ -29,7 +30,7 @@ def measure_storage(workload: Workload, reranker: KalmReranker, n_tokens: int, n
     encodings = workload.encodings(reranker, n_tokens, n)
     finest = reranker.encode_passages(workload.passages(n_tokens, 1))[0]
     measured = []
-    for codec in CODECS:
+    for codec in CODEC_NAMES:
         sizes = []
         for ratio in RATIOS:
             pooled = _at_ratio(finest, ratio)

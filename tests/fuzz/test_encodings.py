@@ -24,7 +24,7 @@ from kalm_integrations import EncodedPassage, KalmReranker, Passage
 from kalm_integrations.core.model.pooling import n_pooled_states
 from kalm_integrations.core.model.prefix_states import PrefixStates
 from kalm_integrations.core.passages import prefixes
-from kalm_integrations.core.passages.codecs import CODECS, write_states
+from kalm_integrations.core.passages.codecs import CODECS, WRITERS, write_states
 from kalm_integrations.errors import CorruptEncodingError
 
 QUERY = "who won the game"
@@ -175,11 +175,11 @@ FORGERIES: dict[str, Mutation] = {
     "length": lambda c, rng: too_many_tokens(c, rng.choice([1025, 5000])),
     "not finite": lambda c, rng: c.with_number(rng.choice([math.nan, math.inf, -math.inf])),
     "huge": lambda c, rng: c.with_states(
-        torch.full(c.fields["s"], rng.choice([1e4, -1e9, 1e19, 3e38])), rng.choice(list(CODECS))
+        torch.full(c.fields["s"], rng.choice([1e4, -1e9, 1e19, 3e38])), rng.choice(list(WRITERS))
     ),
     "first number": lambda c, rng: c.with_number(rng.choice([0.0, -0.0, 1e-7, 1.0, -5.0, 6e4])),
     "payload of another's length": lambda c, rng: c.forged(rng.randbytes(len(c.payload))),
-    "noise": lambda c, rng: c.with_states(torch.randn(*c.fields["s"]), rng.choice(list(CODECS))),
+    "noise": lambda c, rng: c.with_states(torch.randn(*c.fields["s"]), rng.choice(list(WRITERS))),
     "fingerprint": lambda c, rng: c.forged(rng.choice([None, b"", bytes(2**16)]), fp=rng.choice(["0" * 32, "", "Z" * 32])),
     "text": lambda c, rng: c.forged(th=rng.choice(["0" * 32, "", "Z" * 32])),
 }
@@ -207,7 +207,7 @@ class Truth:
 @pytest.fixture(scope="module")
 def truth(tiny_checkpoint: Path) -> Truth:
     strings, scores = {}, {}
-    for codec in CODECS:
+    for codec in WRITERS:
         reranker = KalmReranker.from_pretrained(tiny_checkpoint, storage_codec=codec, prefix_cache_bytes=0)
         strings[codec] = [metadata["kalm_encoding"] for metadata in reranker.encode_to_metadata(TEXTS)]
         scores[codec] = reranker.score(QUERY, list(map(Passage, TEXTS, strings[codec])))
@@ -224,7 +224,7 @@ def mutations(table: dict[str, Mutation], truth: Truth, seed: int, n: int) -> It
     for start in range(0, n, len(TEXTS)):
         batch = []
         for index in range(len(TEXTS)):
-            codec, kind = rng.choice(list(CODECS)), kinds[(start + index) % len(kinds)]
+            codec, kind = rng.choice(list(WRITERS)), kinds[(start + index) % len(kinds)]
             case = Case(index, codec, truth.strings[codec][index], truth.strings[codec])
             batch.append((kind, case, table[kind](case, rng)))
         yield batch
@@ -300,7 +300,7 @@ def test_payload_entries(truth: Truth, tiny_checkpoint: Path) -> None:
         store.clear()
         passages = []
         for index, text in enumerate(TEXTS):
-            codec = rng.choice(list(CODECS))
+            codec = rng.choice(list(WRITERS))
             key, entry = entries[codec, index]
             others = [other for (_, owner), (_, other) in entries.items() if owner != index]
             store[key] = DAMAGED_BYTES[rng.choice(list(DAMAGED_BYTES))](entry, others, rng)
