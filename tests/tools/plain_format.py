@@ -6,6 +6,7 @@ It trusts its input. Tests use it to check the package's reader and writer from 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import math
@@ -94,4 +95,73 @@ def _read_int4(payload: bytes, n_states: int, width: int) -> list[list[float]]:
     return states
 
 
-READERS = {"fp32": _read_fp32, "fp16": _read_fp16, "bf16": _read_bf16, "int8": _read_int8, "int4": _read_int4}
+LEVELS = {
+    4: (-700, -530, -414, -322, -241, -168, -99, -33, 33, 99, 168, 241, 322, 414, 530, 700),
+    3: (-551, -344, -194, -63, 63, 194, 344, 551),
+    2: (-387, -116, 116, 387),
+}
+
+
+def _read_rotated(bits: int, payload: bytes, n_states: int, width: int) -> list[list[float]]:
+    block = 8
+    while block < width and block < 128:
+        block *= 2
+    padded = math.ceil(width / block) * block
+    n_means = 1 if n_states >= 3 else 0
+    n_scales = n_means + n_states
+    scales = struct.unpack(f"<{n_scales}e", payload[: 2 * n_scales])
+    rows, start = [], 2 * n_scales
+    for scale, row_bits in zip(scales, [4] * n_means + [bits] * n_states, strict=True):
+        size = padded * row_bits // 8
+        numbers = _unrotated(_levels(row_bits, payload[start : start + size]), block)
+        rows.append([_float32(number * (scale / (256 * block))) for number in numbers[:width]])
+        start += size
+    if not n_means:
+        return rows
+    mean, *differences = rows
+    return [[_float32(at + value) for at, value in zip(mean, row, strict=True)] for row in differences]
+
+
+def _levels(bits: int, row: bytes) -> list[int]:
+    # As one whole number: the first byte and the lowest bit come first.
+    packed = int.from_bytes(row, "little")
+    return [LEVELS[bits][packed >> bits * place & (1 << bits) - 1] for place in range(len(row) * 8 // bits)]
+
+
+def _unrotated(row: list[int], block: int) -> list[int]:
+    n_blocks = len(row) // block
+    row = [number * sign for number, sign in zip(_transformed(row, block), _signs(2, len(row)), strict=True)]
+    # From place i * n_blocks + k to place k * block + i.
+    row = [row[i * n_blocks + k] for k in range(n_blocks) for i in range(block)]
+    return [number * sign for number, sign in zip(_transformed(row, block), _signs(1, len(row)), strict=True)]
+
+
+def _transformed(row: list[int], block: int) -> list[int]:
+    """Multiply each block by the Hadamard matrix: sums and differences of what is 1, 2, 4, ... places apart."""
+    row, apart = list(row), 1
+    while apart < block:
+        for place in range(len(row)):
+            if not place & apart:
+                first, second = row[place], row[place + apart]
+                row[place], row[place + apart] = first + second, first - second
+        apart *= 2
+    return row
+
+
+def _signs(which: int, n: int) -> list[int]:
+    digests = b"".join(hashlib.blake2b(f"{which}:{count}".encode()).digest() for count in range(math.ceil(n / 512)))
+    return [-1 if digests[place // 8] >> place % 8 & 1 else 1 for place in range(n)]
+
+
+def _float32(number: float) -> float:
+    return float(struct.unpack("<f", struct.pack("<f", number))[0])
+
+
+READERS = {
+    "fp32": _read_fp32,
+    "fp16": _read_fp16,
+    "bf16": _read_bf16,
+    "int8": _read_int8,
+    "int4": _read_int4,
+    **{f"rot{bits}": functools.partial(_read_rotated, bits) for bits in LEVELS},
+}

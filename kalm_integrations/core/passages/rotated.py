@@ -81,9 +81,11 @@ def read(bits: int, data: Bytes, n_states: int, width: int) -> Floats:
     _unpack(bits, packed[n_mean_bytes:], levels[n_means:])
     # Whole numbers, exact, up to here: one rounding for the product and one for the sum, and both are specified.
     states = rotation.undo(levels)
-    states *= scales / np.float32(UNIT * rotation.block)
-    if n_means:
-        states[1:] += states[0]
+    # Scales may be anything in a damaged string; states that come out as NaN or infinite are refused where they go.
+    with np.errstate(invalid="ignore"):
+        states *= scales / np.float32(UNIT * rotation.block)
+        if n_means:
+            states[1:] += states[0]
     return states[n_means:]
 
 
