@@ -111,10 +111,13 @@ def _read_rotated(bits: int, payload: bytes, n_states: int, width: int) -> list[
     n_scales = n_means + n_states
     scales = struct.unpack(f"<{n_scales}e", payload[: 2 * n_scales])
     rows, start = [], 2 * n_scales
-    for scale, row_bits in zip(scales, [4] * n_means + [bits] * n_states, strict=True):
-        size = padded * row_bits // 8
-        numbers = _unrotated(_levels(row_bits, payload[start : start + size]), block)
-        rows.append([_float32(number * (scale / (256 * block))) for number in numbers[:width]])
+    for place, scale in enumerate(scales):
+        is_mean = place < n_means
+        size = padded if is_mean else padded * bits // 8
+        row = payload[start : start + size]
+        numbers = _unrotated(list(struct.unpack(f"{size}b", row)) if is_mean else _levels(bits, row), block)
+        unit = 1 if is_mean else 256
+        rows.append([_float32(number * (scale / (unit * block))) for number in numbers[:width]])
         start += size
     if not n_means:
         return rows

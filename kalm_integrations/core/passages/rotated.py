@@ -1,8 +1,7 @@
 """The codecs `rot4`, `rot3` and `rot2`: rotated differences from the passage's mean state, a few bits a value. NumPy only.
 
 A rotation makes the values of a state look like draws of one normal distribution, whatever its channels were like; for that
-the best levels are known (Lloyd 1982, Max 1960). The mean state is stored once, in four bits a value, and what rounding it
-loses is part of the differences.
+the best levels are known (Lloyd 1982, Max 1960). The mean state is stored once, in eight bits a value.
 """
 
 from __future__ import annotations
@@ -28,7 +27,9 @@ LEVELS = {
 
 UNIT = 256
 
-MEAN_BITS = 4
+MEAN_LIMIT = 127
+"""Of the mean's whole numbers, on either side of zero. In four bits a large mean shows in every difference: states of Gemma 3
+270M, whose mean has ten to twenty times the energy of what differs from it, lose up to 1.6 times as much."""
 
 LARGEST = 2.0**15
 """Of a value that is written in levels; what is larger may leave binary16 with its scale."""
@@ -44,11 +45,11 @@ def n_bytes(bits: int, n_states: int, width: int) -> int:
     """Return the bytes of states: a scale for each row, and its packed levels."""
     padded = rotation_of(width).padded_width
     n_means = int(n_states >= FEWEST_WITH_MEAN)
-    return n_means * (2 + padded * MEAN_BITS // 8) + n_states * (2 + padded * bits // 8)
+    return n_means * (2 + padded) + n_states * (2 + padded * bits // 8)
 
 
 def write(bits: int, states: Floats) -> tuple[Halves, Bytes]:
-    """Return the scales and the packed levels of finite states (n_states, width), those of the mean first.
+    """Return the scales and the packed numbers of finite states (n_states, width), those of the mean first.
 
     The differences are of the mean as it is read, and the scale of a state keeps its length. Scales beyond binary16 are
     infinite.
@@ -59,10 +60,13 @@ def write(bits: int, states: Floats) -> tuple[Halves, Bytes]:
     rotated = rotation.rotate(states) / np.float32(rotation.block)
     scales, packed = [], []
     if len(states) >= FEWEST_WITH_MEAN:
-        scale, mean = _quantize(MEAN_BITS, rotated.mean(0, keepdims=True))
-        rotated -= _table(MEAN_BITS)[mean] * (scale.astype(np.float32) / np.float32(UNIT))[:, None]
+        mean = rotated.mean(0)
+        scale = (np.abs(mean).max(keepdims=True) / MEAN_LIMIT).astype(np.float16)
+        divisor = scale.astype(np.float32) if scale > 0 else np.ones(1, np.float32)
+        mean = np.clip(np.rint(mean / divisor), -MEAN_LIMIT, MEAN_LIMIT)
+        rotated -= mean * scale.astype(np.float32)
         scales.append(scale)
-        packed.append(_pack(MEAN_BITS, mean))
+        packed.append(mean.astype(np.int8).view(np.uint8))
     scale, levels = _quantize(bits, rotated)
     return np.concatenate([*scales, scale]), np.concatenate([*packed, _pack(bits, levels)])
 
@@ -74,11 +78,11 @@ def read(bits: int, data: Bytes, n_states: int, width: int) -> Floats:
     split = 2 * (n_means + n_states)
     scales = data[:split].view("<f2").astype(np.float32)[:, None]
     packed = data[split:]
-    n_mean_bytes = n_means * rotation.padded_width * MEAN_BITS // 8
     levels = np.empty((n_means + n_states, rotation.padded_width), np.float32)
     if n_means:
-        _unpack(MEAN_BITS, packed[:n_mean_bytes], levels[:1])
-    _unpack(bits, packed[n_mean_bytes:], levels[n_means:])
+        levels[0] = packed[: rotation.padded_width].view(np.int8)
+        scales[0] *= UNIT
+    _unpack(bits, packed[n_means * rotation.padded_width :], levels[n_means:])
     # Whole numbers, exact, up to here: one rounding for the product and one for the sum, and both are specified.
     states = rotation.undo(levels)
     # Scales may be anything in a damaged string; states that come out as NaN or infinite are refused where they go.
