@@ -9,6 +9,7 @@ from tools.hosts import HOSTS, Host, gather
 
 from kalm_integrations import KalmReranker
 from kalm_integrations.core.ranking import DEFAULT_WEIGHTS
+from kalm_integrations.core.settings import DEFAULT_CODEC
 from kalm_integrations.errors import EncodingError, SettingsError
 
 TEXTS = [
@@ -164,7 +165,7 @@ def test_bad_fusion_is_refused_when_a_component_is_made(host, reranker, settings
 def test_calibration_goes_through_to_the_reranker(host, make_reranker, tiny_checkpoint):
     calibration = {"temperature": 3.0, "bias": -1.0}
     ranked = host.rerank(str(tiny_checkpoint), QUERY, documents(host), top=10, calibration=calibration)
-    expected = make_reranker(calibration=calibration).rank(QUERY, TEXTS)
+    expected = make_reranker(storage_codec=DEFAULT_CODEC, calibration=calibration).rank(QUERY, TEXTS)
     assert [host.key(d) for d in ranked] == [f"id-{p.index}" for p in expected]
     assert [host.score(d) for d in ranked] == pytest.approx([p.score for p in expected], abs=1e-6)
     with pytest.raises(SettingsError, match="calibration=True needs one in the checkpoint"):

@@ -14,6 +14,7 @@ from tools.hosts import HOSTS, Host
 from kalm_integrations import EncodedPassage, KalmReranker
 from kalm_integrations.core import passes
 from kalm_integrations.core.passages.stores import LmdbPayloadStore
+from kalm_integrations.core.settings import DEFAULT_CODEC
 from kalm_integrations.errors import CheckpointNotFoundError, SettingsError
 from kalm_integrations.hosting import models, wait_for_write_back
 from kalm_integrations.hosting import ranking as hosting_ranking
@@ -189,7 +190,7 @@ def test_settings_that_are_assigned_after_the_first_use_count(host, tiny_checkpo
     opened = component.reranker
     component.calibration = {"temperature": 3.0, "bias": -1.0}
     ranked = host.use(component, QUERY, documents(host))
-    expected = make_reranker(calibration={"temperature": 3.0, "bias": -1.0}).rank(QUERY, TEXTS)
+    expected = make_reranker(storage_codec=DEFAULT_CODEC, calibration=component.calibration).rank(QUERY, TEXTS)
     assert [host.score(d) for d in ranked] == pytest.approx([p.score for p in expected], abs=1e-6)
     assert component.reranker is not opened
     assert component.reranker.runtime is opened.runtime, "the weights are those that were loaded"

@@ -42,6 +42,7 @@ from llama_index.core.vector_stores import SimpleVectorStore
 from pydantic import Field
 
 from kalm_integrations import KalmReranker
+from kalm_integrations.core.settings import DEFAULT_CODEC
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
 from kalm_integrations.errors import EncodingError, MissingExtraError, SettingsError
 from kalm_integrations.hosting import wait_for_write_back
@@ -556,7 +557,7 @@ async def test_fifty_concurrent_queries_agree_with_one_by_one_and_encode_once(ti
     postprocessor = KalmRerank(tiny_checkpoint)
     engine = make_engine(index, postprocessor, similarity_top_k=5)
     responses = await asyncio.gather(*[engine.aquery(query) for query in queries])
-    alone = make_engine(index, KalmRerank(make_reranker()), similarity_top_k=5)
+    alone = make_engine(index, KalmRerank(make_reranker(storage_codec=DEFAULT_CODEC)), similarity_top_k=5)
     expected = {query: alone.query(query).source_nodes for query in set(queries)}
     for query, response in zip(queries, responses, strict=True):
         assert [n.node_id for n in response.source_nodes] == [n.node_id for n in expected[query]]
@@ -620,6 +621,7 @@ def test_settings_reach_the_reranker(tiny_checkpoint, make_reranker):
     postprocessor = KalmRerank(
         tiny_checkpoint,
         compression_ratio=2,
+        storage_codec="fp32",
         max_query_tokens=4,
         system_instruction="Judge.",
         instruction="Find",

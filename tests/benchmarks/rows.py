@@ -53,7 +53,7 @@ class Models:
     @cached_property
     def encoder(self) -> KalmReranker:
         """A reranker that only makes encodings, and keeps the weights loaded."""
-        return self.reranker(prefix_cache_bytes=0, storage_codec="fp32")
+        return self.reranker(prefix_cache_bytes=0)
 
     @cached_property
     def with_prefixes(self) -> KalmReranker:
@@ -62,6 +62,7 @@ class Models:
 
     def reranker(self, **settings: Any) -> KalmReranker:
         """Return a reranker with empty caches."""
+        settings = {"storage_codec": "fp32", **settings}
         return KalmReranker.from_pretrained(self.workload.folder, device=self.device, dtype=self.dtype, **settings)
 
     def peer(self, name: str) -> Peer:

@@ -22,7 +22,7 @@ def test_training_margins_are_those_of_the_reranker(request, which, checkpointed
     model = trainable(folder, checkpointed_passages=checkpointed)
     margins = model(**make_batch(folder, ROWS, ratios))["margins"]
     for ratio, of_ratio in zip(ratios, margins, strict=True):
-        reranker = KalmReranker.from_pretrained(folder, compression_ratio=ratio)
+        reranker = KalmReranker.from_pretrained(folder, compression_ratio=ratio, storage_codec="fp32")
         for (query, instruction, candidates), row in zip(ROWS, of_ratio, strict=True):
             ranked = reranker.rank(query, [PASSAGES[i] for i in candidates], instruction=instruction)
             expected = [p.margin for p in sorted(ranked, key=lambda passage: passage.index)]

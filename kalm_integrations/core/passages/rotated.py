@@ -81,12 +81,12 @@ def read(bits: int, data: Bytes, n_states: int, width: int) -> Floats:
     levels = np.empty((n_means + n_states, rotation.padded_width), np.float32)
     if n_means:
         levels[0] = packed[: rotation.padded_width].view(np.int8)
-        scales[0] *= UNIT
     _unpack(bits, packed[n_means * rotation.padded_width :], levels[n_means:])
     # Whole numbers, exact, up to here: one rounding for the product and one for the sum, and both are specified.
     states = rotation.undo(levels)
     # Scales may be anything in a damaged string; states that come out as NaN or infinite are refused where they go.
     with np.errstate(invalid="ignore"):
+        scales[:n_means] *= UNIT
         states *= scales / np.float32(UNIT * rotation.block)
         if n_means:
             states[1:] += states[0]

@@ -71,9 +71,9 @@ def test_no_more_is_lost_than_of_a_normal_distribution(make, n_states, codec):
 @pytest.mark.parametrize("codec", CODECS)
 def test_what_the_states_have_in_common_costs_next_to_nothing(codec):
     differences = normal(20, 640)
-    states = differences + 3 * normal(1, 640, seed=1)
-    # Without the mean it would be 3.2 times as much; its own rounding, in four bits, takes up to 11%.
-    assert loss(codec, states) * states.norm() < LOSSES[codec] * 1.15 * differences.norm()
+    states = differences + 10 * normal(1, 640, seed=1)
+    # Without the mean it would be ten times as much.
+    assert loss(codec, states) * states.norm() < LOSSES[codec] * 1.03 * differences.norm()
 
 
 @pytest.mark.parametrize("codec", CODECS)
