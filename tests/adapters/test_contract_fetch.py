@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from haystack.document_stores.in_memory import InMemoryDocumentStore
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_core.vectorstores import InMemoryVectorStore
 from llama_index.core.storage.docstore import SimpleDocumentStore
@@ -265,6 +266,25 @@ def test_a_fetch_is_part_of_the_query_for_who_traces_it(host):
     fetch = lambda given: [seen.append(variable.get()) for _ in given]  # noqa: E731
     host.use(component_of(host, model=FakeReranker(), fetch=fetch), QUERY, documents(host, ["one"]))
     assert seen == ["the query's"]
+
+
+def test_tracers_are_told_what_was_fetched_and_what_was_in_memory(make_reranker):
+    [host] = [host for host in HOSTS if host.name == "langchain"]
+    counts = []
+
+    class Tracer(BaseCallbackHandler):
+        def on_chain_end(self, outputs, **kwargs):
+            counts.append(outputs)
+
+    store = Store(host, make_reranker(), TEXTS[:3])
+    rerank = component_of(host, model=make_reranker(), fetch=store.fetch)
+    for _ in range(2):
+        rerank.compress_documents(documents(host), QUERY, [Tracer()])
+    n_returned = len(TEXTS)
+    assert counts == [
+        {"n_stored": 3, "n_missing": 1, "n_returned": n_returned},
+        {"n_stored": 0, "n_missing": 0, "n_cached": 4, "n_returned": n_returned},
+    ]
 
 
 def test_only_what_the_store_did_not_have_is_written_back_and_only_once(host, make_reranker):

