@@ -133,7 +133,7 @@ def test_hub_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     commit = "a" * 40
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     fill_hub_cache(folder, tmp_path / "cache", "owner/name", commit)
-    by_branch = KalmReranker.from_pretrained("owner/name")
+    by_branch = KalmReranker.from_pretrained("owner/name", storage_codec="fp32")
     by_commit = KalmReranker.from_pretrained("owner/name", revision=commit)
     assert by_branch.fingerprint == by_commit.fingerprint == KalmReranker.from_pretrained(folder).fingerprint
     assert by_branch.score("query", ["passage"]) == use(folder)
@@ -149,7 +149,7 @@ def test_aliases_are_pinned(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     fill_hub_cache(folder, tmp_path / "cache", repository, commit)
     refs = tmp_path / "cache" / "models--KaLM-Embedding--KaLM-Reranker-V1-Nano" / "refs"
     (refs / "main").write_text("b" * 40)
-    assert KalmReranker.from_pretrained("nano").score("query", ["passage"]) == use(folder)
+    assert KalmReranker.from_pretrained("nano", storage_codec="fp32").score("query", ["passage"]) == use(folder)
 
 
 def test_a_blob_under_the_hash_of_another_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +381,7 @@ def test_tokenizers_that_change_while_open(folder: Path, change: Callable[[Path]
 def test_a_folder_changed_within_one_tick_is_another_runtime(folder: Path, other_checkpoint: Path) -> None:
     before = KalmReranker.from_pretrained(folder)
     replace_keeping_time(folder / WEIGHTS, (other_checkpoint / WEIGHTS).read_bytes())
-    after = KalmReranker.from_pretrained(folder)
+    after = KalmReranker.from_pretrained(folder, storage_codec="fp32")
     assert after.runtime is not before.runtime
     assert after.score("query", ["passage"]) == use(other_checkpoint)
     with pytest.raises(InvalidCheckpointError, match="deleted or written anew"):
@@ -566,7 +566,7 @@ def test_text_weights_only(folder: Path) -> None:
     text = {name: tensor for name, tensor in tensors.items() if not name.startswith(vision)}
     assert len(text) < len(tensors)
     save_file(text, folder / WEIGHTS, {"format": "pt"})
-    reranker = KalmReranker.from_pretrained(folder)
+    reranker = KalmReranker.from_pretrained(folder, storage_codec="fp32")
     assert reranker.score("query", ["passage"]) == expected
     assert reranker.runtime.nbytes == sum(tensor.nbytes for tensor in text.values())
 
