@@ -102,5 +102,5 @@ for codec in ("fp16", "rot4", "rot2"):
         print(f"{codec}  ratio {ratio:2}  {len(written['kalm_encoding']):6,} characters")
 
 # %% [markdown]
-# A finer encoding serves a coarser request, so the choice can be made anew at any time. How to make it is in the documentation,
-# under "Encodings".
+# A finer encoding serves a coarser request, so the choice can be made anew at any time. How to make it is in the
+# documentation, under "Encodings".
