@@ -54,7 +54,7 @@ def check_codec(codec: str) -> str:
         SettingsError: it is not.
     """
     if codec not in CODEC_NAMES:
-        hint = "; what is stored in it is still read, and rot4 is smaller and loses less" if codec == "int4" else ""
+        hint = "; what is stored in it is still read; rot4 takes about as much room and loses less" if codec == "int4" else ""
         msg = f"storage_codec must be one of {', '.join(CODEC_NAMES)}, but got {shown(codec)}{hint}"
         raise SettingsError(msg)
     return codec

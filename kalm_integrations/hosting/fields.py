@@ -161,7 +161,7 @@ class ModelFields(CheckedModel, WithModel):
     compression_ratio: Whole = None
     """Encoder tokens per stored state; 4 if not set."""
     storage_codec: str | None = None
-    """How states are written: fp32, fp16, bf16, int8 or int4."""
+    """How states are stored and scored: fp32, fp16, bf16, int8, rot4, rot3 or rot2."""
     max_inline_bytes: Whole = None
     """If set, each encoding is pooled until its metadata string is not longer."""
     max_passage_tokens: Whole = None

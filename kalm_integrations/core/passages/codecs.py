@@ -5,7 +5,7 @@
 | fp32 | 4 n H | IEEE single precision |
 | fp16, bf16 | 2 n H | half precision; bfloat16 has the range of fp32 and 8 bits of mantissa |
 | int8 | n (H + 2) | symmetric, one fp16 scale per state |
-| rot4, rot3, rot2 | about n (b H / 8 + 2), and H / 2 for the mean | see `rotated.py` |
+| rot4, rot3, rot2 | about n (b H / 8 + 2), and H for the mean | see `rotated.py` |
 | int4 | n (ceil(H / 2) + 2 ceil(H / 64)) | symmetric, one fp16 scale per 64 values; read only, see `SUCCESSORS` |
 
 Numbers are little-endian; scales stand before the values.
@@ -169,4 +169,4 @@ WRITERS: dict[str, Callable[[torch.Tensor], list[torch.Tensor]]] = {
 """States to the tensors whose bytes are the payload."""
 
 SUCCESSORS = {"int4": "rot4"}
-"""What is written of what can only be read: rot4 is smaller, and loses a third to a tenth as much."""
+"""What is written of what can only be read: rot4 takes about as many bytes, and loses a third to a fiftieth as much."""
