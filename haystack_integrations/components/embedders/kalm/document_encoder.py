@@ -82,7 +82,7 @@ class KalmDocumentEncoder(KalmComponent):
             meta_fields_to_embed: meta fields whose values are put in front of the content; the same as the ranker's.
             embedding_separator: stands between them and the content; the same as the ranker's.
             compression_ratio: encoder tokens per stored state; 4 by default.
-            storage_codec: fp32, fp16, bf16, int8 or int4.
+            storage_codec: fp32, fp16, bf16, int8, rot4, rot3 or rot2.
             max_inline_bytes: if set, the finest ratio whose string is not longer is chosen for each document.
             max_passage_tokens: longer documents are cut; 1,024 by default; the same as the ranker's.
             encoding_key: meta key of the encoding.

@@ -123,7 +123,7 @@ class KalmRanker(KalmComponent):
             meta_fields_to_embed: meta fields whose values are put in front of the content; the same as the encoder's.
             embedding_separator: stands between them and the content; the same as the encoder's.
             compression_ratio: encoder tokens per state to score with; 4 by default. Finer stored encodings are pooled to it.
-            storage_codec: of encodings that are written back: fp32, fp16, bf16, int8 or int4.
+            storage_codec: of what is encoded: fp32, fp16, bf16, int8, rot4, rot3 or rot2.
             max_inline_bytes: bound of the strings that are written back.
             max_passage_tokens: longer documents are cut; 1,024 by default; the same as the encoder's.
             max_query_tokens: longer queries are cut; 512 by default.
