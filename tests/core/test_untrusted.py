@@ -85,8 +85,8 @@ def test_the_bound_is_found_without_loading_the_encoder(make_reranker, tiny_chec
     assert reader.find_unencoded(passages) == []
     assert reader.runtime.loaded == ()
     weight = reader.runtime.stack("encoder").final_norm
-    bound = len(weight) ** 0.5 * ((1 + weight).abs() + weight.abs() / 256)
-    torch.testing.assert_close(reader.runtime.checkpoint.encoder_bound, bound)
+    bound = len(weight) ** 0.5 * ((1 + weight).abs() + weight.abs() / 256).max().item()
+    assert reader.runtime.checkpoint.encoder_bound == pytest.approx(bound)
 
 
 def test_more_tokens_than_the_settings_allow_are_corrupt(make_reranker):
@@ -130,8 +130,8 @@ ODD_FIELDS = [
     ({"states": torch.full((2, 48), -float("inf"))}, CorruptEncodingError, "finite"),
     ({"states": torch.full((2, 48), 1e30)}, CorruptEncodingError, "too large"),
     ({"states": torch.ones(2, 47)}, StaleEncodingError, "width 48, but has .* and 47"),
-    ({"states": torch.ones(2, 0)}, StaleEncodingError, "width"),
-    ({"states": torch.ones(0, 48)}, CorruptEncodingError, "2, but has 0"),
+    ({"states": torch.ones(2, 0)}, CorruptEncodingError, "width, but has 5, 4 and 0"),
+    ({"states": torch.ones(0, 48)}, CorruptEncodingError, "is 2, but has 0"),
     ({"states": torch.ones(3, 48)}, CorruptEncodingError, "2, but has 3"),
     ({"states": torch.ones(1, 1).expand(10**9, 48)}, CorruptEncodingError, "2, but has 1000000000"),
     *(
@@ -154,7 +154,8 @@ ODD_FIELDS = [
     *(({"compression_ratio": r}, CorruptEncodingError, "whole numbers") for r in (0, -4, 4.0, None, [4], 10**30)),
     ({"n_tokens": 1025, "states": torch.ones(257, 48)}, CorruptEncodingError, "max_passage_tokens=1024"),
     ({"n_tokens": 2**17, "compression_ratio": 1, "states": torch.ones(1, 1).expand(2**17, 48)}, CorruptEncodingError, "max_"),
-    *(({"fingerprint": f}, StaleEncodingError, "fingerprint") for f in ("0" * 32, "", None, b"x", [])),
+    ({"fingerprint": "0" * 32}, StaleEncodingError, "fingerprint"),
+    *(({"fingerprint": f}, CorruptEncodingError, "fingerprint") for f in ("", None, b"x", [])),
     *(({"text_hash": t}, CorruptEncodingError, "text_hash") for t in (None, b"x", 5, {})),
     *(({"codec": c}, CorruptEncodingError, "codec") for c in ("fp64", None, 5, [])),
 ]

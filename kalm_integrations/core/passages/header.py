@@ -12,6 +12,7 @@ import pybase64
 from kalm_integrations.core.model.pooling import n_pooled_states
 from kalm_integrations.core.passages.codecs import CODECS
 from kalm_integrations.core.settings import MAX_TOKENS
+from kalm_integrations.core.types import shown
 from kalm_integrations.errors import CorruptEncodingError
 
 MAX_HEADER_CHARS = 1024
@@ -58,32 +59,37 @@ def read_header(text: str) -> dict[str, Any]:
         refuse(f"have a JSON header, but it cannot be read ({error})", error)
     if not isinstance(fields, dict) or tuple(fields) != HEADER_KEYS:
         refuse(f"have a header with the keys {', '.join(HEADER_KEYS)}")
-    _check_hex(fields, "x", 16)
+    _check_hex(fields, "x", 16, "checksum")
     check_fields(fields)
     return fields
 
 
 def check_fields(fields: dict[str, Any]) -> None:
     """Check all fields but the checksum."""
-    for key in ("fp", "th"):
-        _check_hex(fields, key, 32)
+    _check_hex(fields, "fp", 32, "fingerprint")
+    _check_hex(fields, "th", 32, "text_hash")
     n_tokens, ratio, shape = fields["n"], fields["r"], fields["s"]
     # bool is an int to isinstance, so types are compared.
     is_shape = isinstance(shape, list) and len(shape) == 2
     if not is_shape or any(type(size) is not int for size in (*shape, n_tokens, ratio)):
-        refuse("have whole numbers as 'n', 'r' and the two entries of 's'")
+        got = f"{shown(n_tokens)}, {shown(ratio)} and {shown(shape)}"
+        refuse(
+            f"have whole numbers as 'n' (tokens), 'r' (compression ratio) and the two entries of 's' (shape), but has {got}"
+        )
     n_states, width = shape
-    if not (1 <= n_tokens <= MAX_TOKENS and 1 <= ratio <= MAX_TOKENS and 1 <= width <= MAX_TOKENS):
-        refuse(f"have 'n', 'r' and width between 1 and {MAX_TOKENS}")
+    if not all(1 <= number <= MAX_TOKENS for number in (n_tokens, ratio, width)):
+        got = f"{shown(n_tokens)}, {shown(ratio)} and {shown(width)}"
+        refuse(f"have whole numbers between 1 and {MAX_TOKENS} as tokens, compression ratio and width, but has {got}")
     if n_states != n_pooled_states(n_tokens, ratio):
-        refuse(f"have ceil(n / r) states, but {n_states} are not that for n={n_tokens}, r={ratio}")
+        wanted = n_pooled_states(n_tokens, ratio)
+        refuse(f"have ceil(n / r) states, for n={n_tokens} and r={ratio} that is {wanted}, but has {n_states}")
     if not isinstance(fields["c"], str) or fields["c"] not in CODECS:
         refuse(f"have a codec out of {', '.join(CODECS)}, but got {str(fields['c'])[:16]!r}")
 
 
-def _check_hex(fields: dict[str, Any], key: str, digits: int) -> None:
+def _check_hex(fields: dict[str, Any], key: str, digits: int, name: str) -> None:
     if not isinstance(fields[key], str) or not re.fullmatch(rf"[0-9a-f]{{{digits}}}", fields[key]):
-        refuse(f"have {digits} hex digits as {key!r}")
+        refuse(f"have {digits} hex digits as {key!r} ({name}), but has {shown(fields[key])[:48]}")
 
 
 def to_json(facts: object) -> bytes:
