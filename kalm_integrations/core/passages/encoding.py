@@ -248,6 +248,9 @@ class EncodedPassage:
         if type(ratio) is not int or abs(ratio) > MAX_TOKENS:
             msg = f"a compression ratio must be a whole number up to {MAX_TOKENS}, but got {shown(ratio)}"
             raise SettingsError(msg)
+        if ratio == self.compression_ratio:
+            # A copy would have to be rounded once more before it is written.
+            return self
         states = repool_states(self.states, self.n_tokens, self.compression_ratio, ratio)
         # The digest of what was pooled will do, beside the ratio: it is known already where a string was read.
         return _noted(replace(self, states=states, compression_ratio=ratio), self.digest)

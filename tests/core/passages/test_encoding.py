@@ -535,6 +535,26 @@ def test_payloads_of_other_ratios_and_codecs_do_not_overwrite_each_other():
         assert_same(EncodedPassage.from_metadata(value, store), encoding)
 
 
+@pytest.mark.parametrize("codec", sorted(WRITERS))
+def test_what_was_stored_is_written_as_it_was_also_at_its_own_ratio(codec):
+    """A copy would be rounded a second time, and its string would hold other states than those that were scored."""
+    stored = make_encoding(codec).as_stored()
+    assert stored.pool(stored.compression_ratio).to_metadata() == stored.to_metadata() == make_encoding(codec).to_metadata()
+
+
+@pytest.mark.parametrize("codec", sorted(WRITERS))
+@pytest.mark.parametrize("limit", [1_500, 100_000])
+def test_what_is_stored_within_a_limit_is_what_was_scored(tiny_checkpoint, codec, limit):
+    settings = {"storage_codec": codec, "max_inline_bytes": limit}
+    texts = ["The Rhine rises in the Swiss Alps. " * n for n in (1, 4, 20)]
+    fresh = KalmReranker.from_pretrained(tiny_checkpoint, **settings)
+    scores = fresh.score("rivers?", texts)
+    rows = fresh.encode_to_metadata(texts)
+    other = KalmReranker.from_pretrained(tiny_checkpoint, **settings)
+    assert other.score("rivers?", [Passage(t, row["kalm_encoding"]) for t, row in zip(texts, rows, strict=True)]) == scores
+    assert other.stats.passages_encoded == 0
+
+
 # --- the promise
 
 
