@@ -65,8 +65,6 @@ def encode(
     """
     from tqdm.auto import tqdm
 
-    from kalm_integrations.core.settings import DEFAULT_CODEC
-
     if output.suffix in (".csv", ".tsv"):
         msg = f"the output is JSON lines and must not be named {output.suffix}, but got {str(output)!r}; name it .jsonl"
         raise SettingsError(msg)
@@ -110,7 +108,7 @@ def encode(
         ratios = f"{reranker.compression_ratio}{' or coarser' if max_inline_bytes is not None else ''}"
         sizes = (
             f"the encodings take {n_bytes:,} characters of metadata, {n_bytes / n_rows:,.0f} a passage on average, at ratio "
-            f"{ratios} in {codec or DEFAULT_CODEC}"
+            f"{ratios} in {reranker.storage_codec}"
         )
         if n_references and payload_store is not None:
             on_disk = sum(path.stat().st_size for path in payload_store.iterdir())

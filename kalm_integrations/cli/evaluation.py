@@ -180,9 +180,15 @@ def compression(
 
     chosen_ratios, chosen_codecs = options.parse_ratios(ratios), options.parse_codecs(codecs)
     collections = [Collection.read(folder, split) for folder in folders]
-    settings = {"revision": revision, "device": device, "dtype": dtype, "compression_ratio": 1, "cache_bytes": 0}
-    # In float32, so that the codecs to be measured are all that is lossy.
-    settings["storage_codec"] = "fp32"
+    settings = {
+        "revision": revision,
+        "device": device,
+        "dtype": dtype,
+        "compression_ratio": 1,
+        "storage_codec": "fp32",
+        "cache_bytes": 0,
+    }
+    # Prefix states in float32, too, so that the codecs to be measured are all that is lossy.
     reranker = options.open_reranker(model, **settings, prefix_dtype="float32")
     timed_reranker = options.open_reranker(model, **settings, prefix_cache_bytes=0)
     costs = [

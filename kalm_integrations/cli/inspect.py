@@ -12,7 +12,7 @@ import typer
 from kalm_integrations.cli import options
 from kalm_integrations.cli.inputs import report_bad
 from kalm_integrations.cli.streams import STREAM, name_of, open_lines
-from kalm_integrations.cli.terminal import print_facts, print_json, print_table
+from kalm_integrations.cli.terminal import make_table, print_facts, print_json, print_table
 from kalm_integrations.core.types import ENCODING_KEY
 from kalm_integrations.corpora.jsonl import parse_lines, parse_object
 from kalm_integrations.errors import SettingsError
@@ -92,9 +92,7 @@ def _encoding_of(line: str) -> str:
 
 
 def _to_table(lengths: dict[int, dict[str, float]]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = make_table()
     table.add_column("ratio", justify="right")
     for codec in next(iter(lengths.values())):
         table.add_column(codec, justify="right")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kalm_integrations.cli import options
-from kalm_integrations.cli.terminal import format_bytes, format_seconds, print_facts, print_json, print_table
+from kalm_integrations.cli.terminal import format_bytes, format_seconds, make_table, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,9 +71,7 @@ def _facts(made: Plan) -> dict[str, object]:
 
 
 def _table(first: str, *others: str) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = make_table()
     table.add_column(first)
     for name in others:
         table.add_column(name, justify="right")

@@ -11,7 +11,7 @@ import typer
 from kalm_integrations.cli import options
 from kalm_integrations.cli.inputs import Candidate, read_candidates, report_bad
 from kalm_integrations.cli.streams import STREAM
-from kalm_integrations.cli.terminal import note, print_json, print_table, printable
+from kalm_integrations.cli.terminal import make_table, note, print_json, print_table, printable
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, RankedPassage
 from kalm_integrations.corpora.jsonl import PassageFields
 from kalm_integrations.errors import SettingsError
@@ -87,11 +87,10 @@ def _to_dict(passage: RankedPassage, candidate: Candidate) -> dict[str, Any]:
 
 
 def _to_table(ranked: Sequence[RankedPassage], candidates: Sequence[Candidate]) -> Table:
-    from rich.table import Table
     from rich.text import Text
 
     has_ids = all("_id" in candidate.row for candidate in candidates)
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = make_table()
     for name in ("rank", "score", "margin", "_id" if has_ids else "line"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("passage")

@@ -74,6 +74,13 @@ def print_json(value: Any) -> None:
     typer.get_binary_stream("stdout").write(to_json(value, indent=2) + b"\n")
 
 
+def make_table() -> Table:
+    """Return an empty table in the look of all commands."""
+    from rich.table import Table
+
+    return Table(box=None, pad_edge=False, header_style="bold")
+
+
 def print_table(table: Table) -> None:
     """Print a table as wide as the terminal."""
     from rich.console import Console

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
-from kalm_integrations.core.model.kv_cache import PaddedKVCache
 from kalm_integrations.core.model.pooling import n_pooled_states
+from kalm_integrations.core.model.prefix_states import kept_bytes
 from kalm_integrations.core.passages.codecs import CODECS, EXACT_CODECS
 from kalm_integrations.core.passages.encoding import inline_length
 from kalm_integrations.core.passages.prefixes import PREFIX_DTYPES
@@ -74,15 +72,12 @@ def finest(by_ratio: dict[int, dict[str, int]], codecs: Iterable[str], room: int
 
 def encoding_bytes(shape: Shape, n_tokens: int, ratio: int, codec: str) -> int:
     """Return the bytes of a passage's encoding in memory: float32 states, and their payload if it is kept."""
-    # Nothing is allocated on the meta device.
-    states = torch.empty(n_pooled_states(n_tokens, ratio), shape.encoder.hidden_width, device="meta").nbytes
+    states = payload_bytes(shape, n_tokens, ratio, "fp32")
     return states + (0 if codec in EXACT_CODECS else payload_bytes(shape, n_tokens, ratio, codec))
 
 
 def prefix_bytes(shape: Shape, n_tokens: int, ratio: int, dtype: str) -> int:
     """Return the bytes of a passage's prefix states, kept in a dtype of `PREFIX_DTYPES`."""
-    n_states, n_heads = n_pooled_states(n_tokens, ratio), shape.n_kv_heads
-    size = (1, n_heads, n_states + shape.n_prefix, shape.decoder.kv_width // n_heads)
-    layers = tuple(torch.empty(size, device="meta") for _ in shape.decoder.layer_types)
-    [kept] = PaddedKVCache(n_states, shape.n_prefix, layers, layers, torch.tensor([n_states])).split(PREFIX_DTYPES[dtype])
-    return kept.nbytes
+    n_layers, n_heads = len(shape.decoder.layer_types), shape.n_kv_heads
+    n_kept = n_pooled_states(n_tokens, ratio) + shape.n_prefix
+    return kept_bytes((n_layers, 2, n_heads, n_kept, shape.decoder.kv_width // n_heads), PREFIX_DTYPES[dtype])
