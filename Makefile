@@ -35,7 +35,7 @@ endef
 setup: $(READY) ## make .venv with the tested versions of everything (other targets do it when needed)
 
 $(READY): pyproject.toml constraints.txt
-	$(call install,$(VENV),'.[all]' --group dev)
+	$(call install,$(VENV),'.[all,ray]' --group dev)
 	touch $(DEMO_READY) $@
 
 $(DEMO_READY): pyproject.toml constraints.txt

@@ -44,6 +44,11 @@ class Reranker(ABC):
     """Ranks passages for queries; `KalmReranker` and `testing.FakeReranker` are rerankers."""
 
     @property
+    def model_name(self) -> str:
+        """What to call the model in traces and answers."""
+        return type(self).__name__
+
+    @property
     @abstractmethod
     def fingerprint(self) -> str:
         """What made an encoding: checkpoint and encoder settings."""
@@ -84,6 +89,11 @@ class Reranker(ABC):
     async def aencode_to_metadata(self, texts: Iterable[str], show_progress: bool = False) -> list[Metadata]:
         """Do what `encode_to_metadata` does, on another thread unless a subclass knows better."""
         return await asyncio.to_thread(self.encode_to_metadata, texts, show_progress)
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until encodings that were handed to a store in the background are written, and return whether they are."""
+        del timeout
+        return True
 
     def find_unencoded(self, passages: Iterable[Passage]) -> list[int]:
         """Return the indices of the passages whose encoding is missing, corrupt, or of another text or model."""

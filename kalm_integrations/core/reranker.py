@@ -150,6 +150,11 @@ class KalmReranker(Reranker):
         return cls(call_plainly(lambda: open_parts(model, settings)))
 
     @property
+    def model_name(self) -> str:
+        """The model as it was given: an alias, a hub id or a folder."""
+        return self._parts.model
+
+    @property
     def fingerprint(self) -> str:
         """What made an encoding: checkpoint content, tokenizer, template and encoder settings; 32 hex digits.
 

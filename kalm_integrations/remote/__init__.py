@@ -1,0 +1,1 @@
+"""A reranker that runs elsewhere: the client of `kalm serve`. Without torch."""

@@ -1,0 +1,1 @@
+"""OpenTelemetry spans of rerankers. Off until it is asked for."""
