@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from kalm_integrations.core.model.pooling import n_pooled_states, repool_states
+from kalm_integrations.core.model.pooling import repool_states
 from kalm_integrations.core.passages.codecs import EXACT_CODECS, LARGEST, check_limit, read_states, write_states
 from kalm_integrations.core.passages.guarded import store_errors
 from kalm_integrations.core.passages.header import (
@@ -55,6 +55,7 @@ from kalm_integrations.core.passages.strings import (
 from kalm_integrations.core.passages.strings import REFERENCE_PREFIX as REFERENCE_PREFIX
 from kalm_integrations.core.passages.strings import hash_text as hash_text
 from kalm_integrations.core.settings import MAX_TOKENS
+from kalm_integrations.core.sizes import n_pooled_states
 from kalm_integrations.core.types import plain, shown
 from kalm_integrations.errors import EncodingTooLargeError, SettingsError, StaleEncodingError
 
