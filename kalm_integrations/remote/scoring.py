@@ -66,7 +66,8 @@ class Scored:
             return read
         if read == "stored":
             return said if key in self.sent and said in ("stale", "corrupt") else "stored"
-        return "cached" if said == "stored" else said
+        # Another passage of the same text came with the encoding.
+        return "missing" if said == "stored" else said
 
     @property
     def encoded(self) -> set[Hashable]:
