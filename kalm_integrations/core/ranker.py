@@ -33,8 +33,8 @@ class Ranker:
     def __init__(self, parts: Parts) -> None:
         """Make reader, writer and scorer of the parts."""
         self._runtime = parts.runtime
-        ratio, query = parts.storage.compression_ratio, parts.query
-        self.reader = Reader(parts.runtime.checkpoint, parts.encoder, ratio, query.cache_bytes, parts.payload_store)
+        query = parts.query
+        self.reader = Reader(parts.runtime.checkpoint, parts.encoder, parts.storage, query.cache_bytes, parts.payload_store)
         self.writer = Writer(parts.runtime, self.reader, parts.encoder, parts.storage, query.encode_batch_size)
         allows_special = parts.encoder.allow_special_tokens
         self.scorer = Scorer(parts.runtime, self.reader, query, allows_special, parts.prefix_store)
@@ -65,6 +65,8 @@ class Ranker:
             encodings = {key: encoding for of_reading in found for key, encoding in of_reading.items()}
             made = yield from self._encode(readings, encodings)
             encodings |= made
+            if made and self.reader.through is not None:
+                self.reader.through.put(made.values())
             margins: list[list[float]] = [[] for _ in readings]
             if encodings:
                 margins = yield from self.scorer.margins(request.queries[part], readings, encodings, request.instruction)

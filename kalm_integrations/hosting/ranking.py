@@ -122,9 +122,9 @@ class HostQuery(Generic[Doc]):
         """Return the reading of the passages.
 
         Raises:
-            EncodingError: a document has no valid encoding.
+            EncodingError: a document has no valid encoding, neither with it nor, by its text, in the payload store.
         """
-        _check_stored(reading, self.not_stored(reading), self.names)
+        _check_stored(reading, [index for index in self.not_stored(reading) if reading[index] != "found"], self.names)
         return reading
 
     def not_stored(self, reading: Reading) -> list[int]:
