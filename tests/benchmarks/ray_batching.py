@@ -1,8 +1,8 @@
 """Who batches better in a replica of Ray Serve: `serve.batch`, or the engine that every reranker has?
 
-Run in tests/: `python -m benchmarks.ray_batching`. Two replicas of a core each, pico, passages whose encodings and prefix states
-are in memory: what is left is the queue and the decoder. Rounds of the two take turns, because a machine that is shared is
-never the same twice; what counts is their ratio.
+Run in tests/: `python -m benchmarks.ray_batching`. Two replicas of a core each, pico, passages whose encodings and prefix
+states are in memory: what is left is the queue and the decoder. Rounds of the two take turns, because a machine that is
+shared is never the same twice; what counts is their ratio.
 """
 
 from __future__ import annotations
