@@ -21,6 +21,7 @@ from kalm_integrations.cli.info import info
 from kalm_integrations.cli.inspect import inspect
 from kalm_integrations.cli.plan import plan
 from kalm_integrations.cli.rerank import rerank
+from kalm_integrations.cli.serve import serve
 from kalm_integrations.cli.terminal import OneLineErrors, prepare
 from kalm_integrations.cli.training import average, mine, train
 
@@ -51,6 +52,6 @@ def kalm(
         print(context.get_help())
 
 
-for command in (rerank, encode, inspect, plan, calibrate, demo, train, mine, average, info):
+for command in (rerank, encode, inspect, plan, serve, calibrate, demo, train, mine, average, info):
     app.command()(command)
 app.add_typer(evaluation.app, name="eval")

@@ -96,6 +96,11 @@ class Engine:
         return sum(self._worker.queue.n_items)
 
     @property
+    def n_batches(self) -> int:
+        """Batches that have been computed."""
+        return self._worker.queue.n_batches
+
+    @property
     def is_busy(self) -> bool:
         """Whether something waits or is being computed."""
         return self._worker.queue.is_busy

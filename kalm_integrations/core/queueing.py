@@ -23,6 +23,8 @@ class JobQueue:
         """Make an empty queue."""
         self.n_items = [0, 0]
         """Items that wait, of queries and of bulk work."""
+        self.n_batches = 0
+        """Batches whose items were counted as done."""
         self._changed = threading.Condition()
         self._jobs: tuple[list[AnyJob], list[AnyJob]] = ([], [])
         self._calls: list[Callable[[], None]] = []
@@ -138,8 +140,9 @@ class JobQueue:
                     self._insert(job)
 
     def settle(self, batch: Batch) -> None:
-        """Count the items of a batch as done."""
+        """Count a batch and its items as done."""
         with self._changed:
+            self.n_batches += 1
             for job, items in batch:
                 self.n_items[job.is_bulk] -= len(items)
                 self._n_done[job.is_bulk] += len(items)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from kalm_integrations.core.checkpoint.opened import Checkpoint
 from kalm_integrations.core.checkpoint.prompts import PASSAGE_TEMPLATE, passage_text
 from kalm_integrations.core.forks import ForkSafeLock, kept_property
+from kalm_integrations.core.passages.by_text import TextLookup
 from kalm_integrations.core.passages.caches import BoundedCache
-from kalm_integrations.core.passages.encoding import REFERENCE_PREFIX, EncodedPassage, Expected, fingerprint, hash_text
+from kalm_integrations.core.passages.encoding import EncodedPassage, Expected, fingerprint
 from kalm_integrations.core.passages.guarded import guard
-from kalm_integrations.core.settings import EncoderSettings
+from kalm_integrations.core.passages.strings import REFERENCE_PREFIX, hash_text
+from kalm_integrations.core.passages.through import WriteThrough
+from kalm_integrations.core.settings import EncoderSettings, StorageSettings
 from kalm_integrations.core.types import AnyPassage, Passage, Reading, RuntimeStats, Status, checked_list, plain
 from kalm_integrations.errors import CorruptEncodingError, SettingsError, StaleEncodingError
 
@@ -31,13 +34,13 @@ class _Decoded:
 
 
 class Reader:
-    """Reads encodings for one checkpoint and ratio; owns the cache, the payload store and the counters of a reranker."""
+    """Reads encodings for one checkpoint and way to store; owns cache, payload store and counters of a reranker."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         encoder: EncoderSettings,
-        compression_ratio: int,
+        storage: StorageSettings,
         cache_bytes: int,
         payload_store: MutableMapping[str, bytes] | None,
     ) -> None:
@@ -45,12 +48,18 @@ class Reader:
         self.payload_store = guard(payload_store, "payload_store", self.count, must_write=True)
         self._checkpoint = checkpoint
         self._encoder = encoder
-        self._ratio = compression_ratio
+        self._storage = storage
+        self._ratio = storage.compression_ratio
         self.cache: BoundedCache[Hashable, EncodedPassage] = BoundedCache(cache_bytes)
         """By key (see `key`), and what was fetched by key and origin: an encoding that somebody else made serves none but the
         passages of where it lies."""
         self._decoded: BoundedCache[str, _Decoded] = BoundedCache(cache_bytes // 4)
         """By the whole string: what many queries ask for is decoded and checked once."""
+        self.through: WriteThrough | None = None
+        """Writes what was made into the payload store, if that is wanted."""
+        unneeded = guard(payload_store, "payload_store", self.count, must_write=False)
+        if unneeded is not None and storage.write_through:
+            self.through = WriteThrough(unneeded, storage.max_store_bytes, self.count)
         self._stats = RuntimeStats()
         self._stats_lock = ForkSafeLock()
         self._warned: set[str] = set()
@@ -85,7 +94,7 @@ class Reader:
             logger.warning(message, *arguments)
 
     def read(self, passages: Iterable[AnyPassage]) -> Reading:
-        """Find the encoding of each passage, in its metadata or in memory. Each string is decoded once.
+        """Find the encoding of each passage: in its metadata, in memory, or in the payload store. Each is decoded once.
 
         Raises:
             SettingsError: a passage has the wrong type.
@@ -144,18 +153,57 @@ class Reader:
             keys.append(key)
         self.cache.put_many(fetched)
         cached = self._remember([key for key in dict.fromkeys(keys) if key not in found], origins)
+        missing = [key for key in dict.fromkeys(keys) if key not in found and key not in cached]
+        corrupt = {key for (key, _), status in known.items() if status == "corrupt"}
+        in_store = self.find(missing, tally, corrupt)
         statuses = [
-            "cached" if status == "missing" and key in cached else status for key, status in zip(keys, statuses, strict=True)
+            _status_without(key, cached, in_store) if status == "missing" else status
+            for key, status in zip(keys, statuses, strict=True)
         ]
-        tally["cache_hits"] = tally["metadata_hits"] + len(cached)
+        tally["cache_hits"] = tally["metadata_hits"] + len(cached) + len(in_store)
         read_by = f"{current}:{self._ratio}"
-        return Reading(tuple(statuses), tuple(texts), tuple(keys), {**found, **cached}, read_by, dict(tally))
+        return Reading(tuple(statuses), tuple(texts), tuple(keys), {**found, **cached, **in_store}, read_by, dict(tally))
+
+    def find(
+        self, keys: Sequence[Hashable], tally: Counter[str], corrupt: Collection[Hashable] = ()
+    ) -> dict[Hashable, EncodedPassage]:
+        """Return what the payload store has of texts, by their keys; from then on memory has it, too.
+
+        Args:
+            keys: of the texts.
+            tally: where hits and damaged entries are counted.
+            corrupt: keys of passages that are counted as corrupt already.
+        """
+        store = self.payload_store
+        if store is None or not keys:
+            return {}
+        by_hash, damaged = TextLookup(self._expected, self._storage).find(store, list(map(str, keys)))
+        found: dict[Hashable, EncodedPassage] = dict(by_hash.items())
+        if damaged:
+            tally["corrupt"] += len(damaged - set(map(str, corrupt)))
+            self.warn_once("corrupt", "entries of the payload store are damaged and made anew (counted in stats.corrupt)")
+        if found:
+            tally["store_hits"] += len(found)
+            self.cache.put_many(found)
+            self._touch(found.values())
+        return found
+
+    def remembers(self, texts: Iterable[str]) -> bool:
+        """Return whether memory has all texts, so that no store is asked for them."""
+        keys = {self.key(text) for text in texts}
+        return len(self.cache.get_many(keys)) == len(keys)
+
+    def _touch(self, encodings: Iterable[EncodedPassage]) -> None:
+        """Have a bounded store keep what is used, also if it is memory that serves it."""
+        if self.through is not None:
+            self.through.touch(encodings)
 
     def _remember(self, keys: Sequence[Hashable], origins: Mapping[Hashable, Hashable]) -> dict[Hashable, EncodedPassage]:
         """Return what memory has: what was made here, else what was fetched from the passage's own origin."""
         made = self.cache.get_many(keys)
         names: dict[Hashable, Hashable] = {(key, origins[key]): key for key in keys if key in origins and key not in made}
         fetched = self.cache.get_many(names)
+        self._touch(made.values())
         return {**made, **{names[name]: encoding for name, encoding in fetched.items()}}
 
     def use(self, passages: Iterable[AnyPassage] | Reading) -> Reading:
@@ -215,6 +263,11 @@ class Reader:
         elif encoding.compression_ratio < self._ratio and self._ratio % encoding.compression_ratio == 0:
             return encoding.pool(self._ratio)
         return encoding
+
+
+def _status_without(key: Hashable, cached: Mapping[Hashable, object], in_store: Mapping[Hashable, object]) -> Status:
+    """Return the status of a passage that came without an encoding."""
+    return "cached" if key in cached else "found" if key in in_store else "missing"
 
 
 def _status(stored: EncodedPassage | Status, key: str) -> Status:

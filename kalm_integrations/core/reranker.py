@@ -11,10 +11,12 @@ from kalm_integrations.core.base import RankRequest, Reranker
 from kalm_integrations.core.flows import Driver, call_aside, call_plainly
 from kalm_integrations.core.opening import Parts, open_parts, travelling
 from kalm_integrations.core.passages.encoding import EncodedPassage
+from kalm_integrations.core.passages.stores import LmdbPayloadStore
 from kalm_integrations.core.ranker import Ranker
+from kalm_integrations.core.ranking import check_count
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.core.settings import Calibration
-from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading, RuntimeStats, checked_flag
+from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading, RuntimeStats, checked_flag, checked_texts
 from kalm_integrations.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -62,6 +64,8 @@ class KalmReranker(Reranker):
         max_inline_bytes: int | None = None,
         storage_mode: str | None = None,
         payload_store: MutableMapping[str, bytes] | str | os.PathLike[str] | None = None,
+        write_through: bool = False,
+        max_store_bytes: int | None = None,
         max_passage_tokens: int | None = None,
         max_query_tokens: int | None = None,
         instruction: str | None = None,
@@ -94,8 +98,12 @@ class KalmReranker(Reranker):
             storage_mode: "inline" puts encodings into the metadata string, "reference" puts them into `payload_store` and a
                 short reference into the metadata; "auto" (the default) does the latter only where `max_inline_bytes` is
                 too small for the coarsest ratio.
-            payload_store: a mapping from str to bytes, or the folder of an LMDB store. Needed to write references, and to
-                read them.
+            payload_store: a mapping from str to bytes, the folder of an LMDB store, or the URL of a Redis server. Needed to
+                write references, and to read them. Passages that carry no valid encoding are looked up in it by their text.
+            write_through: put what had to be encoded into `payload_store`, after the answer, so that no reranker that has the
+                store encodes the text again; see `flush`.
+            max_store_bytes: what `write_through` lets an LMDB store grow to; the least recently used encodings go. None sets
+                no bound.
             max_passage_tokens: longer passages are cut, as the reference does; 1,024 by default.
             max_query_tokens: longer queries are cut; 512 by default.
             instruction: what makes a passage relevant; may also be given per query. Does not touch encodings.
@@ -133,6 +141,8 @@ class KalmReranker(Reranker):
             "max_inline_bytes": max_inline_bytes,
             "storage_mode": storage_mode,
             "payload_store": payload_store,
+            "write_through": write_through,
+            "max_store_bytes": max_store_bytes,
             "max_passage_tokens": max_passage_tokens,
             "max_query_tokens": max_query_tokens,
             "instruction": instruction,
@@ -186,6 +196,41 @@ class KalmReranker(Reranker):
     def calibration(self) -> Calibration | None:
         """What makes scores of margins, if not the sigmoid alone."""
         return self._parts.calibration
+
+    @property
+    def store_bytes(self) -> int | None:
+        """Bytes that the payload store takes, if it is an LMDB store: of the others nobody can tell quickly."""
+        store = self._parts.payload_store
+        return store.nbytes if isinstance(store, LmdbPayloadStore) else None
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until what `write_through` has to write is written, or has failed; the end of the process waits by itself.
+
+        Args:
+            timeout: seconds to wait at most; None waits as long as it takes.
+
+        Returns:
+            False if the time was not enough.
+
+        Raises:
+            SettingsError: `timeout` is no number of seconds.
+        """
+        through = self._ranker.reader.through
+        return through is None or through.flush(timeout)
+
+    def truncate(self, texts: Iterable[str], max_tokens: int) -> list[str]:
+        """Return texts cut behind their first tokens, for clients that ask for it; the others stay as they are.
+
+        Args:
+            texts: passages, without the template's prefix.
+            max_tokens: how many tokens to keep of each.
+
+        Raises:
+            SettingsError: `texts` is one string or holds something else than strings, or `max_tokens` is not positive.
+        """
+        checked, limit = checked_texts(texts), check_count(max_tokens, "max_tokens")
+        tokenizer = self._parts.runtime.tokenizer(allow_special_tokens=self._parts.encoder.allow_special_tokens)
+        return checked if limit is None else tokenizer.cut_texts(checked, limit)
 
     def warm_up(self, *, encoder: bool = True, decoder: bool = True) -> None:
         """Load weights now: the encoder's instead of at the first miss, the decoder's instead of at the first score."""

@@ -118,6 +118,8 @@ class StorageSettings(_Settings):
     storage_codec: Annotated[str, AfterValidator(check_codec)] = DEFAULT_CODEC
     max_inline_bytes: PositiveInt | None = None
     storage_mode: Literal["auto", "inline", "reference"] = "auto"
+    write_through: bool = False
+    max_store_bytes: int | None = Field(default=None, ge=2**20)
 
 
 class QuerySettings(_Settings):
@@ -197,6 +199,12 @@ def build_settings(given: Mapping[str, Any]) -> tuple[EncoderSettings, StorageSe
     storage = make_settings(StorageSettings, given)
     if given.get("payload_store") is None and storage.storage_mode == "reference":
         msg = "storage_mode='reference' needs a payload_store, but got None; pass a mapping or the folder of an LMDB store"
+        raise SettingsError(msg)
+    if given.get("payload_store") is None and storage.write_through:
+        msg = "write_through=True needs a payload_store to write to, but got None; pass a mapping or a folder"
+        raise SettingsError(msg)
+    if storage.max_store_bytes is not None and not storage.write_through:
+        msg = "max_store_bytes bounds what write_through=True puts into a store, but write_through is False; set it too"
         raise SettingsError(msg)
     return make_settings(EncoderSettings, given), storage, make_settings(QuerySettings, given)
 

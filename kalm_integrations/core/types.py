@@ -24,11 +24,12 @@ FUSED_SCORE_KEY = "fused_score"
 FusionMethod: TypeAlias = Literal["z_score", "reciprocal_rank"]
 """How the reranker's and the first stage's scores are made one; see `core.ranking.fuse`."""
 
-Status: TypeAlias = Literal["stored", "cached", "missing", "stale", "corrupt"]
+Status: TypeAlias = Literal["stored", "cached", "found", "missing", "stale", "corrupt"]
 """What was found of a passage's encoding.
 
 * stored: it came with the passage (or the passage is an `EncodedPassage`), and is valid.
 * cached: none came with the passage, but memory has it.
+* found: none came with the passage, but the payload store has one of its text.
 * missing: there is none.
 * stale: what came is of another checkpoint, setting or text.
 * corrupt: what came is no encoding, or a damaged one.
@@ -219,9 +220,11 @@ class RuntimeStats:
 
     passages_encoded: int = 0
     cache_hits: int = 0
-    """Served without encoding, from metadata or from memory."""
+    """Served without encoding: from metadata, from memory, or from the payload store by text."""
     metadata_hits: int = 0
     """Served from the encoding that came with the passage; part of `cache_hits`."""
+    store_hits: int = 0
+    """Came without a valid encoding, and were found in the payload store by their text; part of `cache_hits`."""
     cache_misses: int = 0
     """Had to be encoded; stale and corrupt ones included."""
     stale: int = 0
@@ -241,6 +244,10 @@ class RuntimeStats:
     """Prefix states had to be computed."""
     prefix_corrupt: int = 0
     """Prefix states in the `prefix_store` were damaged, or another passage's; part of `prefix_misses`."""
+    store_writes: int = 0
+    """Encodings that `write_through` has put into the payload store."""
+    store_evictions: int = 0
+    """Encodings that were deleted from the payload store to keep to `max_store_bytes`."""
     store_failures: int = 0
     """Calls of a payload or prefix store that failed or were slow; what they should have given was computed."""
     encode_seconds: float = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -102,8 +103,23 @@ class Writer:
         with tqdm(total=len(unique), desc="Encoding", unit="passage", disable=not is_shown) as progress:
             for start in range(0, len(unique), BULK_SLICE):
                 some = dict(unique[start : start + BULK_SLICE])
-                encodings |= yield from self.encode(some, is_bulk=True, report=progress.update)
+                encodings |= yield from self._encode_bulk(some, progress.update)
         return [encodings[key] for key in keys]
+
+    def _encode_bulk(
+        self, texts: dict[Hashable, str], report: Callable[[int], object]
+    ) -> Flow[dict[Hashable, EncodedPassage]]:
+        """Return the encodings of texts by key, from memory, the payload store or the encoder; new ones are written there."""
+        tally: Counter[str] = Counter()
+        cached = self._reader.cache.get_many(texts)
+        found = self._reader.find([key for key in texts if key not in cached], tally)
+        self._reader.count(**tally, cache_hits=len(found))
+        report(len(found))
+        missing = {key: text for key, text in texts.items() if key not in found}
+        made = yield from self.encode(missing, is_bulk=True, report=report)
+        if self._reader.through is not None:
+            self._reader.through.put_now(encoding for key, encoding in made.items() if key not in cached)
+        return {**found, **made}
 
     def encode(
         self, texts: Mapping[Hashable, str], *, is_bulk: bool = False, report: Callable[[int], object] | None = None

@@ -250,7 +250,7 @@ def backfill(
             add_encodings(access, kind, labels)
             counts = reading.counts
             n_checked += len(held)
-            n_missing += counts["missing"] + counts["cached"]
+            n_missing += counts["missing"] + counts["cached"] + counts["found"]
             n_stale += counts["stale"] + counts["corrupt"]
             progress.update(min(batch_size, len(ids) - start))
     return BackfillReport(n_checked, n_missing, n_stale, written.n_failed, written.n_gone, written.n_changed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 from langchain_core.stores import BaseStore
@@ -29,6 +29,12 @@ class ByteStorePayloads(MutableMapping[str, bytes]):
         if value is None:
             raise KeyError(key)
         return value
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """Return those of the payloads that are there, asked for in one call of the store."""
+        keys = list(keys)
+        values = self._store.mget([_to_store(key) for key in keys])
+        return {key: value for key, value in zip(keys, values, strict=True) if value is not None}
 
     def __setitem__(self, key: str, value: bytes) -> None:
         """Write a payload; `update` writes many at the price of one."""

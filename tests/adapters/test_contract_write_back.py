@@ -15,8 +15,9 @@ import pytest
 from tools.hosts import HOSTS, Host
 
 from kalm_integrations import haystack, hosting, langchain, llama_index
+from kalm_integrations.core import write_queue
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.hosting import wait_for_write_back, write_back, write_back_stats
+from kalm_integrations.hosting import wait_for_write_back, write_back_stats
 from kalm_integrations.testing import FakeReranker
 
 TEXTS = ["The Panthers defense gave up just 308 points.", "Lift and drag of a slender wing.", "naïve café 東京"]
@@ -153,7 +154,7 @@ def test_the_callers_context_stays_with_the_caller(host):
 
 def test_a_store_that_hangs_too_long_is_given_up_and_the_others_are_written(host, caplog, monkeypatch):
     """It gets nothing more until it has ended, so that it never sees two writes at once."""
-    monkeypatch.setattr(write_back, "TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(write_queue, "TIMEOUT_SECONDS", 0.05)
     hanging, other = Store(hangs=True), Store()
     component = host.reranker(model=FakeReranker(), write_back=hanging.write)
     before = write_back_stats().n_dropped
@@ -180,7 +181,7 @@ def test_a_store_that_hangs_too_long_is_given_up_and_the_others_are_written(host
 
 def test_no_more_wait_than_memory_bears(host, caplog, monkeypatch):
     """What comes beyond is dropped, counted and logged once; the queries are answered."""
-    monkeypatch.setattr(write_back, "MAX_WAITING_DOCUMENTS", 7)
+    monkeypatch.setattr(write_queue, "MAX_WAITING_DOCUMENTS", 7)
     store, before = Store(hangs=True), write_back_stats().n_dropped
     component = host.reranker(model=FakeReranker(), write_back=store.write)
     ask(host, component)
@@ -195,7 +196,7 @@ def test_no_more_wait_than_memory_bears(host, caplog, monkeypatch):
 
 
 def test_a_query_with_more_than_the_bound_is_written_when_nothing_waits(host, monkeypatch):
-    monkeypatch.setattr(write_back, "MAX_WAITING_DOCUMENTS", 2)
+    monkeypatch.setattr(write_queue, "MAX_WAITING_DOCUMENTS", 2)
     store = Store()
     ask(host, host.reranker(model=FakeReranker(), write_back=store.write))
     assert wait_for_write_back(SECONDS)
@@ -238,7 +239,8 @@ def test_a_forked_child_queries_and_writes_back(host):
 PROGRAM = """
 import threading, time
 from tools.hosts import HOSTS
-from kalm_integrations.hosting import wait_for_write_back, write_back
+from kalm_integrations.core import write_queue
+from kalm_integrations.hosting import wait_for_write_back
 from kalm_integrations.testing import FakeReranker
 
 def ask(host, write):
@@ -268,7 +270,7 @@ def test_what_waits_is_written_before_the_process_ends():
 
 def test_a_store_that_hangs_does_not_keep_the_process_from_ending():
     done = run_program("""
-        write_back.EXIT_SECONDS = 0.1
+        write_queue.EXIT_SECONDS = 0.1
         for host in HOSTS:
             ask(host, lambda given: threading.Event().wait())
         print("all answered")
@@ -282,7 +284,7 @@ def test_a_store_of_haystack_that_hangs_holds_up_no_query_and_no_other_store(mon
     from haystack import Document
     from haystack.document_stores.in_memory import InMemoryDocumentStore
 
-    monkeypatch.setattr(write_back, "TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(write_queue, "TIMEOUT_SECONDS", 0.05)
     began, may_end = threading.Event(), threading.Event()
 
     class Hanging(InMemoryDocumentStore):

@@ -72,7 +72,7 @@ def test_reading_says_what_each_passage_carries_and_encodes_nothing(make_reranke
     before = reranker.stats
     reading = reranker.read(passages)
     assert list(reading) == ["stored", "missing", "stale", "stale", "corrupt"]
-    assert reading.counts == {"stored": 1, "cached": 0, "missing": 1, "stale": 2, "corrupt": 1}
+    assert reading.counts == {"stored": 1, "cached": 0, "found": 0, "missing": 1, "stale": 2, "corrupt": 1}
     assert reading.not_stored == [1, 2, 3, 4]
     assert set(get_args(Status)) == reading.counts.keys()
     assert encoded == []
@@ -119,7 +119,7 @@ def test_what_was_made_is_what_to_store(reranker, make_reranker):
     passages = [Passage(text, ranking.made[index]["kalm_encoding"]) for index, text in enumerate(TEXTS)]
     again = reranker.rank(QUERY, passages)
     assert again.made == {}
-    assert again.counts == {"stored": 5, "cached": 0, "missing": 0, "stale": 0, "corrupt": 0}
+    assert again.counts == {"stored": 5, "cached": 0, "found": 0, "missing": 0, "stale": 0, "corrupt": 0}
 
 
 def test_payloads_are_written_when_what_was_made_is_asked_for(make_reranker):

@@ -52,6 +52,18 @@ class FirstTokens:
 
     def ids(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
         """Return the first ids of each text: `max_tokens` of them, or all if it has fewer."""
+        return [encoding.ids[:max_tokens] for encoding in self._starts(texts, max_tokens)]
+
+    def cut(self, texts: Sequence[str], max_tokens: int) -> list[str]:
+        """Return what of each text its first `max_tokens` tokens stand for, or all if it has fewer."""
+        encodings = self._starts(texts, max_tokens)
+        return [
+            text if len(encoding.ids) <= max_tokens else text[: encoding.offsets[max_tokens - 1][1]]
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _starts(self, texts: Sequence[str], max_tokens: int) -> list[Encoding]:
+        """Return the tokens of enough of each text to know the first ones."""
         # For a proof there must be tokens behind those that are asked for.
         wanted = max_tokens + SLACK
         starts = [_start(text, FIRST_CHARACTERS * wanted) for text in texts]
@@ -62,7 +74,7 @@ class FirstTokens:
                 per_token *= 8
                 start = _start(text, per_token * wanted)
                 [encoding] = self._encode([start])
-            found.append(encoding.ids[:max_tokens])
+            found.append(encoding)
         return found
 
     def _is_enough(self, encoding: Encoding, max_tokens: int, per_token: int) -> bool:

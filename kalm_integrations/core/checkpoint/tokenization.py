@@ -72,6 +72,10 @@ class PromptTokenizer:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
+    def cut_texts(self, texts: Sequence[str], max_tokens: int) -> list[str]:
+        """Return texts cut behind their first `max_tokens` tokens."""
+        return self._first.cut([without_surrogates(text) for text in texts], max_tokens)
+
     def prompt(self, system_instruction: str, instruction: str, query: str) -> list[int]:
         """Return the ids of the whole prompt for a query that is already truncated."""
         parts = prompts.prompt_parts(system_instruction, instruction, query)

@@ -46,16 +46,9 @@ from kalm_integrations.core.passages.header import (
     without_checksum,
     write_header,
 )
-from kalm_integrations.core.passages.strings import (
-    MAX_VALUE_CHARS,
-    PREFIX,
-    payload_bytes,
-    read_string,
-)
-from kalm_integrations.core.passages.strings import REFERENCE_PREFIX as REFERENCE_PREFIX
-from kalm_integrations.core.passages.strings import hash_text as hash_text
+from kalm_integrations.core.passages.strings import MAX_VALUE_CHARS, PREFIX, REFERENCE_PREFIX, payload_bytes, read_string
 from kalm_integrations.core.settings import MAX_TOKENS
-from kalm_integrations.core.sizes import n_pooled_states
+from kalm_integrations.core.sizes import PAYLOAD_BYTES, n_pooled_states
 from kalm_integrations.core.types import plain, shown
 from kalm_integrations.errors import EncodingTooLargeError, SettingsError, StaleEncodingError
 
@@ -199,6 +192,43 @@ class EncodedPassage:
         states = read_states(payload, fields["c"], n_states, width, limit)
         return _noted(cls(states, fields["n"], fields["r"], fields["fp"], fields["th"], fields["c"]), digest, payload)
 
+    @property
+    def payload_key(self) -> str:
+        """What the payload lies under in a payload store; `as_stored` may change it."""
+        return _payload_key(self._fields(self.codec))
+
+    def to_payload(self) -> bytes:
+        """Return what lies in a payload store: checksum and payload of an encoding that is `as_stored`.
+
+        Raises:
+            NonFiniteScoreError: a state is NaN or infinite.
+        """
+        codec, payload = self._written()
+        return checksum(self._fields(codec), payload) + payload
+
+    @classmethod
+    def from_payload(cls, entry: bytes, text_hash: str, ratio: int, codec: str, expected: Expected) -> EncodedPassage:
+        """Read what a payload store has for a text. The number of tokens, which no key tells, is in the checksum.
+
+        Raises:
+            CorruptEncodingError: no encoder of what is expected can have put it there for this text.
+        """
+        payload = entry[CHECKSUM_BYTES:]
+        n_states = _n_states(len(payload), codec, expected.width)
+        shape = [n_states, expected.width]
+        possible = range((n_states - 1) * ratio + 1, min(n_states * ratio, expected.max_tokens) + 1) if n_states else ()
+
+        def matches(n_tokens: int) -> bool:
+            values = (expected.fingerprint, text_hash, n_tokens, ratio, shape, codec)
+            return checksum(dict(zip(HEADER_KEYS, values, strict=False)), payload) == entry[:CHECKSUM_BYTES]
+
+        n_tokens = next(filter(matches, possible), None)
+        if n_tokens is None:
+            refuse("match its checksum in the payload_store, but it does not")
+        states = read_states(payload, codec, n_states, expected.width, expected.limit)
+        made = cls(states, n_tokens, ratio, expected.fingerprint, text_hash, codec)
+        return _noted(made, entry[:CHECKSUM_BYTES].hex(), payload)
+
     def check(self, expected: Expected) -> None:
         """Check an object that somebody may have put together.
 
@@ -295,3 +325,18 @@ def _fetch_payload(fields: dict[str, Any], store: Mapping[str, bytes] | None) ->
 def _payload_key(fields: dict[str, Any]) -> str:
     """Return the byte store's key; ratio and codec are in it, so that two settings can share a store."""
     return "{fp}:{th}:{r}:{c}".format(**fields)
+
+
+def payload_key(fingerprint: str, text_hash: str, ratio: int, codec: str) -> str:
+    """Return what an encoding lies under in a payload store."""
+    return _payload_key({"fp": fingerprint, "th": text_hash, "r": ratio, "c": codec})
+
+
+def _n_states(n_bytes: int, codec: str, width: int) -> int:
+    """Return of how many states a payload of so many bytes is; 0 if of none."""
+    count = PAYLOAD_BYTES[codec]
+    low, high = 1, MAX_TOKENS
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if count(middle, width) >= n_bytes else (middle + 1, high)
+    return low if count(low, width) == n_bytes else 0

@@ -65,6 +65,9 @@ _MAX_DEPTH = 32
 
 _SECONDS_TO_MAKE = 0.05
 
+STAMPS = b"\1kalm-stamps"
+"""Database beside the values', for when they were last used; its name is a key among theirs."""
+
 
 class SharedEnvironment:
     """An LMDB environment that all stores of its folder share in this process; closed with the last of them."""
@@ -87,6 +90,10 @@ class SharedEnvironment:
         self._file = file
         self._lock_path = Path(folder, _LOCK)
         self._lock_bytes = _length(self._lock_path) or 0
+
+    def stamps(self, transaction: lmdb.Transaction) -> Any:
+        """Return the database of when values were last used, made if there is none; for writing transactions."""
+        return self._environment.open_db(STAMPS, transaction)
 
     @contextmanager
     def begin(self, *, write: bool = False) -> Iterator[lmdb.Transaction]:
@@ -238,7 +245,7 @@ def _open_with_map(folder: str, max_bytes: int, **settings: Any) -> lmdb.Environ
     n_bytes = max_bytes
     while True:
         try:
-            environment = lmdb.open(folder, map_size=n_bytes, max_readers=MAX_READERS, create=False, **settings)
+            environment = lmdb.open(folder, map_size=n_bytes, max_readers=MAX_READERS, max_dbs=1, create=False, **settings)
         except lmdb.MemoryError:
             if n_bytes <= _SMALLEST_MAP:
                 raise

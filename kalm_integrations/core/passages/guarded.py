@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +68,26 @@ class GuardedStore(MutableMapping[str, bytes]):
         self._fail(f"it must hold bytes, but has {type(value).__name__}", f"holds {type(value).__name__}")
         return default
 
+    def get_many(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """Return those of the values that are there, in one call if the store has a method of this name; see `get`."""
+        get_many = getattr(self._store, "get_many", None)
+        if get_many is None:
+            return {key: value for key in keys if (value := self.get(key)) is not None}
+        started = self._clock()
+        if not self._reading.is_over(started):
+            return {}
+        try:
+            found = dict(get_many(list(keys)))
+        except Exception as error:
+            self._reading.begin(self._clock())
+            self._fail(f"reading failed: {_say(error)}", type(error).__name__)
+            return {}
+        self._notice_time("reading", self._reading, started, 1)
+        values = {key: value for key, value in found.items() if isinstance(value, bytes)}
+        if len(values) < len(found):
+            self._fail("it must hold bytes, but has something else", "holds something else")
+        return values
+
     def update(self, *args: Any, **kwargs: bytes) -> None:
         """Write values.
 
@@ -75,20 +95,46 @@ class GuardedStore(MutableMapping[str, bytes]):
             StoreError: the store failed and `must_write` is set; else that is logged and counted.
         """
         values = dict(*args, **kwargs)
+        self._write(lambda: self._store.update(values), len(values))
+
+    def offer(self, values: Mapping[str, bytes], used: Collection[str], max_bytes: int | None) -> int | None:
+        """Write values that the store need not keep.
+
+        Args:
+            values: by key.
+            used: keys of what was used since the last call.
+            max_bytes: what the store may take, for one that has `keep_recent`; None leaves that to the store.
+
+        Returns:
+            How many the store has deleted to keep to the bound; None if it failed.
+
+        Raises:
+            StoreError: see `update`.
+        """
+        if max_bytes is None:
+            return 0 if self._write(lambda: self._store.update(values), len(values)) else None
+        n_evicted: list[int] = []
+        keep_recent = self._store.keep_recent  # type: ignore[attr-defined]
+        self._write(lambda: n_evicted.append(keep_recent(values, used, max_bytes)), len(values))
+        return n_evicted[0] if n_evicted else None
+
+    def _write(self, write: Callable[[], object], n_values: int) -> bool:
+        """Return whether something was written."""
         started = self._clock()
         if not self._must_write and not self._writing.is_over(started):
-            return
+            return False
         try:
             with store_errors(self._name, self._store):
-                self._store.update(values)
+                write()
         except KalmError as error:
             self._writing.begin(self._clock())
             if self._must_write:
                 self._count(store_failures=1)
                 raise
             self._fail(f"writing failed: {error}", type(error.__cause__ or error).__name__)
-            return
-        self._notice_time("writing", self._writing, started, max(len(values), 1))
+            return False
+        self._notice_time("writing", self._writing, started, max(n_values, 1))
+        return True
 
     def __getitem__(self, key: str) -> bytes:
         """Return a value; see `get`."""

@@ -1,0 +1,106 @@
+"""What our own clients ask for: scores with encodings that they hold, and encodings to store. See `remote.protocol`."""
+
+from __future__ import annotations
+
+import uuid
+
+from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from kalm_integrations.core.types import AnyPassage, Passage
+from kalm_integrations.remote.protocol import (
+    ENCODINGS_PATH,
+    FACTS_PATH,
+    SCORE_PATH,
+    EncodingsAnswer,
+    EncodingsRequest,
+    ScoreAnswer,
+    ScoreRequest,
+    ServiceFacts,
+)
+from kalm_integrations.serving.formats.stream import EncodingStream
+from kalm_integrations.serving.guard import NDJSON, is_stream
+from kalm_integrations.serving.service import Service, note
+
+ENCODINGS_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": EncodingsRequest.model_json_schema(),
+                "example": {"texts": ["Otters live on fish and crabs."]},
+            },
+            NDJSON: {"schema": {"type": "string", "description": "Such an object a line."}},
+        },
+    },
+    "responses": {
+        "200": {
+            "description": "For each text, in order, what to store with it; for a stream, such an answer a line.",
+            "content": {
+                "application/json": {"schema": EncodingsAnswer.model_json_schema()},
+                NDJSON: {"schema": {"type": "string"}},
+            },
+        }
+    },
+}
+
+
+def routes(service: Service) -> APIRouter:
+    """Return the endpoints."""
+    router = APIRouter(tags=["Encodings"])
+
+    @router.get(FACTS_PATH, summary="What the service's encodings are")
+    async def facts() -> ServiceFacts:
+        """Say which encodings the service makes and reads."""
+        return service.facts()
+
+    @router.post(SCORE_PATH, summary="Score passages in the order in which they come")
+    async def score(body: ScoreRequest, request: Request) -> ScoreAnswer:
+        """Score passages, or say which encodings out of `held` are wanted instead."""
+        note(request, n_documents=len(body.passages))
+        service.check_count(len(body.passages))
+        if not all(0 <= index < len(body.passages) for index in body.held):
+            raise HTTPException(422, f"held: must be indices of the {len(body.passages)} passages, but are others")
+        # Encodings serve nobody but the client that sent them; without a name, nothing but this request.
+        origin = ("client", body.client or uuid.uuid4().hex)
+        passages: list[AnyPassage] = [Passage(passage.text, passage.encoding, origin) for passage in body.passages]
+        reranker = service.reranker
+        reading = await reranker.aread(passages)
+        fingerprint = reranker.fingerprint
+        wanted = [index for index in dict.fromkeys(body.held) if reading.keys[index] not in reading.encodings]
+        if wanted:
+            note(request, n_wanted=len(wanted))
+            return ScoreAnswer(fingerprint=fingerprint, wanted=wanted)
+        ranking = await service.rank(request, body.query, reading, body.instruction)
+        ordered = sorted(ranking, key=lambda passage: passage.index)
+        return ScoreAnswer(
+            fingerprint=fingerprint,
+            margins=[passage.margin for passage in ordered],
+            scores=[passage.score for passage in ordered],
+            statuses=list(reading.statuses),
+        )
+
+    @router.post(
+        ENCODINGS_PATH,
+        summary="Encode passages, and return what to store with them",
+        openapi_extra=ENCODINGS_BODY,
+        response_model=None,
+    )
+    async def encodings(request: Request) -> Response:
+        """Encode passages; with a store they are put there too. A body of lines is answered line by line."""
+        if is_stream(request.scope):
+            return EncodingStream(service, request)
+        try:
+            body = EncodingsRequest.model_validate_json(await request.body())
+        except ValidationError as error:
+            raise RequestValidationError(error.errors()) from error
+        note(request, n_documents=len(body.texts))
+        service.check_count(len(body.texts))
+        name = service.name(body.model)
+        made = await service.encode(body.texts)
+        answer = EncodingsAnswer(model=name, fingerprint=service.reranker.fingerprint, encodings=made)
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+    return router
