@@ -297,6 +297,7 @@ class RemoteReranker(Reranker):
             passages_encoded=len(made),
             cache_misses=len(made),
             cache_hits=len(scored.statuses) - len(made),
+            store_hits=sum(status == "found" for status in scored.statuses.values()),
             metadata_hits=reading.tally.get("metadata_hits", 0) - refused.total(),
             stale=reading.tally.get("stale", 0) + refused["stale"],
             corrupt=reading.tally.get("corrupt", 0) + refused["corrupt"],

@@ -66,8 +66,8 @@ class Scored:
             return read
         if read == "stored":
             return said if key in self.sent and said in ("stale", "corrupt") else "stored"
-        # Another passage of the same text came with the encoding.
-        return "missing" if said == "stored" else said
+        # The encoding came with another passage of the same text, or is remembered.
+        return read if said == "stored" else said
 
     @property
     def encoded(self) -> set[Hashable]:
