@@ -195,7 +195,7 @@ def test_every_part_of_a_pass_takes_time(results_path: Path):
 
 
 def test_the_service_is_measured_in_all_ways(results_path: Path):
-    [shape] = json.loads(results_path.with_name("serving.json").read_text())["shapes"]
+    [shape] = json.loads(results_path.with_name("serving.json").read_text())["cpu"]["shapes"]
     assert [load["clients"] for load in shape["loads"]] == [1, 4]
     for load in shape["loads"]:
         for rounds in load["ways"].values():

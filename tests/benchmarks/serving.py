@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,9 +101,9 @@ class Questions:
 
 
 @contextmanager
-def service(way: str, model: Path | str, store: Path | None) -> Iterator[tuple[str, psutil.Process]]:
+def service(way: str, model: Path | str, device: str, store: Path) -> Iterator[tuple[str, psutil.Process]]:
     """The URL of a service that is ready, and its process."""
-    command = [sys.executable, "-m", "benchmarks.serving_app", way, str(model), *([str(store)] if store else [])]
+    command = [sys.executable, "-m", "benchmarks.serving_app", way, str(model), device, str(store)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -192,7 +192,7 @@ def make_peer(folder: Path) -> Path:
     return folder / "peer"
 
 
-def measure(shape: str, memory_seconds: float) -> dict[str, Any]:
+def measure(shape: str, device: str, memory_seconds: float) -> dict[str, Any]:
     """Measure all loads of a shape, and the memory of the service with its store."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
@@ -201,10 +201,7 @@ def measure(shape: str, memory_seconds: float) -> dict[str, Any]:
         questions = Questions(Workload(made).passages(n_tokens, n_passages))
         model = "pico" if shape == "pico" else made
         models = {STORED: model, OFF: model, PEER: make_peer(folder)}
-        started = {
-            way: stack.enter_context(service(way, model, folder / "store" if way == STORED else None))
-            for way, model in models.items()
-        }
+        started = {way: stack.enter_context(service(way, model, device, folder / "store")) for way, model in models.items()}
         urls = {way: url for way, (url, _) in started.items()}
         warm = questions.make(4 if shape == "toy" else N_WARM, -1)
         for way, url in urls.items():
@@ -220,11 +217,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = trials.parser("serving", __doc__)
     parser.add_argument("--shapes", choices=LOADS, nargs="+", default=("pico", "nano"))
     parser.add_argument("--memory-seconds", type=float, default=600.0, help="how long memory is watched, on the first shape")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = trials.parse(parser, arguments)
-    facts = machine.describe("cpu")
-    seconds: Callable[[int], float] = lambda index: 0.0 if index else options.memory_seconds  # noqa: E731
-    shapes = [measure(shape, seconds(index)) for index, shape in enumerate(options.shapes)]
-    trials.write(options.output, {"machine": facts, "shapes": shapes})
+    facts = machine.describe(options.device)
+    seconds = [options.memory_seconds, *[0.0] * len(options.shapes)]
+    shapes = [measure(shape, options.device, left) for shape, left in zip(options.shapes, seconds, strict=False)]
+    others = json.loads(options.output.read_text()) if options.output.exists() else {}
+    trials.write(options.output, {**others, options.device: {"machine": facts, "shapes": shapes}})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""A service for the load test, in a process of its own: `python -m benchmarks.serving_app WAY MODEL [STORE]` prints its URL."""
+"""A service for the load test, in a process of its own: `python -m benchmarks.serving_app WAY MODEL DEVICE STORE`."""
 
 from __future__ import annotations
 
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -28,10 +27,10 @@ MAX_STORE_BYTES = 64 * 2**20
 class CrossEncoderReranker(Reranker):
     """A cross-encoder of sentence-transformers, which reads every pair anew; one call at a time."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, device: str) -> None:
         from sentence_transformers import CrossEncoder
 
-        self._model = CrossEncoder(folder, device="cpu")
+        self._model = CrossEncoder(folder, device=device)
         self._lock = threading.Lock()
 
     @property
@@ -64,19 +63,19 @@ class CrossEncoderReranker(Reranker):
         return rankings
 
 
-def settings_of(way: str, model: str, store: str | None) -> ServiceSettings:
+def settings_of(way: str, model: str, device: str, store: str) -> ServiceSettings:
     """Return the settings of a way."""
     given: dict[str, Any] = {"model": model, "timeout": TIMEOUT, "max_queue": 10**6, "log_level": "error"}
     if way == STORED:
-        return ServiceSettings.make(**given, store=store, max_store_bytes=MAX_STORE_BYTES)
+        given |= {"store": store, "max_store_bytes": MAX_STORE_BYTES}
     off = {"cache_bytes": 0, "prefix_cache_bytes": 0} if way == OFF else {}
-    return ServiceSettings.make(**given, model_settings=off)
+    return ServiceSettings.make(**given, model_settings={"device": device, **off})
 
 
-def main(way: str, model: str, store: str | None = None) -> None:
+def main(way: str, model: str, device: str, store: str) -> None:
     """Serve until the process is ended."""
-    openers: dict[str, Callable[[ServiceSettings], Reranker]] = {PEER: lambda _: CrossEncoderReranker(model)}
-    settings = settings_of(way, str(Path(model)), store)
+    openers: dict[str, Callable[[ServiceSettings], Reranker]] = {PEER: lambda _: CrossEncoderReranker(model, device)}
+    settings = settings_of(way, model, device, store)
     listening = bind("127.0.0.1", 0)
     print(url_of(listening), flush=True)
     app = create_app(settings, openers.get(way, open_kalm))

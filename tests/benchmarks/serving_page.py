@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
@@ -14,20 +15,20 @@ MEBIBYTE = 2**20
 
 
 def serving_section(measured: dict[str, Any]) -> str:
-    """Return the tables of all shapes."""
-    facts = measured["machine"]
-    parts = [
-        f"{facts['cpu']}, {facts['threads']} threads, load before {facts['load_before']:.2f}; clients on the same machine."
-    ]
-    for shape in measured["shapes"]:
-        title = (
-            f"### {shape['shape'].capitalize()}, {shape['documents']} documents of {shape['passage_tokens']} tokens a request, "
-            f"rounds: {shape['rounds']}"
-        )
-        parts += [title, _loads(shape)]
+    """Return the tables of all devices and shapes."""
+    return "\n\n".join(part for device, run in measured.items() for part in _run(device, run))
+
+
+def _run(device: str, run: dict[str, Any]) -> Iterator[str]:
+    facts = run["machine"]
+    where = facts["gpu"] or f"{facts['cpu']}, {facts['threads']} threads"
+    yield f"{where}; load before {facts['load_before']:.2f}; clients on the same machine."
+    for shape in run["shapes"]:
+        work = f"{shape['documents']} documents of {shape['passage_tokens']} tokens a request"
+        yield f"### {shape['shape'].capitalize()} on {device.upper()}, {work}"
+        yield _loads(shape)
         if shape["memory"]:
-            parts.append(_memory(shape["memory"]))
-    return "\n\n".join(parts)
+            yield _memory(shape["memory"])
 
 
 def _loads(shape: dict[str, Any]) -> str:
@@ -54,7 +55,7 @@ def _memory(memory: dict[str, Any]) -> str:
     third = max(1, len(settled) // 3)
     first, last = (median(part) / MEBIBYTE for part in (settled[:third], settled[-third:]))
     return (
-        f"Memory over {memory['seconds'] / 60:.0f} minutes of 16 clients, {memory['requests']:,} requests, one document in ten "
-        f"new: {first:,.0f} MiB in the median of the first third after a minute, {last:,.0f} MiB in that of the last, "
+        f"Memory over {memory['seconds'] / 60:.0f} minutes of 16 clients, {memory['requests']:,} requests, one document in "
+        f"ten new: {first:,.0f} MiB in the median of the first third after a minute, {last:,.0f} MiB in that of the last, "
         f"{max(settled) / MEBIBYTE:,.0f} at most."
     )
