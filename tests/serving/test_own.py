@@ -122,7 +122,9 @@ def test_encodings_are_what_a_reranker_makes(client, make_reranker):
     assert score(client, of(TEXTS)).statuses == ["cached"] * 3
 
 
-@pytest.mark.parametrize("body", [{}, {"texts": "a"}, {"texts": [1]}, {"texts": ["a"], "more": 1}, {"texts": ["a"], "model": 1}])
+@pytest.mark.parametrize(
+    "body", [{}, {"texts": "a"}, {"texts": [1]}, {"texts": ["a"], "more": 1}, {"texts": ["a"], "model": 1}]
+)
 def test_a_wrong_body_is_refused(client, body):
     answer = client.post("/v1/encodings", json=body)
     assert answer.status_code == 422
