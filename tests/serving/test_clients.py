@@ -88,9 +88,7 @@ def haystack_cohere(url, query, texts):
 
 
 def haystack_jina(url, query, texts):
-    ranker = JinaRanker(
-        api_key=Secret.from_token("none"), base_url=f"{url}/v1/rerank", model="jina-reranker-v2", top_k=TOP
-    )
+    ranker = JinaRanker(api_key=Secret.from_token("none"), base_url=f"{url}/v1/rerank", model="jina-reranker-v2", top_k=TOP)
     return of_haystack(ranker, query, texts)
 
 

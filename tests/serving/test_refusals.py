@@ -38,7 +38,9 @@ def until(condition) -> None:
 # --- keys
 
 
-@pytest.mark.parametrize("given", [None, "", "Bearer", "Bearer ", "Bearer wrong", "wrong", "Basic {key}", "Bearer {key}x", "ü"])
+@pytest.mark.parametrize(
+    "given", [None, "", "Bearer", "Bearer ", "Bearer wrong", "wrong", "Basic {key}", "Bearer {key}x", "ü"]
+)
 def test_a_wrong_key_opens_nothing(make_client, key, given):
     client = make_client(api_key_env="KALM_TEST_KEY")
     headers = {} if given is None else {b"authorization": given.format(key=key).encode("latin-1")}

@@ -52,6 +52,7 @@ class TeiInfo(Answer):
         default_factory=lambda: {"reranker": {"id2label": {"0": "relevance"}, "label2id": {"relevance": 0}}}
     )
     max_client_batch_size: int
+    max_input_length: int | None = Field(description="Tokens of a text that are read; known once the model is loaded.")
     auto_truncate: bool = True
     version: str = __version__
 
@@ -85,6 +86,10 @@ def routes(service: Service) -> APIRouter:
     @router.get("/info", tags=["Service"], summary="What is served, as TEI says it")
     async def info() -> TeiInfo:
         """Say what is served."""
-        return TeiInfo(model_id=service.settings.names[0], max_client_batch_size=service.settings.max_documents)
+        return TeiInfo(
+            model_id=service.settings.names[0],
+            max_client_batch_size=service.settings.max_documents,
+            max_input_length=service.max_passage_tokens,
+        )
 
     return router
