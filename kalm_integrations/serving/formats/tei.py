@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag
 
 from kalm_integrations import __version__
 from kalm_integrations.core.types import RankedPassage
+from kalm_integrations.serving.errors import documented
 from kalm_integrations.serving.formats import Answer, Body, Instruction, Query, printable
 from kalm_integrations.serving.formats.jina import JinaAnswer, JinaRequest, answer
 from kalm_integrations.serving.service import Question, Service
@@ -70,7 +71,13 @@ def routes(service: Service) -> APIRouter:
     """Return the endpoints."""
     router = APIRouter()
 
-    @router.post("/rerank", tags=["Rerank"], summary="Rerank, in the format of TEI", response_model_exclude_none=True)
+    @router.post(
+        "/rerank",
+        tags=["Rerank"],
+        summary="Rerank, in the format of TEI",
+        response_model_exclude_none=True,
+        responses=documented(),
+    )
     async def rerank(body: EitherRequest, request: Request) -> list[TeiResult] | JinaAnswer:
         """Score all texts for a query, best first; a body with `documents` is answered as /v1/rerank does."""
         if isinstance(body, JinaRequest):
@@ -83,7 +90,7 @@ def routes(service: Service) -> APIRouter:
 
         return [result(passage) for passage in ranking]
 
-    @router.get("/info", tags=["Service"], summary="What is served, as TEI says it")
+    @router.get("/info", tags=["Service"], summary="What is served, as TEI says it", responses=documented(401))
     async def info() -> TeiInfo:
         """Say what is served."""
         return TeiInfo(
