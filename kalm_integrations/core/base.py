@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kalm_integrations import tracing
 from kalm_integrations.core.fallback import OnError, check_on_error, check_timeout, keep_order, note_answer
 from kalm_integrations.core.ranking import RankRules, check_first_stages
 from kalm_integrations.core.text import check_instruction_length
@@ -168,12 +169,16 @@ class Reranker(ABC):
         rules = RankRules(top_k, score_threshold, fusion, fusion_weight)
         check_on_error(on_error)
         request = _one(query, passages, rules, instruction, first_stage_scores, timeout)
-        try:
-            [ranking] = self.answer(request)
-        except Exception as error:
-            return keep_order(error, on_error, request.lists[0], rules.top_k)
+        with tracing.ranking(self, request) as span:
+            try:
+                rankings = self.answer(request)
+            except Exception as error:
+                kept = keep_order(error, on_error, request.lists[0], rules.top_k)
+                span.fail(error)
+                return kept
+            span.answer(rankings)
         note_answer()
-        return ranking
+        return rankings[0]
 
     async def arank(
         self,
@@ -196,12 +201,16 @@ class Reranker(ABC):
         rules = RankRules(top_k, score_threshold, fusion, fusion_weight)
         check_on_error(on_error)
         request = _one(query, passages, rules, instruction, first_stage_scores, timeout)
-        try:
-            [ranking] = await self.aanswer(request)
-        except Exception as error:
-            return keep_order(error, on_error, request.lists[0], rules.top_k)
+        with tracing.ranking(self, request) as span:
+            try:
+                rankings = await self.aanswer(request)
+            except Exception as error:
+                kept = keep_order(error, on_error, request.lists[0], rules.top_k)
+                span.fail(error)
+                return kept
+            span.answer(rankings)
         note_answer()
-        return ranking
+        return rankings[0]
 
     def rank_many(
         self,
@@ -225,7 +234,11 @@ class Reranker(ABC):
             SettingsError: there are not as many lists as queries; and what `rank` raises.
         """
         rules = RankRules(top_k, score_threshold, fusion, fusion_weight)
-        return self.answer(_request(queries, passages, rules, instruction, first_stage_scores, None))
+        request = _request(queries, passages, rules, instruction, first_stage_scores, None)
+        with tracing.ranking(self, request, "kalm.rank_many") as span:
+            rankings = self.answer(request)
+            span.answer(rankings)
+        return rankings
 
 
 def _one(

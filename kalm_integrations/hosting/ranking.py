@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from kalm_integrations import tracing
 from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.fallback import keep_order, note_answer, too_late
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata, Passage, Ranking, Reading
@@ -42,8 +43,10 @@ async def aencode(component: WithModel, passages: Sequence[Passage], *, show_pro
     """Do what `encode` does; no thread waits for the model, and what is left is not encoded if the coroutine is cancelled."""
     reranker = await component.areranker()
     missing = (await reranker.aread(passages)).not_stored
-    texts = [passages[index].text for index in missing]
-    made = await reranker.aencode_to_metadata(texts, show_progress) if missing else []
+    made: list[Metadata] = []
+    if missing:
+        with tracing.encoding(reranker, len(missing)):
+            made = await reranker.aencode_to_metadata([passages[index].text for index in missing], show_progress)
     return _with_kept(reranker, passages, dict(zip(missing, made, strict=True)))
 
 
@@ -62,7 +65,10 @@ def encode_missing(
     """Return the reading of passages and, by index, what to store with those that carry no valid encoding."""
     reading = reranker.read(passages)
     missing = reading.not_stored
-    made = reranker.encode_to_metadata([passages[index].text for index in missing], show_progress) if missing else []
+    if not missing:
+        return reading, {}
+    with tracing.encoding(reranker, len(missing)):
+        made = reranker.encode_to_metadata([passages[index].text for index in missing], show_progress)
     return reading, dict(zip(missing, made, strict=True))
 
 
