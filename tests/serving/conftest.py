@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
@@ -59,9 +58,3 @@ def key(monkeypatch: pytest.MonkeyPatch) -> str:
     """A key, and the environment variable KALM_TEST_KEY that holds it."""
     monkeypatch.setenv("KALM_TEST_KEY", KEY)
     return KEY
-
-
-@pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for encodings."""
-    return tmp_path_factory.mktemp("store")

@@ -89,6 +89,20 @@ def test_halves_of_surrogate_pairs_are_no_failure(client):
     assert client.post("/rerank", content=content.replace(b'"query"', rb'"model": "\ud83d", "query"')).status_code == 422
 
 
+def test_documents_are_cut_only_where_the_model_would_read_more(make_client, make_reranker):
+    reranker = make_reranker(max_passage_tokens=16)
+    client = make_client(reranker)
+    long = "otters eat crabs and the Rhine rises in the Alps " * 3
+    whole, cut = make_reranker(max_passage_tokens=16).score(QUERY, [long, *reranker.truncate([long], 5)])
+    assert whole != pytest.approx(cut, abs=1e-3)
+    for limit, right in ((None, whole), (16, whole), (4096, whole), (5, cut)):
+        for path in ("/v2/rerank", "/v1/rerank"):
+            [result] = post(client, path, documents=[long], max_tokens_per_doc=limit)["results"]
+            assert result["relevance_score"] == pytest.approx(right, abs=1e-6)
+    assert reranker.stats.passages_encoded == 2
+    assert client.get("/info").json()["max_input_length"] == 16
+
+
 def test_an_instruction_reaches_the_model(make_client, make_reranker):
     client, reranker = make_client(make_reranker()), make_reranker()
     for instruction in (None, "Given a river, find where it rises."):

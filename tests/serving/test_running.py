@@ -8,6 +8,7 @@ import threading
 import time
 
 import httpx
+import psutil
 import pytest
 from tools.command_line import run_process
 from tools.services import kalm_serve, number, wait_until_ready
@@ -17,11 +18,11 @@ BODY = {"query": "otters", "documents": TEXTS}
 
 
 def test_a_signal_to_stop_waits_for_what_runs(tmp_path):
-    with kalm_serve(tmp_path, "--max-documents", 5000) as service:
+    with kalm_serve(tmp_path) as service:
         answers = []
 
         def ask(number):
-            many = [f"{text} {number} {n}" for n in range(60) for text in TEXTS]
+            many = [f"{text} {number} {n}" for n in range(10) for text in TEXTS]
             answers.append(httpx.post(f"{service.url}/v2/rerank", json={**BODY, "documents": many}, timeout=120))
 
         threads = [threading.Thread(target=ask, args=(n,)) for n in range(3)]
@@ -34,18 +35,10 @@ def test_a_signal_to_stop_waits_for_what_runs(tmp_path):
             thread.join()
         assert service.process.wait(60) == 0
     assert [answer.status_code for answer in answers] == [200] * 3
-    assert all(len(answer.json()["results"]) == 1200 for answer in answers)
+    assert all(len(answer.json()["results"]) == 200 for answer in answers)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_ends_it_well(tmp_path, workers):
-    with kalm_serve(tmp_path, "--workers", workers) as service:
-        service.process.send_signal(signal.SIGINT)
-        assert service.process.wait(60) == 0
-        assert "Traceback" not in service.log.read_text()
-
-
-def test_workers_share_their_numbers(tmp_path):
+def test_workers_share_their_numbers_and_end_well(tmp_path):
     with kalm_serve(tmp_path, "--workers", 2) as service:
         # A new connection each, which whichever worker is free accepts.
         for _ in range(20):
@@ -56,11 +49,12 @@ def test_workers_share_their_numbers(tmp_path):
         assert len(TEXTS) <= number(service.url, "kalm_passages_encoded_total") <= 2 * len(TEXTS)
         while number(service.url, "kalm_ready") < 2:
             time.sleep(0.05)
+        service.process.send_signal(signal.SIGINT)
+        assert service.process.wait(60) == 0
+        assert "Traceback" not in service.log.read_text()
 
 
 def test_a_worker_that_dies_is_replaced(tmp_path):
-    import psutil
-
     with kalm_serve(tmp_path, "--workers", 2) as service:
         children = psutil.Process(service.process.pid).children()
         assert len(children) == 2
@@ -90,8 +84,11 @@ def test_the_model_may_be_missing(tmp_path):
     ("arguments", "message"),
     [
         (["--api-key-env", "KALM_NO_SUCH_KEY"], "'KALM_NO_SUCH_KEY' is unset or empty"),
-        (["--port", "99999"], "99999"),
-        (["--host", "no.such.host.invalid"], "host and port must be an address that this machine can listen on"),
+        (["--port", "99999"], "less than or equal to 65535"),
+        (
+            ["--host", "127.0.0.999", "--api-key-env", "HOME"],
+            "host and port must be an address that this machine can listen on",
+        ),
         (["--codec", "zip"], "storage_codec must be one of"),
         (["--timeout", "-1"], "timeout"),
         (["--max-store-bytes", "1000000000"], "bounds a store, but store is None"),
@@ -105,20 +102,15 @@ def test_wrong_options_are_refused_before_anything_is_loaded(arguments, message)
     assert message in done.stderr.decode()
 
 
-def test_a_port_that_is_taken_is_an_error(service):
-    done = run_process("serve", "--port", service.url.rpartition(":")[2])
-    assert done.returncode == 2
-    assert b"host and port must be an address" in done.stderr
-
-
-def test_a_service_without_a_key_on_all_addresses_is_warned_of(tmp_path):
-    with kalm_serve(tmp_path, "--host", "0.0.0.0") as service:
-        assert "kalm: warning: everybody who reaches 0.0.0.0 may ask" in service.log.read_text()
-    with kalm_serve(tmp_path, "--host", "0.0.0.0", "--api-key-env", "KALM_TEST_KEY", KALM_TEST_KEY="k3y") as service:
-        assert "warning" not in service.log.read_text()
-        assert httpx.get(f"{service.url}/v1/models").status_code == 401
-        assert httpx.get(f"{service.url}/v1/models", headers={"authorization": "Bearer k3y"}).status_code == 200
-        assert "k3y" not in service.log.read_text()
+def test_a_port_that_is_taken_is_an_error_and_a_service_without_a_key_is_warned_of(service):
+    port = service.url.rpartition(":")[2]
+    warning = b"kalm: warning: everybody who reaches 0.0.0.0 may ask"
+    for options, is_warned in (((), True), (("--api-key-env", "HOME"), False)):
+        done = run_process("serve", "--host", "0.0.0.0", "--port", port, *options)
+        assert done.returncode == 2
+        assert b"host and port must be an address" in done.stderr
+        assert (warning in done.stderr) == is_warned
+    assert b"warning" not in run_process("serve", "--port", port).stderr
 
 
 def test_each_request_is_a_line_of_json(service):

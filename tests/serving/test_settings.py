@@ -54,7 +54,7 @@ def test_wrong_ones_are_refused_with_a_reason(given, message):
 
 
 def test_what_json_cannot_hold_is_refused_when_it_is_to_travel():
-    settings = ServiceSettings.make(model_settings={"calibration": object})
+    settings = ServiceSettings.make(model_settings={"device": object()})
     with pytest.raises(SettingsError, match="must be what JSON can hold"):
         settings.to_env()
 

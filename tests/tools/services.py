@@ -16,6 +16,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
+
 from tools.command_line import KALM
 
 PATIENCE = 60
@@ -59,7 +60,7 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes] | None = None) -
     """Return when a service has loaded its model."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and (process is None or process.poll() is None):
-        if httpx.get(f"{url}/ready").status_code == 200:
+        if httpx.get(f"{url}/ready", timeout=PATIENCE).status_code == 200:
             return
         time.sleep(0.02)
     msg = f"the service at {url} is not ready"
@@ -86,6 +87,6 @@ def in_process(app: FastAPI, *, waits: bool = True) -> Iterator[str]:
 
 def number(url: str, name: str, **labels: str) -> float:
     """Return one of the numbers at /metrics."""
-    text = httpx.get(f"{url}/metrics").raise_for_status().text
+    text = httpx.get(f"{url}/metrics", timeout=PATIENCE).raise_for_status().text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return sum(sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items())
