@@ -1,11 +1,14 @@
 """What our own clients and the service say to each other, beside the formats of others.
 
-A client sends texts first and says at which of them it has an encoding that came with the document (`held`). Where the service
-has none of its own, it answers with what it wants instead of scores, and is asked again with those encodings.
+A client sends texts first, and with them the names of the encodings that came with the documents (`held`). Where the service
+has none of its own, it answers with what it wants instead of scores, and is asked again with those encodings. What it is sent
+serves this client only, and of its passages only those that hold the very same: who can write one store decides nothing about
+another's documents.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +18,11 @@ from kalm_integrations.core.types import Metadata, Status
 FACTS_PATH = "/v1/kalm"
 SCORE_PATH = "/v1/score"
 ENCODINGS_PATH = "/v1/encodings"
+
+
+def name_encoding(value: str) -> str:
+    """Return the name of an encoding's string: BLAKE2b in 32 hex digits."""
+    return hashlib.blake2b(value.encode(), digest_size=16).hexdigest()
 
 
 class _Request(BaseModel):
@@ -40,6 +48,8 @@ class SentPassage(_Request):
     """A passage's text, and its encoding where the service asked for it."""
 
     text: str
+    held: str | None = Field(default=None, max_length=64)
+    """A name for the encoding that came with the passage, as `name_encoding` gives it; sent or not."""
     encoding: str | None = None
 
 
@@ -49,10 +59,8 @@ class ScoreRequest(_Request):
     query: str
     passages: list[SentPassage]
     instruction: str | None = None
-    held: list[int] = Field(default_factory=list)
-    """Indices of the passages whose encoding the client has, and has not sent."""
     client: str | None = None
-    """A random name of the client. Encodings that it sends serve no other, and are kept in memory for it."""
+    """A random name of the client, under which what it sends is kept in memory; None keeps nothing."""
 
 
 class ScoreAnswer(_Answer):
@@ -64,7 +72,7 @@ class ScoreAnswer(_Answer):
     statuses: list[Status] = Field(default_factory=list)
     """What the service had of each passage before it encoded what was missing."""
     wanted: list[int] = Field(default_factory=list)
-    """Indices out of `held` whose encoding is to be sent."""
+    """Indices of the passages whose encoding is to be sent; of those that hold one and did not bring it."""
 
 
 class EncodingsRequest(_Request):

@@ -10,7 +10,7 @@ from kalm_integrations.core.text import without_surrogates
 from kalm_integrations.core.types import Reading, Status
 from kalm_integrations.errors import ServiceError
 from kalm_integrations.remote.conversation import Call, Conversation, Deadline, ask, not_ours
-from kalm_integrations.remote.protocol import SCORE_PATH, ScoreAnswer, ScoreRequest, SentPassage
+from kalm_integrations.remote.protocol import SCORE_PATH, ScoreAnswer, ScoreRequest, SentPassage, name_encoding
 
 MAX_PASSAGES = 1000
 """Passages of a request; the service takes no more."""
@@ -87,6 +87,8 @@ class Query:
     texts: Mapping[Hashable, str]
     encodings: Mapping[Hashable, str]
     """Those that may be sent."""
+    names: Mapping[Hashable, str]
+    """Of the encodings."""
 
     @classmethod
     def of(cls, to: Service, fingerprint: str, query: str, instruction: str | None, reading: Reading) -> Query:
@@ -95,7 +97,8 @@ class Query:
         # What fills a request alone is made anew instead.
         encodings = {key: value for key, value in reading.encodings.items() if len(value) <= MAX_CHARACTERS // 2}
         plain_instruction = None if instruction is None else without_surrogates(instruction)
-        return cls(to, fingerprint, without_surrogates(query), plain_instruction, texts, encodings)
+        names = {key: name_encoding(value) for key, value in encodings.items()}
+        return cls(to, fingerprint, without_surrogates(query), plain_instruction, texts, encodings, names)
 
     def score(self, deadline: Deadline | None) -> Conversation[Scored]:
         """Return what the service says of all passages.
@@ -112,12 +115,10 @@ class Query:
         self, keys: Sequence[Hashable], sent: frozenset[Hashable], scored: Scored, deadline: Deadline | None
     ) -> Conversation[None]:
         """Ask for scores; what the service wants of encodings is sent the second time, and all that it may want the third."""
-        held = [index for index, key in enumerate(keys) if key in self.encodings and key not in sent]
         body = ScoreRequest(
             query=self.query,
             passages=[self._passage(key, sent) for key in keys],
             instruction=self.instruction,
-            held=held,
             client=self.to.client,
         )
         call = Call(SCORE_PATH, ScoreAnswer, body)
@@ -128,7 +129,8 @@ class Query:
         if not answer.wanted:
             self._take(keys, sent, answer, scored)
             return
-        if not set(answer.wanted) <= set(held):
+        held = {index for index, key in enumerate(keys) if key in self.encodings and key not in sent}
+        if not held.issuperset(answer.wanted):
             raise not_ours(self.to.url, "wants encodings that it was not offered")
         # Several machines may answer in turn, of which each wants others.
         wanted = self.encodings.keys() if sent else {keys[index] for index in answer.wanted}
@@ -137,7 +139,8 @@ class Query:
             yield from self._ask(part, more, scored, deadline)
 
     def _passage(self, key: Hashable, sent: frozenset[Hashable]) -> SentPassage:
-        return SentPassage(text=self.texts[key], encoding=self.encodings[key] if key in sent else None)
+        encoding = self.encodings[key] if key in sent else None
+        return SentPassage(text=self.texts[key], held=self.names.get(key), encoding=encoding)
 
     def _take(self, keys: Sequence[Hashable], sent: Iterable[Hashable], answer: ScoreAnswer, scored: Scored) -> None:
         lengths = {len(values) for values in (answer.margins, answer.scores, answer.statuses)}

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,19 @@ def test_encodings_of_documents_travel_to_a_service_that_has_none(host, url, beh
     assert len(ranked) == 3
     assert not any(key.startswith("kalm") for document in ranked for key in host.metadata(document))
     assert (behind.stats.passages_encoded, behind.stats.metadata_hits) == (0, len(TEXTS))
+
+
+def test_an_encoding_serves_only_documents_that_came_with_it(host, url, make_reranker):
+    """Who can write one store decides nothing about the documents of another, of the same process and text either."""
+    [sound] = make_reranker().encode_passages(TEXTS[:1])
+    forged = host.document("id-0", TEXTS[0], {"kalm_encoding": replace(sound, states=-sound.states).to_metadata()})
+    component, right = host.reranker(model=url), pytest.approx(make_reranker().score(QUERY, TEXTS[:1])[0], abs=1e-6)
+    for _ in range(2):
+        [ranked] = host.use(component, QUERY, [forged])
+        assert host.score(ranked) != right
+    for given in (host.ingest(make_reranker(), documents(host, TEXTS[:1])), documents(host, TEXTS[:1])):
+        [ranked] = host.use(component, QUERY, given)
+        assert host.score(ranked) == right
 
 
 def test_documents_without_a_valid_encoding_are_written_back(host, url, make_reranker):

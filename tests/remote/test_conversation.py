@@ -189,9 +189,11 @@ def test_a_service_that_hangs_is_late_and_is_hung_up_on(fake, rank, when):
         gone.set()
         return HANG_UP
 
-    fake.instead.extend([lambda _: None, hang])
-    with pytest.raises(DeadlineExceededError, match=r"timeout=0\.2"):
-        rank(RemoteReranker(fake.url), timeout=0.2)
+    remote = RemoteReranker(fake.url)
+    remote.warm_up()
+    fake.instead.append(hang)
+    with pytest.raises(DeadlineExceededError, match=r"timeout=0\.5"):
+        rank(remote, timeout=0.5)
     assert gone.wait(10)
     assert len(fake.requests) == 2
 

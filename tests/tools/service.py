@@ -63,7 +63,7 @@ class Service:
 
     def _score(self, asked: ScoreRequest) -> ScoreAnswer:
         reading = self.reranker.read([Passage(passage.text, passage.encoding) for passage in asked.passages])
-        wanted = [index for index in asked.held if reading[index] == "missing"]
+        wanted = [index for index, passage in enumerate(asked.passages) if passage.held and reading[index] == "missing"]
         if wanted:
             return ScoreAnswer(fingerprint=self.reranker.fingerprint, wanted=wanted)
         ranked = sorted(self.reranker.rank(asked.query, reading, instruction=asked.instruction), key=lambda place: place.index)
