@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 ROWS_PER_BATCH = 256
 """Rows that are held in memory at a time: enough to make batches of similar length."""
 
-MAX_RETRIES = 8
-"""How often a service is asked again: for half a minute, in which one can be started anew."""
+MAX_RETRIES = 12
+"""How often a service is asked again: for half a minute at least, in which one can be started anew."""
 
 
 def encode(

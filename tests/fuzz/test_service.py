@@ -90,7 +90,7 @@ def test_what_the_description_allows_is_answered_as_it_says(url: str):
         @given(case=operation.as_strategy())
         @settings(QUIET, max_examples=max(10, rounds(150) // len(operations)))
         def check(case: schemathesis.Case) -> None:
-            case.call_and_validate(checks=CHECKS)
+            case.call_and_validate(checks=CHECKS, timeout=60)
 
         check()
 

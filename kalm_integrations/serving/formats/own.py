@@ -19,7 +19,7 @@ from kalm_integrations.remote.protocol import (
 )
 from kalm_integrations.serving.errors import documented
 from kalm_integrations.serving.formats.stream import EncodingStream
-from kalm_integrations.serving.guard import NDJSON, is_stream
+from kalm_integrations.serving.guard import NDJSON, digest, is_stream
 from kalm_integrations.serving.service import Service, note
 
 ENCODINGS_BODY = {
@@ -45,9 +45,9 @@ ENCODINGS_BODY = {
 }
 
 
-def _origin(client: str | None, held: str | None) -> tuple[str, str, str] | None:
+def _origin(client: str | None, held: str | None) -> tuple[str, bytes] | None:
     """Return where an encoding comes from: it serves nobody but who sent it, for passages that it came with."""
-    return None if client is None or held is None else ("client", client, held)
+    return None if client is None or held is None else ("client", digest(f"{client} {held}"))
 
 
 def routes(service: Service) -> APIRouter:
@@ -105,7 +105,7 @@ def routes(service: Service) -> APIRouter:
         note(request, n_documents=len(body.texts))
         service.check_count(len(body.texts))
         name = service.name(body.model)
-        made = await service.encode(body.texts)
+        made = await service.encode(request, body.texts, service.settings.timeout)
         answer = EncodingsAnswer(model=name, fingerprint=service.reranker.fingerprint, encodings=made)
         return Response(answer.model_dump_json(), media_type="application/json")
 
