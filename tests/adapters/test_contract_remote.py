@@ -21,8 +21,8 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_core.vectorstores import InMemoryVectorStore
 from tools.hosts import HOSTS, Host
 from tools.paths import ROOT
-from tools.service import serve
 from tools.services import in_process
+from tools.stub_service import serve
 
 from kalm_integrations import RemoteReranker, haystack, langchain
 from kalm_integrations.errors import EncodingError, ServiceError, SettingsError

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tools.command_line import KALM, QUERY, TEXTS, Run, assert_fails, read_jsonl, write_jsonl
-from tools.service import Service, refusal, serve
+from tools.stub_service import Service, refusal, serve
 
 from kalm_integrations import KalmReranker
 from kalm_integrations.core.settings import DEFAULT_CODEC

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from tools.service import Service, serve
+from tools.stub_service import Service, serve
 
 from kalm_integrations import KalmReranker
 from kalm_integrations.testing import FakeReranker

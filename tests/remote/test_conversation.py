@@ -12,7 +12,7 @@ from email.utils import formatdate
 
 import httpx
 import pytest
-from tools.service import as_json, refusal
+from tools.stub_service import as_json, refusal
 
 from kalm_integrations import RemoteReranker
 from kalm_integrations.errors import DeadlineExceededError, QueueFullError, ServiceError, SettingsError

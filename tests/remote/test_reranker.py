@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import httpx
 import pytest
-from tools.service import Service, as_json, serve
+from tools.stub_service import Service, as_json, serve
 
 from kalm_integrations import EncodedPassage, KalmReranker, Passage, RemoteReranker
 from kalm_integrations.core.passages.stores import LmdbPayloadStore
