@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from kalm_integrations import __version__
+from kalm_integrations import __version__, tracing
 from kalm_integrations.core.forks import ForkSafeLock, renew_in_child
 from kalm_integrations.remote.conversation import Conversation, Failure, Pause, Reply, Send
 
@@ -116,8 +116,9 @@ class Connections:
             return _failure(error, step)
 
     def _request(self, client: httpx.Client | httpx.AsyncClient, step: Send) -> httpx.Request:
-        headers = {} if step.content is None else {"content-type": "application/json"}
+        kind = {} if step.content is None else {"content-type": "application/json"}
         url = f"{self._url}{step.path}"
+        headers = {**tracing.headers(), **kind}
         extensions = {"timeout": _TimeLeft(step)}
         return client.build_request(step.method, url, content=step.content, headers=headers, extensions=extensions)
 

@@ -8,6 +8,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -77,7 +78,8 @@ class RemoteReranker(Reranker):
                 takes. The time-out of `rank` bounds all that belongs to a query, waiting and asking again included.
             max_retries: how often a request is sent again that the service was too busy or not ready for, or that did not
                 reach it.
-            transport: an httpx transport (a proxy, certificates, a test) for threads, for coroutines or for both.
+            transport: an httpx transport (a proxy, certificates, a test) for threads, for coroutines of one event loop, or for
+                both.
 
         Raises:
             SettingsError: one breaks a rule.
@@ -233,12 +235,14 @@ class RemoteReranker(Reranker):
                 return reading, Scored()
             facts = yield from self._meet(deadline)
             if reading.read_by != name_of(facts):
+                if not is_last:
+                    continue
                 msg = (
                     f"a reading must be of the service's model and ratio, {name_of(facts)}, but is of {reading.read_by}; read "
                     "the passages again"
                 )
                 raise ServiceError(msg)
-            asked = Query.of(self._to, facts.fingerprint, query, instruction, reading)
+            asked: Query = yield Aside(partial(Query.of, self._to, facts.fingerprint, query, instruction, reading))
             try:
                 return reading, (yield from asked.score(deadline))
             except OtherModelError:
