@@ -82,6 +82,7 @@ bench: $(READY) ## measure parity, memory, load time, speed and stores (docs/par
 	cd tests && ../$(BIN)/python -m tools.real_shape
 	cd tests && ../$(BIN)/python -m benchmarks measure
 	cd tests && ../$(BIN)/python -m benchmarks.callers
+	cd tests && ../$(BIN)/python -m benchmarks.serving
 	cd tests && ../$(BIN)/python -m benchmarks render
 	cd tests && ../$(BIN)/python -m benchmarks.stores measure
 	cd tests && ../$(BIN)/python -m benchmarks.stores render

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import callers, floor, plan, steps, stores, stores_page, trials, windows
+from benchmarks import callers, floor, plan, serving, steps, stores, stores_page, trials, windows
 from benchmarks.__main__ import PARTS, main
 from benchmarks.bars import BARS
 from benchmarks.parts import FUNCTIONS, REST
@@ -34,6 +34,7 @@ def results_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toy_blocks = ["--shape", "toy", "--passages", "2", "--rounds", "1", "--blocks", "4"]
     windows.main([*toy_blocks, "--output", str(path.with_name("windows.json"))])
     callers.main(["--shapes", "toy", "--output", str(path.with_name("callers.json"))])
+    serving.main(["--shapes", "toy", "--memory-seconds", "1", "--output", str(path.with_name("serving.json"))])
     main(["render", "--results", str(path)])
     return path
 
@@ -191,6 +192,18 @@ def test_every_part_of_a_pass_takes_time(results_path: Path):
         for seconds in part["rounds"]:
             assert set(seconds) == {*FUNCTIONS, REST}
             assert all(value > 0 for value in seconds.values())
+
+
+def test_the_service_is_measured_in_all_ways(results_path: Path):
+    [shape] = json.loads(results_path.with_name("serving.json").read_text())["cpu"]["shapes"]
+    assert [load["clients"] for load in shape["loads"]] == [1, 4]
+    for load in shape["loads"]:
+        for rounds in load["ways"].values():
+            assert all(one["rate"] > 0 and one["p50"] <= one["p99"] for one in rounds)
+    assert shape["memory"]["bytes"]
+    page = results_path.parent.with_suffix(".md").read_text()
+    assert "| 4 | stored |" in page
+    assert "Memory over" in page
 
 
 def test_callers_are_measured_in_all_ways(results_path: Path):

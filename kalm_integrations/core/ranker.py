@@ -39,22 +39,30 @@ class Ranker:
         allows_special = parts.encoder.allow_special_tokens
         self.scorer = Scorer(parts.runtime, self.reader, query, allows_special, parts.prefix_store)
         self._calibration = parts.calibration
-        self._has_stores = parts.payload_store is not None or parts.prefix_store is not None
+        self._has_payload_store, self._has_prefix_store = parts.payload_store is not None, parts.prefix_store is not None
 
     def n_light(self, lists: Sequence[list[AnyPassage] | Reading]) -> int | None:
         """Return the number of passages if reading and ranking them takes little time beside the model's; else None.
 
-        Where there are stores, nobody knows.
+        Where a store is asked, nobody knows.
         """
         n_passages = sum(map(len, lists))
-        if self._has_stores or n_passages > LIGHT_PASSAGES:
+        if self._has_prefix_store or n_passages > LIGHT_PASSAGES:
             return None
         weight = 0
+        unread: list[str] = []
         for passage in (passage for passages in lists if not isinstance(passages, Reading) for passage in passages):
             text, value = (passage.text, passage.encoding) if isinstance(passage, Passage) else (passage, None)
-            weight += CHARACTER_WEIGHT * len(text) if isinstance(text, str) else 0
-            weight += len(value) if isinstance(value, str) else 0
-        return n_passages if weight <= LIGHT_WEIGHT else None
+            if isinstance(text, str):
+                weight += CHARACTER_WEIGHT * len(text)
+                unread.append(text)
+            if isinstance(value, str):
+                weight += len(value)
+                if self._has_payload_store:
+                    return None
+        if weight > LIGHT_WEIGHT or (self._has_payload_store and not self.reader.remembers(unread)):
+            return None
+        return n_passages
 
     def answer(self, request: RankRequest) -> Flow[list[Ranking]]:
         """Return the ranking of each query's passages."""

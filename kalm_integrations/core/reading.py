@@ -176,7 +176,8 @@ class Reader:
         store = self.payload_store
         if store is None or not keys:
             return {}
-        found, damaged = TextLookup(self._expected, self._storage).find(store, list(map(str, keys)))
+        by_hash, damaged = TextLookup(self._expected, self._storage).find(store, list(map(str, keys)))
+        found: dict[Hashable, EncodedPassage] = dict(by_hash.items())
         if damaged:
             tally["corrupt"] += len(damaged - set(map(str, corrupt)))
             self.warn_once("corrupt", "entries of the payload store are damaged and made anew (counted in stats.corrupt)")
@@ -184,7 +185,12 @@ class Reader:
             tally["store_hits"] += len(found)
             self.cache.put_many(found)
             self._touch(found.values())
-        return dict(found)
+        return found
+
+    def remembers(self, texts: Iterable[str]) -> bool:
+        """Return whether memory has all texts, so that no store is asked for them."""
+        keys = {self.key(text) for text in texts}
+        return len(self.cache.get_many(keys)) == len(keys)
 
     def _touch(self, encodings: Iterable[EncodedPassage]) -> None:
         """Have a bounded store keep what is used, also if it is memory that serves it."""

@@ -193,6 +193,11 @@ class KalmReranker(Reranker):
         return self._parts.storage.storage_codec
 
     @property
+    def max_passage_tokens(self) -> int:
+        """Where longer passages are cut."""
+        return self._parts.encoder.max_passage_tokens
+
+    @property
     def calibration(self) -> Calibration | None:
         """What makes scores of margins, if not the sigmoid alone."""
         return self._parts.calibration

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from kalm_integrations.core.write_queue import WriteBackStats, WriteQueue
 
+__all__ = ["WriteBackStats", "hand_over", "wait_for_write_back", "write_back_stats"]
+
 _queue = WriteQueue()
 
 

@@ -7,8 +7,9 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.middleware import Middleware
+from fastapi.security import HTTPBearer
 
 from kalm_integrations import __version__
 from kalm_integrations.remote.protocol import ENCODINGS_PATH, FACTS_PATH, SCORE_PATH
@@ -58,6 +59,8 @@ def create_app(
         feeding.cancel()
         await service.close()
 
+    # The guard has looked at the key: this is for the description.
+    security = [] if key is None else [Depends(HTTPBearer(auto_error=False))]
     routers = [kind.routes(service) for kind in (cohere, jina, tei, own, pages)]
     endpoints = {"/v2/rerank", "/v1/rerank", "/rerank", "/info", FACTS_PATH, SCORE_PATH, ENCODINGS_PATH, "/v1/models"}
     app = FastAPI(
@@ -72,8 +75,9 @@ def create_app(
             Middleware(Guard, key=key, max_body_bytes=settings.max_body_bytes, body_seconds=settings.body_seconds),
         ],
     )
+    app.include_router(pages.open_routes(service))
     for router in routers:
-        app.include_router(router)
+        app.include_router(router, dependencies=security)
     answer_errors(app)
     pages.add_docs(app)
     return app

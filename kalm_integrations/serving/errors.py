@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from kalm_integrations.errors import (
@@ -36,6 +37,20 @@ STATUSES: dict[type[BaseException], int] = {
 }
 """The status of an error is that of the nearest of its classes."""
 
+MEANINGS = {
+    400: "The body cannot be read.",
+    401: "The key is missing or wrong.",
+    404: "The model has another name.",
+    408: "The body did not come in time.",
+    413: "The body is too large, or holds too many texts.",
+    422: "The body breaks a rule.",
+    429: "Too much waits already; ask again after the seconds in Retry-After.",
+    500: "The service failed; its log says why.",
+    503: "The model is still being loaded; ask again after the seconds in Retry-After.",
+    504: "The answer did not come in time.",
+}
+"""What the statuses mean, for the description of the service."""
+
 RETRY_SECONDS = {429: 1, 503: 2}
 """After which it is worth asking again."""
 
@@ -46,6 +61,20 @@ MAX_PROBLEMS = 3
 """Of a body, that a message names."""
 
 INTERNAL = "the service failed; its log says why"
+
+
+class Problem(BaseModel):
+    """What is wrong."""
+
+    detail: str
+
+
+ResponsesByStatus = dict[int | str, dict[str, Any]]
+
+
+def documented(*statuses: int) -> ResponsesByStatus:
+    """Return the description of errors that an endpoint may answer; of all, if none are given."""
+    return {status: {"description": MEANINGS[status], "model": Problem} for status in statuses or MEANINGS}
 
 
 def status_of(error: BaseException) -> int:

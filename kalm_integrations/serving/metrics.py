@@ -56,7 +56,7 @@ class Metrics:
 
     def __init__(self) -> None:
         """Start at nothing."""
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry = CollectorRegistry()
         self._is_shared = SHARED_FOLDER in os.environ
         if not self._is_shared:
@@ -95,16 +95,19 @@ class Metrics:
         self._seen = snapshot
         new = {name: max(0, value - seen[name]) for name, value in stats.items()}
         for field, counter in self._counters.items():
-            counter.inc(new.get(field, 0))
-        from_store = new.get("store_hits", 0)
+            counter.inc(new[field])
         self._found.labels("metadata").inc(new["metadata_hits"])
-        self._found.labels("store").inc(from_store)
-        self._found.labels("memory").inc(max(0, new["cache_hits"] - new["metadata_hits"] - from_store))
+        self._found.labels("store").inc(new["store_hits"])
+        self._found.labels("memory").inc(max(0, new["cache_hits"] - new["metadata_hits"] - new["store_hits"]))
         self._stages.labels("encode").inc(new["encode_seconds"])
         self._stages.labels("score").inc(new["score_seconds"])
         kalm = as_kalm(reranker)
         if kalm is not None:
-            self._queue.set(kalm.runtime.engine.n_queued)
+            engine = kalm.runtime.engine
+            self._queue.set(engine.n_queued)
+            n_batches, self._n_batches = self._n_batches, engine.n_batches
+            self._batches.inc(max(0, self._n_batches - n_batches))
+            self._store_bytes.set(kalm.store_bytes or 0)
 
     def render(self) -> bytes:
         """Return all numbers, of all workers, as text."""

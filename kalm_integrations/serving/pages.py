@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import HTMLResponse
 
 from kalm_integrations import __version__
+from kalm_integrations.serving.errors import documented
 from kalm_integrations.serving.formats import Answer
 from kalm_integrations.serving.service import Service
 
@@ -38,28 +39,40 @@ class ServedModels(Answer):
     data: list[ServedModel]
 
 
-def routes(service: Service) -> APIRouter:
-    """Return the endpoints."""
+def open_routes(service: Service) -> APIRouter:
+    """Return the endpoints that need no key."""
     router = APIRouter(tags=["Service"])
-    started = int(time.time())
 
     @router.get("/health", summary="Whether the process answers")
     async def health() -> State:
         """Say that the process answers; no key is needed."""
         return State(status="ok")
 
-    @router.get("/ready", summary="Whether the model is loaded")
+    @router.get("/ready", summary="Whether the model is loaded", responses=documented(503))
     async def ready() -> State:
         """Say that the model is loaded; 503 until it is. No key is needed."""
         assert service.reranker  # raises until it is there
         return State(status="ready")
 
-    @router.get("/v1/models", summary="What the model may be called, as OpenAI says it")
+    return router
+
+
+def routes(service: Service) -> APIRouter:
+    """Return the endpoints that need the key, if there is one."""
+    router = APIRouter(tags=["Service"])
+    started = int(time.time())
+
+    @router.get("/v1/models", summary="What the model may be called, as OpenAI says it", responses=documented(401))
     async def models() -> ServedModels:
         """List the names that requests may give."""
         return ServedModels(data=[ServedModel(id=name, created=started) for name in service.settings.names])
 
-    @router.get("/metrics", summary="Numbers for Prometheus", response_class=Response)
+    @router.get(
+        "/metrics",
+        summary="Numbers for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}, **documented(401)},
+    )
     async def metrics() -> Response:
         """Return the numbers."""
         service.feed()

@@ -21,6 +21,8 @@ from kalm_integrations.serving.settings import ServiceSettings
 if TYPE_CHECKING:
     import uvicorn
 
+    from kalm_integrations.core.base import Reranker
+
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
@@ -84,14 +86,14 @@ def serve(settings: ServiceSettings, listening: socket.socket) -> None:
 
 
 def serve_here(
-    settings: ServiceSettings, listening: socket.socket, watch: Callable[[Callable[[], None]], None] | None = None
+    settings: ServiceSettings, listening: socket.socket, open_reranker: Callable[[ServiceSettings], Reranker] | None = None
 ) -> None:
     """Serve in this process.
 
     Args:
         settings: of the service.
         listening: where clients come in.
-        watch: is given a function that stops the service, and may call it.
+        open_reranker: opens the reranker while the service answers already; None opens the settings' model.
 
     Raises:
         KalmError: the model cannot be opened.
@@ -99,6 +101,7 @@ def serve_here(
     import uvicorn
 
     from kalm_integrations.serving.app import create_app
+    from kalm_integrations.serving.service import open_kalm
 
     failures: list[Exception] = []
     stopping: list[uvicorn.Server] = []
@@ -115,7 +118,7 @@ def serve_here(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     config = uvicorn.Config(
-        create_app(settings, on_failure=fail),
+        create_app(settings, open_reranker or open_kalm, on_failure=fail),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -123,8 +126,6 @@ def serve_here(
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )
     stopping.append(uvicorn.Server(config))
-    if watch is not None:
-        watch(stop)
     stopping[0].run(sockets=[listening])
     for error in failures:
         if isinstance(error, KalmError):

@@ -29,7 +29,7 @@ FEED_SECONDS = 5.0
 NOTES = "kalm_integrations.notes"
 """Where a request's scope holds what the access log is to say of it."""
 
-FOUND: tuple[Status, ...] = ("stored", "cached")
+FOUND: tuple[Status, ...] = ("stored", "cached", "found")
 """Statuses of passages that need not be encoded."""
 
 OpenReranker = Callable[[ServiceSettings], Reranker]
@@ -135,6 +135,12 @@ class Service:
             raise HTTPException(404, f"model must be one of {', '.join(names)}, but got {shown(model)}")
         return model or names[0]
 
+    @property
+    def max_passage_tokens(self) -> int | None:
+        """How much of a text is read; None for a reranker that is not loaded, or none of ours."""
+        kalm = None if self._reranker is None else as_kalm(self._reranker)
+        return None if kalm is None else kalm.max_passage_tokens
+
     def facts(self) -> ServiceFacts:
         """Return what the service's encodings are."""
         reranker = self.reranker
@@ -209,8 +215,8 @@ def note(request: Request, **facts: Any) -> None:
 
 
 def truncate(reranker: Reranker, texts: list[str], max_tokens: int) -> list[str]:
-    """Return texts cut to their first tokens, by a reranker that can; a token is a byte at least."""
-    if all(len(text.encode("utf-8", "replace")) <= max_tokens for text in texts):
-        return texts
+    """Return texts cut to their first tokens, if the reranker is one of ours and would read more."""
     kalm = as_kalm(reranker)
-    return texts if kalm is None else kalm.truncate(texts, max_tokens)
+    if kalm is None or max_tokens >= kalm.max_passage_tokens:
+        return texts
+    return kalm.truncate(texts, max_tokens)

@@ -91,7 +91,7 @@ class ServiceSettings(BaseModel):
         if self.max_store_bytes is not None and self.store is None:
             msg = f"max_store_bytes={self.max_store_bytes} bounds a store, but store is None; name its folder or URL"
             raise SettingsError(msg)
-        build_settings(self.model_settings)
+        build_settings(self.reranker_settings())
         return self
 
     @property

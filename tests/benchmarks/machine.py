@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,19 @@ def describe(device: str) -> dict[str, Any]:
         "gpu": None if device == "cpu" else torch.cuda.get_device_name(device),
         "system": f"{platform.system()}, {' '.join(platform.libc_ver())}",
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
         "environment": {
             name: value for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "MALLOC_", "MKL_"))
         },
         "load_before": round(os.getloadavg()[0], 2),
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str:

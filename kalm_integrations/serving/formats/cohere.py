@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import ConfigDict, Field, JsonValue
 
+from kalm_integrations.serving.errors import documented
 from kalm_integrations.serving.formats import Answer, Body, Documents, Instruction, MaxTokens, Model, Query, TopN
 from kalm_integrations.serving.service import Question, Service
 
@@ -51,7 +52,7 @@ def routes(service: Service) -> APIRouter:
     """Return the endpoint."""
     router = APIRouter(tags=["Rerank"])
 
-    @router.post("/v2/rerank", summary="Rerank, in Cohere's format")
+    @router.post("/v2/rerank", summary="Rerank, in Cohere's format", responses=documented())
     async def rerank(body: CohereRequest, request: Request) -> CohereAnswer:
         """Order documents by their relevance to a query."""
         ranking = await service.answer(

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from pydantic import ConfigDict, Field
 
 from kalm_integrations.core.types import RankedPassage
+from kalm_integrations.serving.errors import documented
 from kalm_integrations.serving.formats import Answer, printable
 from kalm_integrations.serving.formats.cohere import CohereRequest
 from kalm_integrations.serving.service import Question, Service
@@ -68,7 +69,7 @@ def routes(service: Service) -> APIRouter:
     """Return the endpoint."""
     router = APIRouter(tags=["Rerank"])
 
-    @router.post("/v1/rerank", summary="Rerank, in Jina's format", response_model_exclude_none=True)
+    @router.post("/v1/rerank", summary="Rerank, in Jina's format", response_model_exclude_none=True, responses=documented())
     async def rerank(body: JinaRequest, request: Request) -> JinaAnswer:
         """Order documents by their relevance to a query; vLLM's clients and Cohere's first version ask in this way too."""
         return await answer(service, request, body)

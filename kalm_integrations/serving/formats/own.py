@@ -20,6 +20,7 @@ from kalm_integrations.remote.protocol import (
     ScoreRequest,
     ServiceFacts,
 )
+from kalm_integrations.serving.errors import documented
 from kalm_integrations.serving.formats.stream import EncodingStream
 from kalm_integrations.serving.guard import NDJSON, is_stream
 from kalm_integrations.serving.service import Service, note
@@ -51,12 +52,12 @@ def routes(service: Service) -> APIRouter:
     """Return the endpoints."""
     router = APIRouter(tags=["Encodings"])
 
-    @router.get(FACTS_PATH, summary="What the service's encodings are")
+    @router.get(FACTS_PATH, summary="What the service's encodings are", responses=documented(401, 503))
     async def facts() -> ServiceFacts:
         """Say which encodings the service makes and reads."""
         return service.facts()
 
-    @router.post(SCORE_PATH, summary="Score passages in the order in which they come")
+    @router.post(SCORE_PATH, summary="Score passages in the order in which they come", responses=documented())
     async def score(body: ScoreRequest, request: Request) -> ScoreAnswer:
         """Score passages, or say which encodings out of `held` are wanted instead."""
         note(request, n_documents=len(body.passages))
@@ -86,6 +87,7 @@ def routes(service: Service) -> APIRouter:
         ENCODINGS_PATH,
         summary="Encode passages, and return what to store with them",
         openapi_extra=ENCODINGS_BODY,
+        responses=documented(),
         response_model=None,
     )
     async def encodings(request: Request) -> Response:

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from kalm_integrations.core.types import Metadata
-from kalm_integrations.errors import EncodingError, KalmError, QueueFullError
+from kalm_integrations.errors import EncodingError, QueueFullError
 from kalm_integrations.remote.protocol import EncodingsAnswer, EncodingsRequest
 from kalm_integrations.serving.errors import RETRY_SECONDS, describe, error_body, to_http
 from kalm_integrations.serving.guard import NDJSON, HungUpError, RefusedError, check_size
@@ -64,7 +64,7 @@ class EncodingStream(Response):
                     await self._send(send, b"".join(answers))
         except HungUpError:
             return
-        except (RefusedError, KalmError) as error:
+        except Exception as error:  # the head is sent: what went wrong can only be said in a line
             detail = error.detail if isinstance(error, RefusedError) else to_http(error)[1]
             await self._send(send, error_body(detail) + b"\n")
         finally:

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag
 
 from kalm_integrations import __version__
 from kalm_integrations.core.types import RankedPassage
+from kalm_integrations.serving.errors import documented
 from kalm_integrations.serving.formats import Answer, Body, Instruction, Query, printable
 from kalm_integrations.serving.formats.jina import JinaAnswer, JinaRequest, answer
 from kalm_integrations.serving.service import Question, Service
@@ -52,6 +53,7 @@ class TeiInfo(Answer):
         default_factory=lambda: {"reranker": {"id2label": {"0": "relevance"}, "label2id": {"relevance": 0}}}
     )
     max_client_batch_size: int
+    max_input_length: int | None = Field(description="Tokens of a text that are read; known once the model is loaded.")
     auto_truncate: bool = True
     version: str = __version__
 
@@ -69,7 +71,13 @@ def routes(service: Service) -> APIRouter:
     """Return the endpoints."""
     router = APIRouter()
 
-    @router.post("/rerank", tags=["Rerank"], summary="Rerank, in the format of TEI", response_model_exclude_none=True)
+    @router.post(
+        "/rerank",
+        tags=["Rerank"],
+        summary="Rerank, in the format of TEI",
+        response_model_exclude_none=True,
+        responses=documented(),
+    )
     async def rerank(body: EitherRequest, request: Request) -> list[TeiResult] | JinaAnswer:
         """Score all texts for a query, best first; a body with `documents` is answered as /v1/rerank does."""
         if isinstance(body, JinaRequest):
@@ -82,9 +90,13 @@ def routes(service: Service) -> APIRouter:
 
         return [result(passage) for passage in ranking]
 
-    @router.get("/info", tags=["Service"], summary="What is served, as TEI says it")
+    @router.get("/info", tags=["Service"], summary="What is served, as TEI says it", responses=documented(401))
     async def info() -> TeiInfo:
         """Say what is served."""
-        return TeiInfo(model_id=service.settings.names[0], max_client_batch_size=service.settings.max_documents)
+        return TeiInfo(
+            model_id=service.settings.names[0],
+            max_client_batch_size=service.settings.max_documents,
+            max_input_length=service.max_passage_tokens,
+        )
 
     return router

@@ -1,0 +1,62 @@
+"""The page's section on the service, from serving.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+from benchmarks.tables import significant, table
+
+STORED, FLOOR, OFF, PEER = "stored", "in process", "off", "cross-encoder"
+"""Ways: with store and prefix states; the same reranker without HTTP, which is the floor; without store and states; and a
+cross-encoder of MiniLM's shape in the same service."""
+
+MEBIBYTE = 2**20
+
+
+def serving_section(measured: dict[str, Any]) -> str:
+    """Return the tables of all devices and shapes."""
+    return "\n\n".join(part for device, run in measured.items() for part in _run(device, run))
+
+
+def _run(device: str, run: dict[str, Any]) -> Iterator[str]:
+    facts = run["machine"]
+    where = facts["gpu"] or f"{facts['cpu']}, {facts['threads']} threads"
+    yield f"{where}; load before {facts['load_before']:.2f}; clients on the same machine."
+    for shape in run["shapes"]:
+        work = f"{shape['documents']} documents of {shape['passage_tokens']} tokens a request"
+        yield f"### {shape['shape'].capitalize()} on {device.upper()}, {work}"
+        yield _loads(shape)
+        if shape["memory"]:
+            yield _memory(shape["memory"])
+
+
+def _loads(shape: dict[str, Any]) -> str:
+    head = ("clients", "", "requests/s", "p50 s", "p99 s", *(f"÷ {way}" for way in (FLOOR, OFF, PEER)))
+    rows = []
+    for load in shape["loads"]:
+        for way, rounds in load["ways"].items():
+            figures = [median(one[name] for one in rounds) for name in ("rate", "p50", "p99")]
+            ratios = [f"{ratio(load, way, other):.2f}" if way == STORED else "" for other in (FLOOR, OFF, PEER)]
+            rows.append((load["clients"], way, *map(significant, figures), *ratios))
+    return table(head, rows)
+
+
+def ratio(load: dict[str, Any], way: str, other: str) -> float:
+    """Return how many times as many requests one way answers, the median over the rounds."""
+    pairs = zip(load["ways"][way], load["ways"][other], strict=True)
+    return median(one["rate"] / another["rate"] for one, another in pairs)
+
+
+def _memory(memory: dict[str, Any]) -> str:
+    # The first minute fills caches and makes kernels.
+    samples = memory["bytes"]
+    settled = samples[min(len(samples) // 2, round(60 / memory["sample_seconds"])) :]
+    third = max(1, len(settled) // 3)
+    first, last = (median(part) / MEBIBYTE for part in (settled[:third], settled[-third:]))
+    return (
+        f"Memory over {memory['seconds'] / 60:.0f} minutes of 16 clients, {memory['requests']:,} requests, one document in "
+        f"ten new: {first:,.0f} MiB in the median of the first third after a minute, {last:,.0f} MiB in that of the last, "
+        f"{max(settled) / MEBIBYTE:,.0f} at most."
+    )

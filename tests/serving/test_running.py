@@ -1,0 +1,120 @@
+"""`kalm serve` as a process: how it starts, stops, fails, and shares its work among workers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+from tools.command_line import run_process
+from tools.services import kalm_serve, number, wait_until_ready
+
+TEXTS = [f"passage number {n} about otters" for n in range(20)]
+BODY = {"query": "otters", "documents": TEXTS}
+
+
+def test_a_signal_to_stop_waits_for_what_runs(tmp_path):
+    with kalm_serve(tmp_path) as service:
+        answers = []
+
+        def ask(number):
+            many = [f"{text} {number} {n}" for n in range(10) for text in TEXTS]
+            answers.append(httpx.post(f"{service.url}/v2/rerank", json={**BODY, "documents": many}, timeout=120))
+
+        threads = [threading.Thread(target=ask, args=(n,)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        while number(service.url, "kalm_queue_items") == 0:
+            time.sleep(0.01)
+        service.process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        assert service.process.wait(60) == 0
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert all(len(answer.json()["results"]) == 200 for answer in answers)
+
+
+def test_workers_share_their_numbers_and_end_well(tmp_path):
+    with kalm_serve(tmp_path, "--workers", 2) as service:
+        # A new connection each, which whichever worker is free accepts.
+        for _ in range(20):
+            assert httpx.post(f"{service.url}/v2/rerank", json=BODY).status_code == 200
+        counts = {number(service.url, "kalm_requests_total", endpoint="/v2/rerank") for _ in range(10)}
+        assert counts == {20}
+        assert number(service.url, "kalm_pairs_scored_total") == 20 * len(TEXTS)
+        assert len(TEXTS) <= number(service.url, "kalm_passages_encoded_total") <= 2 * len(TEXTS)
+        while number(service.url, "kalm_ready") < 2:
+            time.sleep(0.05)
+        service.process.send_signal(signal.SIGINT)
+        assert service.process.wait(60) == 0
+        assert "Traceback" not in service.log.read_text()
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path):
+    with kalm_serve(tmp_path, "--workers", 2) as service:
+        children = psutil.Process(service.process.pid).children()
+        assert len(children) == 2
+        httpx.post(f"{service.url}/v2/rerank", json=BODY)
+        children[0].kill()
+        while len({child.pid for child in psutil.Process(service.process.pid).children()} - {children[0].pid}) < 2:
+            time.sleep(0.05)
+        wait_until_ready(service.url, service.process)
+        assert number(service.url, "kalm_requests_total", endpoint="/v2/rerank") == 1
+        others = psutil.Process(service.process.pid).children()
+        # Nobody is left behind, however the parent ends.
+        service.process.kill()
+        psutil.wait_procs(others, timeout=60)
+        assert not any(child.is_running() for child in others)
+
+
+def test_the_model_may_be_missing(tmp_path):
+    for workers in (1, 2):
+        done = run_process("serve", "--port", 0, "--model", tmp_path / "none", "--workers", workers)
+        assert done.returncode == 2
+        assert b"kalm: error: " in done.stderr
+        assert str(tmp_path / "none").encode() in done.stderr
+        assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--api-key-env", "KALM_NO_SUCH_KEY"], "'KALM_NO_SUCH_KEY' is unset or empty"),
+        (["--port", "99999"], "less than or equal to 65535"),
+        (
+            ["--host", "127.0.0.999", "--api-key-env", "HOME"],
+            "host and port must be an address that this machine can listen on",
+        ),
+        (["--codec", "zip"], "storage_codec must be one of"),
+        (["--timeout", "-1"], "timeout"),
+        (["--max-store-bytes", "1000000000"], "bounds a store, but store is None"),
+        (["--name", ""], "must not be empty"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_loaded(arguments, message):
+    done = run_process("serve", *arguments)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"kalm: error: ")
+    assert message in done.stderr.decode()
+
+
+def test_a_port_that_is_taken_is_an_error_and_a_service_without_a_key_is_warned_of(service):
+    port = service.url.rpartition(":")[2]
+    warning = b"kalm: warning: everybody who reaches 0.0.0.0 may ask"
+    for options, is_warned in (((), True), (("--api-key-env", "HOME"), False)):
+        done = run_process("serve", "--host", "0.0.0.0", "--port", port, *options)
+        assert done.returncode == 2
+        assert b"host and port must be an address" in done.stderr
+        assert (warning in done.stderr) == is_warned
+    assert b"warning" not in run_process("serve", "--port", port).stderr
+
+
+def test_each_request_is_a_line_of_json(service):
+    httpx.post(f"{service.url}/v1/rerank", json={**BODY, "top_n": 1})
+    lines = [json.loads(line) for line in service.log.read_text().splitlines() if line.startswith("{")]
+    last = [line for line in lines if line["path"] == "/v1/rerank"][-1]
+    assert last.items() >= {"method": "POST", "status": 200, "n_documents": 20}.items()
