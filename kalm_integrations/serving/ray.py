@@ -5,8 +5,8 @@ serve run kalm_integrations.serving.ray:app                                     
 serve run kalm_integrations.serving.ray:build model=pico store=redis://… num_gpus=0.25 max_replicas=8
 ```
 
-Requests wait in the engine of a replica's reranker, which batches them; `serve.batch` was measured beside it
-(`tests/benchmarks/ray_batching.py`) and is no faster with many clients and slower with few.
+Requests wait in the engine of a replica's reranker, which batches them. `serve.batch` was measured beside it
+(`tests/benchmarks/ray_batching.py`): no setting of it is as fast with one client and with many.
 """
 
 from __future__ import annotations
