@@ -54,6 +54,9 @@ def serve(
     revision: options.Revision = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    traces: Annotated[
+        bool, typer.Option("--traces", help="Send OpenTelemetry spans by OTLP, as the OTEL_… variables say.")
+    ] = False,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="How much is logged; the access log is info.")
     ] = "info",
@@ -93,6 +96,7 @@ def serve(
         max_body_bytes=max_body_bytes,
         workers=workers,
         log_level=log_level,
+        traces=traces,
     )
     if settings.read_key() is None and not _is_loopback(host):
         note(f"warning: everybody who reaches {host} may ask, because there is no --api-key-env")

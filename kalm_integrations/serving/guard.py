@@ -18,6 +18,9 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/docs", "/openapi.json"})
 
 NDJSON = "application/x-ndjson"
 
+BODIES = 8
+"""How many bodies of the largest size may be held at a time; small ones are never so many."""
+
 LINGER_SECONDS = 10.0
 """How long what is left of a refused body is read, so that its sender gets to read the refusal."""
 
@@ -51,32 +54,6 @@ def is_stream(scope: Scope) -> bool:
     return scope["path"] == ENCODINGS_PATH and header(scope, b"content-type").partition(";")[0].strip().lower() == NDJSON
 
 
-async def read_body(receive: Receive, max_bytes: int, seconds: float) -> bytes:
-    """Return a whole body.
-
-    Raises:
-        RefusedError: it is too large or too slow.
-        HungUpError: the client is gone.
-    """
-
-    async def read() -> bytes:
-        parts, size = [], 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise HungUpError
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            check_size(size, max_bytes)
-            if not message.get("more_body", False):
-                return b"".join(parts)
-
-    try:
-        return await asyncio.wait_for(read(), seconds)
-    except asyncio.TimeoutError as error:
-        raise RefusedError(408, f"a body must arrive within {seconds:g} seconds, but did not") from error
-
-
 def check_size(size: int, max_bytes: int) -> None:
     """Check a body's size.
 
@@ -96,12 +73,15 @@ class Guard:
         self._digest = None if key is None else digest(key)
         self._max_body_bytes = max_body_bytes
         self._body_seconds = body_seconds
+        self._n_held = 0
+        """Bytes of the bodies that are being received or answered."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        parts: list[bytes] = []
         try:
             self._check_key(scope)
             if is_stream(scope):
@@ -109,13 +89,41 @@ class Guard:
                 return
             length = header(scope, b"content-length")
             check_size(int(length) if length.isdigit() else 0, self._max_body_bytes)
-            body = await read_body(receive, self._max_body_bytes, self._body_seconds)
+            await self._read(receive, parts)
+            await self._run(scope, b"".join(parts), receive, send)
         except RefusedError as refusal:
             await _refuse(refusal, receive, send)
         except HungUpError:
             return
-        else:
-            await self._run(scope, body, receive, send)
+        finally:
+            self._n_held -= sum(map(len, parts))
+
+    async def _read(self, receive: Receive, parts: list[bytes]) -> None:
+        """Read a whole body, and add its parts to a list.
+
+        Raises:
+            RefusedError: it is too large or too slow, or all bodies together are too large.
+            HungUpError: the client is gone.
+        """
+
+        async def read() -> None:
+            size, more = 0, True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise HungUpError
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                self._n_held += len(parts[-1])
+                check_size(size, self._max_body_bytes)
+                if self._n_held > BODIES * self._max_body_bytes:
+                    raise RefusedError(429, "too many bytes of bodies wait for their answers; ask again soon")
+                more = message.get("more_body", False)
+
+        try:
+            await asyncio.wait_for(read(), self._body_seconds)
+        except asyncio.TimeoutError as error:
+            raise RefusedError(408, f"a body must arrive within {self._body_seconds:g} seconds, but did not") from error
 
     def _check_key(self, scope: Scope) -> None:
         """Check the key: after `Bearer`, or alone, as some clients of TEI send it.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from kalm_integrations.errors import KalmError, SettingsError
 from kalm_integrations.serving.settings import ServiceSettings
+from kalm_integrations.tracing import instrument_with_otlp
 
 if TYPE_CHECKING:
     import uvicorn
@@ -103,6 +104,8 @@ def serve_here(
     from kalm_integrations.serving.app import create_app
     from kalm_integrations.serving.service import open_kalm
 
+    if settings.traces:
+        instrument_with_otlp()
     failures: list[Exception] = []
     stopping: list[uvicorn.Server] = []
 

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import Request
 from starlette.exceptions import HTTPException
 
-from kalm_integrations import __version__
+from kalm_integrations import __version__, tracing
 from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading, Status, shown
 from kalm_integrations.errors import DeadlineExceededError, KalmError
@@ -178,20 +178,22 @@ class Service:
     ) -> Ranking:
         """Return a ranking, in the service's time."""
         timeout = self.settings.timeout
-        ranking = await self.reranker.arank(query, passages, top_k, instruction=instruction, timeout=timeout)
+        with tracing.from_headers(request.headers):
+            ranking = await self.reranker.arank(query, passages, top_k, instruction=instruction, timeout=timeout)
         found = sum(ranking.counts[status] for status in FOUND)
         note(request, n_found=found, n_encoded=len(ranking.reading) - found)
         return ranking
 
-    async def encode(self, texts: list[str]) -> list[Metadata]:
-        """Return the metadata to store with texts, in the service's time.
+    async def encode(self, request: Request, texts: list[str], timeout: float | None) -> list[Metadata]:
+        """Return the metadata to store with texts.
 
         Raises:
-            DeadlineExceededError: it took longer.
+            DeadlineExceededError: it took longer than `timeout` seconds.
         """
-        timeout = self.settings.timeout
+        reranker = self.reranker
         try:
-            return await asyncio.wait_for(self.reranker.aencode_to_metadata(texts), timeout)
+            with tracing.from_headers(request.headers), tracing.encoding(reranker, len(texts)):
+                return await asyncio.wait_for(reranker.aencode_to_metadata(texts), timeout)
         except asyncio.TimeoutError as error:
             if isinstance(error, KalmError):
                 raise

@@ -55,6 +55,8 @@ class ServiceSettings(BaseModel):
     """In which requests that run are finished after a signal to stop."""
     workers: PositiveInt = 1
     log_level: LogLevel = "info"
+    traces: bool = False
+    """Whether spans are sent by OTLP, as the OTEL_ variables of the environment say."""
 
     @classmethod
     def make(cls, **given: Any) -> ServiceSettings:

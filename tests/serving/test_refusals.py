@@ -15,6 +15,7 @@ from tools.holding import Held
 from tools.services import number
 
 from kalm_integrations.errors import CheckpointNotFoundError, OutOfMemoryError, SettingsError
+from kalm_integrations.serving import guard
 from kalm_integrations.serving.app import create_app
 from kalm_integrations.serving.settings import ServiceSettings
 from kalm_integrations.testing import FakeReranker
@@ -127,6 +128,21 @@ def test_a_body_of_50_mb(serve):
         said = detail(httpx.post(f"{url}/v2/rerank", content=content, headers=headers, timeout=60), 413)
         assert said == "a body must have at most 33,554,432 bytes, but has more; send fewer documents at a time"
     assert httpx.post(f"{url}/v2/rerank", json=BODY).status_code == 200
+
+
+def test_bodies_that_wait_are_bounded_together(serve, make_reranker, monkeypatch):
+    monkeypatch.setattr(guard, "BODIES", 2)
+    reranker = make_reranker()
+    url = serve(reranker, max_body_bytes=1000)
+    body = json.dumps({**BODY, "query": "o" * 850}).encode()
+    with Held(reranker), connect(url) as one, connect(url) as two:
+        for client in (one, two):
+            client.sendall(head("/v2/rerank", len(body)) + body)
+        until(lambda: number(url, "kalm_requests_in_progress") == 3)  # with this request
+        refused = httpx.post(f"{url}/v2/rerank", content=body, headers={"content-type": "application/json"})
+        assert detail(refused, 429) == "too many bytes of bodies wait for their answers; ask again soon"
+        assert refused.headers["retry-after"] == "1"
+    until(lambda: httpx.post(f"{url}/v2/rerank", json={**BODY, "query": "o" * 800}).status_code == 200)
 
 
 # --- time

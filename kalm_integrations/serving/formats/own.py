@@ -22,7 +22,7 @@ from kalm_integrations.remote.protocol import (
 )
 from kalm_integrations.serving.errors import documented
 from kalm_integrations.serving.formats.stream import EncodingStream
-from kalm_integrations.serving.guard import NDJSON, is_stream
+from kalm_integrations.serving.guard import NDJSON, digest, is_stream
 from kalm_integrations.serving.service import Service, note
 
 ENCODINGS_BODY = {
@@ -65,7 +65,7 @@ def routes(service: Service) -> APIRouter:
         if not all(0 <= index < len(body.passages) for index in body.held):
             raise HTTPException(422, f"held: must be indices of the {len(body.passages)} passages, but are others")
         # Encodings serve nobody but the client that sent them; without a name, nothing but this request.
-        origin = ("client", body.client or uuid.uuid4().hex)
+        origin = ("client", digest(body.client or uuid.uuid4().hex))
         passages: list[AnyPassage] = [Passage(passage.text, passage.encoding, origin) for passage in body.passages]
         reranker = service.reranker
         reading = await reranker.aread(passages)
@@ -101,7 +101,7 @@ def routes(service: Service) -> APIRouter:
         note(request, n_documents=len(body.texts))
         service.check_count(len(body.texts))
         name = service.name(body.model)
-        made = await service.encode(body.texts)
+        made = await service.encode(request, body.texts, service.settings.timeout)
         answer = EncodingsAnswer(model=name, fingerprint=service.reranker.fingerprint, encodings=made)
         return Response(answer.model_dump_json(), media_type="application/json")
 

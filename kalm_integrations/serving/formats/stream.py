@@ -134,7 +134,7 @@ class EncodingStream(Response):
         """Encode texts; where the queue is full, a stream waits."""
         while True:
             try:
-                return await self._service.reranker.aencode_to_metadata(texts)
+                return await self._service.encode(self._request, texts, None)
             except QueueFullError:
                 await asyncio.sleep(RETRY_SECONDS[429])
 
