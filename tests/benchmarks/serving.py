@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,10 @@ import psutil
 from benchmarks import machine, trials
 from benchmarks.peers import MINILM, PEERS
 from benchmarks.rows import progress
-from benchmarks.serving_page import OFF, PEER, STORED
+from benchmarks.serving_app import MAX_STORE_BYTES
+from benchmarks.serving_page import FLOOR, OFF, PEER, STORED
 from benchmarks.workload import Workload, make_workload_checkpoint
+from kalm_integrations import KalmReranker
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,9 +47,9 @@ class Load:
 
 
 LOADS = {
-    "pico": [Load(n, {STORED: 400, OFF: max(n, 40), PEER: max(n, 24)}) for n in (1, 16, 64)],
-    "nano": [Load(n, {STORED: max(2 * n, 24), OFF: max(n, 3), PEER: max(n, 24)}) for n in (1, 16, 64)],
-    "toy": [Load(n, dict.fromkeys((STORED, OFF, PEER), 4)) for n in (1, 4)],
+    "pico": [Load(n, {STORED: 400, FLOOR: 400, OFF: max(n, 40), PEER: max(n, 24)}) for n in (1, 16, 64)],
+    "nano": [Load(n, {STORED: 2 * n + 22, FLOOR: 2 * n + 22, OFF: max(n, 3), PEER: max(n, 24)}) for n in (1, 16, 64)],
+    "toy": [Load(n, dict.fromkeys((STORED, FLOOR, OFF, PEER), 4)) for n in (1, 4)],
 }
 ROUNDS = {"pico": 2, "nano": 1, "toy": 1}
 
@@ -130,29 +132,42 @@ async def _wait_until_ready(url: str) -> None:
             return
 
 
-async def ask(url: str, n_clients: int, bodies: Sequence[bytes]) -> list[float]:
-    """Return the seconds of each request; a client asks as soon as it has its answer."""
+async def ask(place: str | KalmReranker, n_clients: int, bodies: Sequence[bytes]) -> list[float]:
+    """Return the seconds of each request; a client asks as soon as it has its answer.
+
+    Args:
+        place: the URL of a service, or a reranker of this process.
+        n_clients: how many ask at a time.
+        bodies: what they ask.
+    """
     left, seconds = iter(bodies), []
 
-    async def work() -> None:
-        async with Client(url) as client:
-            for body in left:
-                started = time.perf_counter()
-                await client.post("/v2/rerank", body)
-                seconds.append(time.perf_counter() - started)
+    async def work(answer: Callable[[bytes], Awaitable[object]]) -> None:
+        for body in left:
+            started = time.perf_counter()
+            await answer(body)
+            seconds.append(time.perf_counter() - started)
 
-    await asyncio.gather(*(work() for _ in range(n_clients)))
+    async def work_over_http(url: str) -> None:
+        async with Client(url) as client:
+            await work(lambda body: client.post("/v2/rerank", body))
+
+    async def rank(body: bytes) -> object:
+        asked = json.loads(body)
+        return await place.arank(asked["query"], asked["documents"])
+
+    await asyncio.gather(*(work_over_http(place) if isinstance(place, str) else work(rank) for _ in range(n_clients)))
     return seconds
 
 
-def measure_load(urls: dict[str, str], questions: Questions, load: Load, rounds: int) -> dict[str, Any]:
+def measure_load(places: dict[str, str | KalmReranker], questions: Questions, load: Load, rounds: int) -> dict[str, Any]:
     """Return, for each way and round, requests per second and the latencies at 50 and 99 of a hundred, in seconds."""
-    measured: dict[str, list[dict[str, float]]] = {way: [] for way in urls}
+    measured: dict[str, list[dict[str, float]]] = {way: [] for way in places}
     for index in range(rounds):
-        for way, url in urls.items():
+        for way, place in places.items():
             bodies = questions.make(load.requests[way], index)
             started = time.perf_counter()
-            seconds = sorted(asyncio.run(ask(url, load.clients, bodies)))
+            seconds = sorted(asyncio.run(ask(place, load.clients, bodies)))
             rate = len(seconds) / (time.perf_counter() - started)
             p50, p99 = (seconds[round(share * (len(seconds) - 1))] for share in (0.5, 0.99))
             measured[way].append({"rate": rate, "p50": p50, "p99": p99})
@@ -204,13 +219,16 @@ def measure(shape: str, device: str, memory_seconds: float) -> dict[str, Any]:
         questions = Questions(Workload(made).passages(n_tokens, n_passages))
         model = "pico" if shape == "pico" else made
         models = {STORED: model, OFF: model, PEER: make_peer(folder)}
+        store = {"payload_store": folder / "store", "write_through": True, "max_store_bytes": MAX_STORE_BYTES}
+        in_process = KalmReranker.from_pretrained(model, device=device, **store)
         started = {way: stack.enter_context(service(way, model, device, folder / "store")) for way, model in models.items()}
         urls = {way: url for way, (url, _) in started.items()}
+        places = {STORED: urls[STORED], FLOOR: in_process, OFF: urls[OFF], PEER: urls[PEER]}
         # Encodings and prefix states of all passages are made, and oneDNN has its kernels.
         warm = [body for _ in range(2) for body in questions.make_all()]
-        for way, url in urls.items():
-            asyncio.run(ask(url, 4, warm if way == STORED else warm[:2]))
-        loads = [measure_load(urls, questions, load, ROUNDS[shape]) for load in LOADS[shape]]
+        for way, place in places.items():
+            asyncio.run(ask(place, 4, warm if way in (STORED, FLOOR) else warm[:2]))
+        loads = [measure_load(places, questions, load, ROUNDS[shape]) for load in LOADS[shape]]
         memory = measure_memory(*started[STORED], questions, memory_seconds) if memory_seconds else None
     facts = {"shape": shape, "passage_tokens": n_tokens, "documents": N_DOCUMENTS, "rounds": ROUNDS[shape]}
     return {**facts, "loads": loads, "memory": memory}

@@ -8,8 +8,9 @@ from typing import Any
 
 from benchmarks.tables import significant, table
 
-STORED, OFF, PEER = "stored", "off", "cross-encoder"
-"""Ways: with store and prefix states, without either, and a cross-encoder of MiniLM's shape in the same service."""
+STORED, FLOOR, OFF, PEER = "stored", "in process", "off", "cross-encoder"
+"""Ways: with store and prefix states; the same reranker without HTTP, which is the floor; without store and states; and a
+cross-encoder of MiniLM's shape in the same service."""
 
 MEBIBYTE = 2**20
 
@@ -32,12 +33,12 @@ def _run(device: str, run: dict[str, Any]) -> Iterator[str]:
 
 
 def _loads(shape: dict[str, Any]) -> str:
-    head = ("clients", "", "requests/s", "p50 s", "p99 s", f"requests/s ÷ {OFF}", f"÷ {PEER}")
+    head = ("clients", "", "requests/s", "p50 s", "p99 s", *(f"÷ {way}" for way in (FLOOR, OFF, PEER)))
     rows = []
     for load in shape["loads"]:
         for way, rounds in load["ways"].items():
             figures = [median(one[name] for one in rounds) for name in ("rate", "p50", "p99")]
-            ratios = [f"{ratio(load, way, other):.2f}" if way == STORED else "" for other in (OFF, PEER)]
+            ratios = [f"{ratio(load, way, other):.2f}" if way == STORED else "" for other in (FLOOR, OFF, PEER)]
             rows.append((load["clients"], way, *map(significant, figures), *ratios))
     return table(head, rows)
 

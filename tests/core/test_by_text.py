@@ -326,6 +326,20 @@ def test_byte_stores_of_langchain_are_asked_in_one_call(make_reranker: MakeReran
     assert len(calls) == 1
 
 
+def test_what_memory_has_is_light_work_and_what_the_store_is_asked_for_is_not(writer, make_reranker):
+    """Light work is done by the engine's thread, which no store may hold up."""
+
+    def n_light(reranker: KalmReranker, passages: list) -> int | None:
+        return reranker._ranker.n_light([passages])
+
+    assert n_light(writer, TEXTS) is None
+    [metadata, *_] = writer.encode_to_metadata(TEXTS)
+    assert n_light(writer, TEXTS) == len(TEXTS)
+    assert n_light(writer, [*TEXTS, "new"]) is None
+    assert n_light(writer, [*TEXTS, Passage(TEXTS[0], metadata[ENCODING_KEY])]) is None
+    assert n_light(make_reranker(), [*TEXTS, "new"]) == len(TEXTS) + 1
+
+
 # --- several processes
 
 
