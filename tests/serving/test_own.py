@@ -234,3 +234,19 @@ def test_answers_come_while_a_stream_is_sent(serve):
         client.sendall(b"0\r\n\r\n")
         assert answers.read().endswith(b"0\r\n\r\n")
     assert number(url, "kalm_passages_encoded_total") == 5
+
+
+def test_a_client_that_reads_no_answers_is_given_up(serve):
+    url = serve(body_seconds=0.5)
+    host, _, port = url.removeprefix("http://").partition(":")
+    line = json.dumps({"texts": ["otter"] * 1000}).encode() + b"\n"
+    chunk = f"{len(line):x}\r\n".encode() + line + b"\r\n"
+    with socket.create_connection((host, int(port)), 30) as client:
+        head = "POST /v1/encodings HTTP/1.1\r\nHost: a\r\nContent-Type: application/x-ndjson\r\n"
+        client.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        client.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            while True:
+                client.sendall(chunk)
+        while number(url, "kalm_requests_in_progress") > 1:  # more than this request for the number
+            time.sleep(0.02)
