@@ -264,6 +264,23 @@ def test_a_service_that_gets_another_model_is_read_for_anew(make_reranker, other
         assert remote.rank(QUERY, given).counts["stored"] == 4
 
 
+def test_a_model_that_changes_while_passages_are_read_is_read_for_anew(fake, monkeypatch):
+    """Another thread has heard of it first."""
+    remote = RemoteReranker(fake.url)
+    read = remote._reader.read
+
+    def read_and_change(passages, facts):
+        reading = read(passages, facts)
+        monkeypatch.undo()
+        fake.reranker = FakeReranker("another")
+        remote.warm_up()
+        return reading
+
+    monkeypatch.setattr(remote._reader, "read", read_and_change)
+    assert remote.rank(QUERY, TEXTS) == FakeReranker().rank(QUERY, TEXTS)
+    assert len(fake.sent("/v1/score")) == 1
+
+
 def test_a_service_that_gets_another_model_all_the_time_is_given_up(fake):
     remote = RemoteReranker(fake.url)
 
