@@ -31,6 +31,8 @@ MAX_DETAIL = 500
 
 MAY_PASS = (429, 503)
 """Statuses after which the same request is sent again."""
+LOST = (500, 502)
+"""What a proxy answers, in words of its own, when the server behind it has died; there may be another one."""
 
 _KEY = (
     SettingsError,
@@ -208,7 +210,7 @@ def _judge(came: Reply | Failure, url: str) -> tuple[KalmError, bool]:
     detail = _detail(came)
     said = f"{came.status}{': ' if detail else ''}{detail}"
     if came.status not in _MEANINGS:
-        return not_ours(url, f"sent status {said}"), False
+        return not_ours(url, f"sent status {said}"), came.status in LOST and not detail
     kind, rule, remedy = _MEANINGS[came.status]
     return kind(f"the service at {url} must {rule} ({said}); {remedy}"), came.status in MAY_PASS
 

@@ -55,7 +55,7 @@ class RemoteReranker(Reranker):
     environment.
 
     ```python
-    reranker = RemoteReranker("http://127.0.0.1:8000")
+    reranker = RemoteReranker("http://127.0.0.1:8080")
     reranker.rank("who won?", passages, top_k=3, timeout=2)
     ```
     """

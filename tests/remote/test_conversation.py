@@ -148,6 +148,15 @@ def test_what_may_pass_is_asked_again(fake, rank):
     assert remote.stats.passages_scored == 2
 
 
+def test_a_server_that_died_behind_its_proxy_is_asked_again(fake, rank):
+    """Ray's proxy and nginx say so in words of their own; an error of the service itself has a detail, and stays one."""
+    fake.instead.extend([lambda _: (500, {}, b"Internal Server Error"), lambda _: (502, {}, b"<html>Bad Gateway</html>")])
+    assert [place.index for place in rank(RemoteReranker(fake.url))] == [0, 1]
+    fake.instead.extend([lambda _: (502, {}, b"")] * 2)
+    with pytest.raises(ServiceError, match="sent status 502"):
+        rank(RemoteReranker(fake.url, max_retries=1))
+
+
 def test_nobody_there_is_said_with_the_address(rank):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
