@@ -17,7 +17,7 @@ import torch
 from ray import serve
 from tools.collector import collecting
 
-from kalm_integrations import Passage
+from kalm_integrations import Passage, RemoteReranker
 from kalm_integrations.errors import MissingExtraError, SettingsError
 from kalm_integrations.serving.ray import Replica, build
 from kalm_integrations.serving.settings import ServiceSettings
@@ -120,10 +120,13 @@ def test_a_replica_that_is_killed_loses_no_request(client, url, store):
     asked, answered, is_over = Counter(), Counter(), threading.Event()
 
     def load(name):
+        # Every other one is our own client, which asks once more by itself.
+        remote = RemoteReranker(url, timeout=ENOUGH_SECONDS, max_retries=1)
         with httpx.Client(base_url=url, timeout=ENOUGH_SECONDS) as own:
             while not is_over.is_set():
                 asked[name] += 1
-                answered[name] += len(rerank(own, f"query {asked[name]} of {name}")) == len(TEXTS)
+                query = f"query {asked[name]} of {name}"
+                answered[name] += len(remote.rank(query, TEXTS) if name % 2 else rerank(own, query)) == len(TEXTS)
 
     threads = [threading.Thread(target=load, args=(name,)) for name in range(8)]
     for thread in threads:
