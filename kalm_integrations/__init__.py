@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kalm_integrations.core.types import Ranking as Ranking
     from kalm_integrations.core.types import Reading as Reading
     from kalm_integrations.core.types import RuntimeStats as RuntimeStats
+    from kalm_integrations.remote.reranker import RemoteReranker as RemoteReranker
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOMES = {
     "RankedPassage": "kalm_integrations.core.types",
     "Ranking": "kalm_integrations.core.types",
     "Reading": "kalm_integrations.core.types",
+    "RemoteReranker": "kalm_integrations.remote.reranker",
     "Reranker": "kalm_integrations.core.base",
     "RuntimeStats": "kalm_integrations.core.types",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "RankedPassage",
     "Ranking",
     "Reading",
+    "RemoteReranker",
     "Reranker",
     "RuntimeStats",
     "__version__",

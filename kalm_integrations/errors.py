@@ -15,7 +15,8 @@ KalmError
 │   ├── QueueFullError                  too much waits already; ask again later
 │   ├── DeadlineExceededError (TimeoutError)    the answer did not come in time
 │   ├── OutOfMemoryError (MemoryError)  not even one passage fits
-│   └── PassError (RuntimeError)        torch failed
+│   ├── PassError (RuntimeError)        torch failed
+│   └── ServiceError                    a service cannot be reached, or does not answer as one of ours
 ├── StoreError                          a payload or prefix store cannot be used
 └── NonFiniteScoreError (ArithmeticError)   the model produced NaN or infinity
 ```
@@ -91,6 +92,10 @@ class OutOfMemoryError(EngineError, MemoryError):
 
 class PassError(EngineError, RuntimeError):
     """Torch failed in the middle of a batch; the cause says why."""
+
+
+class ServiceError(EngineError):
+    """A service that reranks cannot be reached, is not ready, or sent something else than an answer."""
 
 
 class StoreError(KalmError):

@@ -44,7 +44,7 @@ class KalmCrossEncoder:
         """Open a checkpoint, or take a reranker that is open.
 
         Args:
-            model: an alias, a hub id, a folder, or a reranker.
+            model: an alias, a hub id, a folder, the address of a service, or a reranker.
             **settings: of `KalmReranker.from_pretrained`, where `model` is not a reranker.
 
         Raises:

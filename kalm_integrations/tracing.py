@@ -66,9 +66,9 @@ def uninstrument() -> None:
 
 
 def instrument_with_otlp(**settings: Any) -> None:
-    """Make spans and send them by OTLP, as the `OTEL_…` environment variables say; for a process that has no tracer provider.
+    """Make spans and send them by OTLP, as the `OTEL_…` environment variables say.
 
-    Where the process has one, spans go there. What was not sent yet is sent when the process ends.
+    Where the process has a tracer provider, spans go there instead. What was not sent yet is sent when the process ends.
 
     Args:
         settings: see `instrument`.
@@ -98,7 +98,8 @@ def instrument_with_otlp(**settings: Any) -> None:
         resource = resource.merge(Resource({"service.name": "kalm"}))
     provider = TracerProvider(resource=resource)
     provider.add_span_processor(BatchSpanProcessor(exporter))
-    trace.set_tracer_provider(provider)
+    # Not the process's own: a web framework would add a span of each of its steps, and of each health check.
+    instrument(provider, **settings)
 
 
 def from_headers(headers: Mapping[str, str]) -> AbstractContextManager[object]:

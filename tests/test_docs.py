@@ -13,8 +13,8 @@ import torch
 from markdown_it import MarkdownIt
 from tools.paths import ROOT
 
-from kalm_integrations.core.model.pooling import n_pooled_states
 from kalm_integrations.core.passages.encoding import EncodedPassage
+from kalm_integrations.core.sizes import n_pooled_states
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -42,8 +42,9 @@ def test_importing_the_package_loads_nothing_but_the_standard_library():
         ("errors", ("torch", "transformers", "pydantic")),
         ("testing", ("torch", "transformers", "pydantic")),
         ("core.reranker", ("transformers", "huggingface_hub")),
-        ("hosting.fields", ("torch", "transformers")),
-        ("cli", ("torch", "transformers")),
+        ("hosting.fields", ("torch", "transformers", "httpx")),
+        ("cli", ("torch", "transformers", "httpx")),
+        ("remote.reranker", ("torch", "transformers")),
     ],
 )
 def test_modules_that_are_light_stay_light(module, unloaded):

@@ -6,16 +6,14 @@ import asyncio
 import subprocess
 import sys
 import threading
-from concurrent import futures
 
-import grpc
 import pytest
 from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY, attach, detach, set_value
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
+from tools.collector import collecting
 from tools.hosts import HOSTS
 from tools.paths import ROOT
 
@@ -307,29 +305,13 @@ def test_what_is_missing_is_named(monkeypatch, call, hidden, remedy):
 
 
 def test_spans_are_sent_by_otlp():
-    class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-        def __init__(self):
-            self.received = []
-
-        def Export(self, request, context):  # noqa: N802
-            self.received += request.resource_spans
-            return trace_service_pb2.ExportTraceServiceResponse()
-
-    collector = Collector()
-    server = grpc.server(futures.ThreadPoolExecutor(1))
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
     code = (
         "from kalm_integrations import tracing; from kalm_integrations.testing import FakeReranker; "
         "tracing.instrument_with_otlp(); FakeReranker().rank('who?', ['a'])"
     )
-    endpoint = f"http://127.0.0.1:{port}"
-    try:
-        run_python(code, OTEL_EXPORTER_OTLP_PROTOCOL="grpc", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
-    finally:
-        server.stop(None)
+    with collecting() as collector:
+        run_python(code, **collector.environment)
+    assert [span.name for span in collector.spans] == ["kalm.rank"]
     [sent] = collector.received
-    assert [span.name for scope in sent.scope_spans for span in scope.spans] == ["kalm.rank"]
     [service] = [pair.value.string_value for pair in sent.resource.attributes if pair.key == "service.name"]
     assert service == "kalm"

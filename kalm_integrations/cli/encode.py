@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,10 +19,15 @@ from kalm_integrations.corpora.jsonl import PassageFields, to_json
 from kalm_integrations.errors import EncodingTooLargeError, SettingsError
 
 if TYPE_CHECKING:
+    from kalm_integrations.core.base import Reranker
     from kalm_integrations.core.reranker import KalmReranker
+    from kalm_integrations.remote.reranker import RemoteReranker
 
 ROWS_PER_BATCH = 256
 """Rows that are held in memory at a time: enough to make batches of similar length."""
+
+MAX_RETRIES = 12
+"""How often a service is asked again: for half a minute at least, in which one can be started anew."""
 
 
 def encode(
@@ -54,6 +59,15 @@ def encode(
     revision: options.Revision = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Address of a service that encodes, with its model and settings, and keeps the encodings in its store.",
+            show_default="none",
+        ),
+    ] = None,
+    api_key_env: options.ApiKeyEnv = None,
     skip_bad: options.SkipBad = False,
 ) -> None:
     """Add an encoding to every row of a file.
@@ -76,16 +90,20 @@ def encode(
             total = sum(1 for _ in read_candidates(source, fields, report))
             # Bad rows have been reported now.
             report = (lambda _: None) if skip_bad else None
-        reranker = options.open_reranker(
-            model,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            compression_ratio=ratio,
-            storage_codec=codec,
-            max_inline_bytes=max_inline_bytes,
-            payload_store=payload_store,
-        )
+        settings: dict[str, Any] = {
+            "revision": revision,
+            "device": device,
+            "dtype": dtype,
+            "compression_ratio": ratio,
+            "storage_codec": codec,
+            "max_inline_bytes": max_inline_bytes,
+            "payload_store": payload_store,
+        }
+        if server is None:
+            reranker: KalmReranker | RemoteReranker = options.open_reranker(model, **settings)
+        else:
+            settings["model"] = None if model == "pico" else model
+            reranker = options.open_service(server, api_key_env, MAX_RETRIES, **settings)
         started = time.perf_counter()
         n_rows = n_bytes = n_references = 0
         rows = read_candidates(source, fields, report)
@@ -100,10 +118,13 @@ def encode(
                 progress.set_postfix_str(size, refresh=False)
                 progress.update(len(batch))
     stats = reranker.stats
-    note(
-        f"{n_rows:,} rows written in {time.perf_counter() - started:.1f} s; {stats.passages_encoded:,} passages encoded, "
-        f"{stats.truncated:,} of them cut to the model's limit"
+    # A service keeps to itself what it had encoded before, and what it cut.
+    done = (
+        f"{stats.passages_encoded:,} passages encoded, {stats.truncated:,} of them cut to the model's limit"
+        if server is None
+        else f"{stats.passages_encoded:,} passages sent to {server}"
     )
+    note(f"{n_rows:,} rows written in {time.perf_counter() - started:.1f} s; {done}")
     if n_rows:
         ratios = f"{reranker.compression_ratio}{' or coarser' if max_inline_bytes is not None else ''}"
         sizes = (
@@ -116,7 +137,7 @@ def encode(
         note(sizes)
 
 
-def _encode(reranker: KalmReranker, batch: Sequence[Candidate]) -> list[Metadata]:
+def _encode(reranker: Reranker, batch: Sequence[Candidate]) -> list[Metadata]:
     """Encode passages.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 import typer
 
 from kalm_integrations.errors import SettingsError
+from kalm_integrations.remote.address import API_KEY_VARIABLE, is_address
 
 if TYPE_CHECKING:
     from kalm_integrations.core.reranker import KalmReranker
+    from kalm_integrations.remote.reranker import RemoteReranker
 
 Value = TypeVar("Value")
 
@@ -20,6 +23,14 @@ Model = Annotated[
     typer.Option(
         help="nano, small, large, nano-r2, small-r2, large-r2, a hub id or a local folder; pico is built in and small, for "
         "trying things out."
+    ),
+]
+ApiKeyEnv = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Environment variable with the key, for a service that asks for one.",
+        show_default=API_KEY_VARIABLE,
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.", show_default="the alias's")]
@@ -54,11 +65,44 @@ Queries = Annotated[int | None, typer.Option(min=1, help="How many queries to dr
 
 
 def open_reranker(model: str, **settings: Any) -> KalmReranker:
-    """Open a checkpoint; says so if it is the small built-in one."""
+    """Open a checkpoint; says so if it is the small built-in one.
+
+    Raises:
+        SettingsError: it is the address of a service, which this command cannot do with.
+    """
     from kalm_integrations.hosting import as_reranker
 
-    # A name always becomes the real reranker, whatever else the function takes.
+    if is_address(model):
+        msg = (
+            "--model must name a checkpoint here, but got the address of a service; `kalm rerank --model` and `kalm encode "
+            "--server` take one"
+        )
+        raise SettingsError(msg)
+    # Any other name becomes the real reranker, whatever else the function takes.
     return cast("KalmReranker", as_reranker(model, **settings))
+
+
+def open_service(url: str, api_key_env: str | None, max_retries: int = 3, **settings: Any) -> RemoteReranker:
+    """Return a reranker that a service answers for.
+
+    Args:
+        url: its address.
+        api_key_env: environment variable that has its key.
+        max_retries: how often a request is sent again.
+        **settings: options that would be without effect, and must not be set.
+
+    Raises:
+        SettingsError: one is set, the address is none, or the variable is empty.
+    """
+    from kalm_integrations.hosting.models import check_model
+    from kalm_integrations.remote.reranker import RemoteReranker
+
+    check_model(url, settings)
+    api_key = None if api_key_env is None else os.environ.get(api_key_env)
+    if api_key_env is not None and not api_key:
+        msg = f"the environment variable of --api-key-env must hold the key of the service, but {api_key_env} is not set"
+        raise SettingsError(msg)
+    return RemoteReranker(url, api_key=api_key, max_retries=max_retries)
 
 
 def existing(payload_store: Path | None) -> Path | None:

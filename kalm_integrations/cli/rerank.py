@@ -15,9 +15,12 @@ from kalm_integrations.cli.terminal import make_table, note, print_json, print_t
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, RankedPassage
 from kalm_integrations.corpora.jsonl import PassageFields
 from kalm_integrations.errors import SettingsError
+from kalm_integrations.remote.address import is_address
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from kalm_integrations.core.base import Reranker
 
 
 def rerank(
@@ -31,7 +34,13 @@ def rerank(
             "JSON array if it begins like one, else one passage a line.",
         ),
     ] = STREAM,
-    model: options.Model = "pico",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="nano, small, large, nano-r2, small-r2, large-r2, a hub id, a local folder, or the address of a service "
+            "(http://host:port); pico is built in and small, for trying things out."
+        ),
+    ] = "pico",
     top_k: Annotated[int | None, typer.Option(min=1, help="How many to show at most.", show_default="all")] = None,
     score_threshold: Annotated[
         float | None, typer.Option(min=0, max=1, help="Leave out passages that score less.", show_default="none")
@@ -46,6 +55,7 @@ def rerank(
     revision: options.Revision = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    api_key_env: options.ApiKeyEnv = None,
     skip_bad: options.SkipBad = False,
     as_json: options.Json = False,
 ) -> None:
@@ -60,8 +70,15 @@ def rerank(
     fields = PassageFields(text_field, title_field or None)
     candidates = list(read_candidates(passages, fields, report_bad if skip_bad else None, takes_plain_lines=True))
     store = options.existing(payload_store)
-    reranker = options.open_reranker(
-        model, revision=revision, device=device, dtype=dtype, compression_ratio=ratio, payload_store=store
+    settings: dict[str, Any] = {
+        "revision": revision,
+        "device": device,
+        "dtype": dtype,
+        "compression_ratio": ratio,
+        "payload_store": store,
+    }
+    reranker: Reranker = (
+        options.open_service(model, api_key_env, **settings) if is_address(model) else options.open_reranker(model, **settings)
     )
     ranked = reranker.rank(query, [candidate.passage for candidate in candidates], top_k, score_threshold, instruction)
     stats = reranker.stats

@@ -83,6 +83,14 @@ class Reranker(ABC):
         """Do what `answer` does, on another thread unless a subclass knows better."""
         return await asyncio.to_thread(self.answer, request)
 
+    def get_ready(self, timeout: float | None = None) -> None:
+        """Have at hand what `read` needs; where that is elsewhere, it is asked for, once.
+
+        Raises:
+            DeadlineExceededError: it did not come in `timeout` seconds.
+        """
+        del timeout
+
     async def aread(self, passages: Iterable[AnyPassage]) -> Reading:
         """Do what `read` does, off the event loop."""
         return await asyncio.to_thread(self.read, passages)

@@ -18,10 +18,11 @@ from kalm_integrations.core.model.decoder import answer_logits, prefill, project
 from kalm_integrations.core.model.encoder import encode
 from kalm_integrations.core.model.kv_cache import GatheredKVCache, KVCache, PaddedKVCache
 from kalm_integrations.core.model.layers import StackConfig
-from kalm_integrations.core.model.pooling import n_pooled_states, pool_states
+from kalm_integrations.core.model.pooling import pool_states
 from kalm_integrations.core.model.prefix_states import PrefixStates, kept_bytes
 from kalm_integrations.core.passages.prefixes import Candidate, Prefix, PrefixKey
 from kalm_integrations.core.runtime import Runtime
+from kalm_integrations.core.sizes import n_pooled_states
 from kalm_integrations.errors import NonFiniteScoreError, SettingsError
 
 BATCH_SIZES = {"encode": {"cpu": 16, "cuda": 128}, "score": {"cpu": 32, "cuda": 256}}

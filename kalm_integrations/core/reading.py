@@ -13,8 +13,9 @@ from kalm_integrations.core.checkpoint.prompts import PASSAGE_TEMPLATE, passage_
 from kalm_integrations.core.forks import ForkSafeLock, kept_property
 from kalm_integrations.core.passages.by_text import TextLookup
 from kalm_integrations.core.passages.caches import BoundedCache
-from kalm_integrations.core.passages.encoding import REFERENCE_PREFIX, EncodedPassage, Expected, fingerprint, hash_text
+from kalm_integrations.core.passages.encoding import EncodedPassage, Expected, fingerprint
 from kalm_integrations.core.passages.guarded import guard
+from kalm_integrations.core.passages.strings import REFERENCE_PREFIX, hash_text
 from kalm_integrations.core.passages.through import WriteThrough
 from kalm_integrations.core.settings import EncoderSettings, StorageSettings
 from kalm_integrations.core.types import AnyPassage, Passage, Reading, RuntimeStats, Status, checked_list, plain

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from tqdm.auto import tqdm
 
 from kalm_integrations.core.base import Reranker
-from kalm_integrations.core.passages.encoding import hash_text
 from kalm_integrations.core.passages.stores import LmdbPayloadStore
+from kalm_integrations.core.passages.strings import hash_text
 from kalm_integrations.core.types import ENCODING_KEY, AnyPassage, Passage
 
 PASSAGES_PER_BLOCK = 512

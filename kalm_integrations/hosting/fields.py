@@ -150,8 +150,9 @@ class ModelFields(CheckedModel, WithModel):
     """Fields that name a model and say how it encodes."""
 
     model: Model = "pico"
-    """An alias (`pico` is built in; `nano`, `small`, `large`, …), a hub id, a local folder, or a reranker to share, which
-    brings settings of its own."""
+    """An alias (`pico` is built in; `nano`, `small`, `large`, …), a hub id, a local folder, the address of a service
+    (`http://host:port`), or a reranker to share. The last two bring settings of their own; a service's key is taken from the
+    environment variable `KALM_API_KEY`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     device: TorchName = None

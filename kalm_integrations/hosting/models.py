@@ -17,6 +17,7 @@ from kalm_integrations.core.forks import ForkSafeLock
 from kalm_integrations.core.passages.stores import check_stores, check_stores_travel
 from kalm_integrations.core.settings import SETTING_NAMES, STORE_SETTINGS, build_settings, check_names
 from kalm_integrations.errors import SettingsError
+from kalm_integrations.remote.address import check_address, is_address
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,9 @@ _locks_lock = ForkSafeLock()
 
 
 def as_reranker(model: Reranker | str | os.PathLike[str], **settings: Any) -> Reranker:
-    """Return what was given as `model` as a reranker: itself if it is one, else `KalmReranker.from_pretrained` of it.
+    """Return what was given as `model` as a reranker.
+
+    A reranker is itself, the address of a service gives a `RemoteReranker`, all else goes to `KalmReranker.from_pretrained`.
 
     Says once per process that the built-in checkpoint is not the one for production.
 
@@ -42,6 +45,12 @@ def as_reranker(model: Reranker | str | os.PathLike[str], **settings: Any) -> Re
         check_model(model, settings)
         return model
     check_names(settings, SETTING_NAMES, "settings")
+    if is_address(model):
+        check_model(model, settings)
+        # httpx is loaded here, and torch is not.
+        from kalm_integrations.remote.reranker import RemoteReranker
+
+        return RemoteReranker(str(model))
     # torch is loaded here, not when a component is made.
     from kalm_integrations.core.reranker import KalmReranker
 
@@ -59,8 +68,8 @@ def check_model(model: object, settings: Mapping[str, Any]) -> None:
     """Check a model and the settings beside it as far as that is possible with nothing loaded.
 
     Raises:
-        SettingsError: it is neither a name, nor a folder, nor a reranker; a setting is unknown or breaks a rule; or there are
-            settings for a reranker that has its own.
+        SettingsError: it is neither a name, nor a folder, nor an address, nor a reranker; a setting is unknown or breaks a
+            rule; or there are settings for a reranker or a service that has its own.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     if is_reranker(model):
@@ -72,8 +81,20 @@ def check_model(model: object, settings: Mapping[str, Any]) -> None:
             raise SettingsError(msg)
         return
     if not isinstance(model, (str, os.PathLike)):
-        msg = f"model must be an alias, a hub id, a folder or a reranker, but got {type(model).__name__}"
+        msg = (
+            "model must be an alias, a hub id, a folder, the address of a service or a reranker, but got "
+            f"{type(model).__name__}"
+        )
         raise SettingsError(msg)
+    if is_address(model):
+        check_address(model)
+        if given:
+            msg = (
+                f"a service given as model brings its own settings, but got {', '.join(sorted(given))} too; give them to "
+                "`kalm serve`, or pass a RemoteReranker, which takes what a client may decide"
+            )
+            raise SettingsError(msg)
+        return
     build_settings(given)
     check_stores(given)
 

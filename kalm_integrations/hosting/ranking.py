@@ -183,12 +183,13 @@ def rank(query: HostQuery[Any]) -> Ranking:
         reranker = query.component.reranker
         passages: Any = query.passages
         fetcher = query.fields.fetcher()
+        if deadline is not None and (fetcher is not None or query.must_be_stored):
+            reranker.get_ready(_left(deadline))
         if fetcher is not None:
             passages = fetch(fetcher, reranker, passages, query.documents, deadline)
         if query.must_be_stored:
             passages = query.check_stored(reranker.read(passages))
-        # Something is left in any case: a time-out is positive.
-        left = None if deadline is None else max(MIN_TIMEOUT, deadline - time.monotonic())
+        left = None if deadline is None else _left(deadline)
         return query.finish(reranker.rank(query.query, passages, **query.arguments(), timeout=left))
     except DeadlineExceededError:
         # Named after the component's time-out, not after what was left of it.
@@ -219,6 +220,11 @@ async def _arank(query: HostQuery[Any], deadline: float | None) -> Ranking:
     if query.must_be_stored:
         passages = query.check_stored(await reranker.aread(passages))
     return query.finish(await reranker.arank(query.query, passages, **query.arguments()))
+
+
+def _left(deadline: float) -> float:
+    # Something is left in any case: a time-out is positive.
+    return max(MIN_TIMEOUT, deadline - time.monotonic())
 
 
 def _write_back(target: object, write: Callable[[list[Doc]], object], ranking: Ranking, query: HostQuery[Doc]) -> None:

@@ -56,7 +56,8 @@ class KalmRerank(NodeFields, RerankFields, BaseNodePostprocessor):
         """Check and keep settings; nothing is loaded.
 
         Args:
-            model: an alias, a hub id, a folder, or a reranker to share, which brings settings of its own.
+            model: an alias, a hub id, a folder, the address of a service, or a reranker to share; the last two bring
+                settings of their own.
             **settings: the fields of the class.
 
         Raises:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kalm_integrations.core.model.pooling import n_pooled_states
 from kalm_integrations.core.settings import CODEC_NAMES, MAX_TOKENS, QuerySettings, StorageSettings, check_dtype, make_settings
+from kalm_integrations.core.sizes import n_pooled_states
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.planning import sizes
 from kalm_integrations.planning.shapes import shape_of

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kalm_integrations.core.model.pooling import n_pooled_states
 from kalm_integrations.core.model.prefix_states import kept_bytes
 from kalm_integrations.core.passages.codecs import CODECS, EXACT_CODECS
 from kalm_integrations.core.passages.encoding import inline_length
 from kalm_integrations.core.passages.prefixes import PREFIX_DTYPES
 from kalm_integrations.core.settings import CODEC_NAMES, COMPRESSION_RATIOS
+from kalm_integrations.core.sizes import n_pooled_states
 from kalm_integrations.hosting.limits import LUCENE_TERM_BYTES, MILVUS_VARCHAR_BYTES, PINECONE_METADATA_BYTES
 from kalm_integrations.planning.shapes import Shape
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from kalm_integrations.core.model.packing import can_pack, multiply, pack
-from kalm_integrations.core.model.pooling import n_pooled_states
+from kalm_integrations.core.sizes import n_pooled_states
 from kalm_integrations.planning.arithmetic import decoder_multiply_adds, encoder_multiply_adds
 from kalm_integrations.planning.shapes import Shape
 

@@ -1,10 +1,15 @@
 """What our own clients and the service say to each other, beside the formats of others.
 
-A client sends texts first and says at which of them it has an encoding that came with the document (`held`). Where the service
-has none of its own, it answers with what it wants instead of scores, and is asked again with those encodings.
+A client sends texts first, and with them the names of the encodings that came with the documents (`held`). Where the service
+has none of its own, it answers with what it wants instead of scores, and is asked again with those encodings. What it is sent
+serves this client only, and of its passages only those that hold the very same: who can write one store decides nothing about
+another's documents.
 """
 
 from __future__ import annotations
+
+import hashlib
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,11 +20,21 @@ SCORE_PATH = "/v1/score"
 ENCODINGS_PATH = "/v1/encodings"
 
 
-class _Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+def name_encoding(value: str) -> str:
+    """Return the name of an encoding's string: BLAKE2b in 32 hex digits."""
+    return hashlib.blake2b(value.encode(), digest_size=16).hexdigest()
 
 
-class ServiceFacts(_Message):
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class _Answer(BaseModel):
+    # A newer service may say more.
+    model_config = ConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
+
+
+class ServiceFacts(_Answer):
     """Answer of `GET /v1/kalm`: what the service's encodings are."""
 
     model: str
@@ -29,45 +44,45 @@ class ServiceFacts(_Message):
     version: str
 
 
-class SentPassage(_Message):
+class SentPassage(_Request):
     """A passage's text, and its encoding where the service asked for it."""
 
     text: str
+    held: str | None = Field(default=None, max_length=64)
+    """A name for the encoding that came with the passage, as `name_encoding` gives it; sent or not."""
     encoding: str | None = None
 
 
-class ScoreRequest(_Message):
+class ScoreRequest(_Request):
     """Body of `POST /v1/score`."""
 
     query: str
     passages: list[SentPassage]
     instruction: str | None = None
-    held: list[int] = Field(default_factory=list)
-    """Indices of the passages whose encoding the client has, and has not sent."""
     client: str | None = None
-    """A random name of the client. Encodings that it sends serve no other, and are kept in memory for it."""
+    """A random name of the client, under which what it sends is kept in memory; None keeps nothing."""
 
 
-class ScoreAnswer(_Message):
+class ScoreAnswer(_Answer):
     """Answer of `POST /v1/score`; the lists are as long as the passages, or empty if something is wanted."""
 
     fingerprint: str
     margins: list[float] = Field(default_factory=list)
-    scores: list[float] = Field(default_factory=list)
+    scores: list[Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=list)
     statuses: list[Status] = Field(default_factory=list)
     """What the service had of each passage before it encoded what was missing."""
     wanted: list[int] = Field(default_factory=list)
-    """Indices out of `held` whose encoding is to be sent."""
+    """Indices of the passages whose encoding is to be sent; of those that hold one and did not bring it."""
 
 
-class EncodingsRequest(_Message):
+class EncodingsRequest(_Request):
     """Body of `POST /v1/encodings`; as NDJSON, one such object a line."""
 
     texts: list[str]
     model: str | None = None
 
 
-class EncodingsAnswer(_Message):
+class EncodingsAnswer(_Answer):
     """Answer of `POST /v1/encodings`: for each text, in order, what to store with it."""
 
     model: str

@@ -27,8 +27,8 @@ CLIENTS = (1, 16, 64)
 N_ROUNDS = 9
 REQUESTS_PER_ROUND = 128
 MAX_ONGOING = 64
-BATCH_SIZES = (8, 32)
-BATCH_WAIT_SECONDS = 0.005
+BATCHES = ((8, 0.0), (8, 0.005), (32, 0.005))
+"""Requests of a batch, and the seconds for which it waits for them."""
 
 
 class Replica:
@@ -51,9 +51,9 @@ class Engine(Replica):
         return ranking[0].score
 
 
-def batching(size: int) -> type[Replica]:
+def batching(size: int, wait: float) -> type[Replica]:
     class Batch(Replica):
-        @serve.batch(max_batch_size=size, batch_wait_timeout_s=BATCH_WAIT_SECONDS)
+        @serve.batch(max_batch_size=size, batch_wait_timeout_s=wait)
         async def __call__(self, numbers: list[int]) -> list[float]:
             queries = [f"what is number {number}?" for number in numbers]
             lists = [self.candidates(number) for number in numbers]
@@ -100,7 +100,7 @@ async def compare(handles: dict[str, serve.handle.DeploymentHandle]) -> None:
         for name in handles:
             ratios = sorted(rate / engine for rate, engine in zip(rates[name], rates["engine"], strict=True))
             print(
-                f"{n_clients:3} clients, {name:9}: {statistics.median(rates[name]):6.1f} requests/s, "
+                f"{n_clients:3} clients, {name:22}: {statistics.median(rates[name]):6.1f} requests/s, "
                 f"{1000 * statistics.median(waits[name]):6.1f} ms; of the engine's rate {statistics.median(ratios):.2f} "
                 f"({ratios[0]:.2f} to {ratios[-1]:.2f})",
                 flush=True,
@@ -110,11 +110,13 @@ async def compare(handles: dict[str, serve.handle.DeploymentHandle]) -> None:
 def main() -> None:
     machine = describe("cpu")
     print(f"{machine['cpu']}, {machine['cores']} cores, load before {machine['load_before']}")
-    n_deployments = 1 + len(BATCH_SIZES)
+    n_deployments = 1 + len(BATCHES)
     ray.init(num_cpus=N_REPLICAS * n_deployments, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
     try:
         handles = {"engine": deploy(Engine, "engine")}
-        handles |= {f"batch {size}": deploy(batching(size), f"batch-{size}") for size in BATCH_SIZES}
+        for number, (size, wait) in enumerate(BATCHES):
+            name = f"serve.batch of {size}, {1000 * wait:g} ms"
+            handles[name] = deploy(batching(size, wait), f"batch-{number}")
         asyncio.run(compare(handles))
     finally:
         serve.shutdown()

@@ -21,10 +21,10 @@ from tools import plain_format
 from tools.fuzzing import rounds
 
 from kalm_integrations import EncodedPassage, KalmReranker, Passage
-from kalm_integrations.core.model.pooling import n_pooled_states
 from kalm_integrations.core.model.prefix_states import PrefixStates
 from kalm_integrations.core.passages import prefixes
 from kalm_integrations.core.passages.codecs import CODECS, WRITERS, write_states
+from kalm_integrations.core.sizes import n_pooled_states
 from kalm_integrations.errors import CorruptEncodingError
 
 QUERY = "who won the game"

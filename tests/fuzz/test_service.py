@@ -50,7 +50,6 @@ FIELDS += [
     "truncate",
     "truncation_direction",
     "max_tokens_per_doc",
-    "held",
     "client",
     "rank_fields",
     "priority",
@@ -59,9 +58,10 @@ NEARLY_RIGHT: dict[str, st.SearchStrategy] = {
     "query": TEXT,
     "documents": st.lists(TEXT | st.fixed_dictionaries({"text": TEXT}), max_size=4),
     "texts": st.lists(TEXT, max_size=4),
-    "passages": st.lists(st.fixed_dictionaries({"text": TEXT}, optional={"encoding": TEXT | st.none()}), max_size=4),
+    "passages": st.lists(
+        st.fixed_dictionaries({"text": TEXT}, optional={"encoding": TEXT | st.none(), "held": TEXT | st.none()}), max_size=4
+    ),
     "top_n": st.integers(-1, 9),
-    "held": st.lists(st.integers(-1, 4), max_size=4),
 }
 BODIES = st.fixed_dictionaries({}, optional={name: NEARLY_RIGHT.get(name, VALUES) | VALUES for name in FIELDS}) | VALUES
 

@@ -15,6 +15,7 @@ import pytest
 import ray
 import torch
 from ray import serve
+from tools.collector import collecting
 
 from kalm_integrations import Passage
 from kalm_integrations.errors import MissingExtraError, SettingsError
@@ -31,9 +32,17 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(tiny_checkpoint, store):
-    """Where two replicas answer, which share a store."""
+def collector():
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def url(tiny_checkpoint, store, collector):
+    """Where two replicas answer, which share a store and send spans."""
     with pytest.MonkeyPatch.context() as patch:
+        for name, value in collector.environment.items():
+            patch.setenv(name, value)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")  # no token in the home folder
         ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
@@ -43,7 +52,7 @@ def url(tiny_checkpoint, store):
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             arguments = {"model": str(tiny_checkpoint), "store": str(store), "min_replicas": "2", "max_replicas": "2"}
-            serve.run(build({**arguments, "model_settings": {"storage_codec": "fp32"}}))
+            serve.run(build({**arguments, "traces": "true", "model_settings": {"storage_codec": "fp32"}}))
             yield f"http://127.0.0.1:{port}"
         finally:
             serve.shutdown()
@@ -129,6 +138,13 @@ def test_a_replica_that_is_killed_loses_no_request(client, url, store):
     assert asked == answered
     [encoded] = [encoded for started, encoded in of_all_replicas(client).items() if started not in before]
     assert encoded == 0
+
+
+def test_a_trace_goes_on_in_a_replica(client, collector):
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    body = {"query": "who?", "documents": TEXTS}
+    client.post("/v1/rerank", json=body, headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"}).raise_for_status()
+    until(lambda: trace in {span.trace_id.hex() for span in collector.spans if span.name == "kalm.rank"})
 
 
 # --- settings

@@ -13,7 +13,7 @@ import torch
 
 from kalm_integrations import EncodedPassage
 from kalm_integrations.core.checkpoint.prompts import passage_text
-from kalm_integrations.core.passages.encoding import hash_text
+from kalm_integrations.core.passages.strings import hash_text
 from tools.paths import TESTS
 
 GOLDEN = TESTS / "data" / "encodings_v1.json"

@@ -16,6 +16,7 @@ from kalm_integrations.core.types import shown
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.fields import EncodingFields, assigned
 from kalm_integrations.hosting.models import Opened, WithModel
+from kalm_integrations.remote.address import is_address
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -120,9 +121,10 @@ class KalmComponent(WithModel):
         return self._fields.model_settings()
 
     def credentials(self) -> dict[str, Any]:
-        """Return the token for the hub; a reranker that was given has been fetched already."""
-        token = self._fields.token
-        return {} if token is None or is_reranker(self._fields.model) else {"token": token.resolve_value()}
+        """Return the token for the hub, where the checkpoint is fetched by this component; a service does that itself."""
+        token, model = self._fields.token, self._fields.model
+        needs_none = token is None or is_reranker(model) or is_address(model)
+        return {} if needs_none else {"token": token.resolve_value()}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the component as a dictionary.

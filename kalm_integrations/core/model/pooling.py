@@ -5,12 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kalm_integrations.core.sizes import n_pooled_states
 from kalm_integrations.errors import SettingsError
-
-
-def n_pooled_states(n_tokens: int, compression_ratio: int) -> int:
-    """Return how many pooled states `n_tokens` encoder states become."""
-    return -(-n_tokens // compression_ratio)
 
 
 def pool_states(states: torch.Tensor, n_tokens: torch.Tensor, compression_ratio: int) -> torch.Tensor:

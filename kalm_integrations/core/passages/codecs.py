@@ -14,17 +14,14 @@ Numbers are little-endian; scales stand before the values.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from kalm_integrations.core.passages import rotated
+from kalm_integrations.core.sizes import INT4_GROUP, PAYLOAD_BYTES
 from kalm_integrations.errors import CorruptEncodingError, NonFiniteScoreError
-
-INT4_GROUP = 64
-"""Values that share a scale in int4."""
 
 LARGEST = torch.finfo(torch.float32).max
 """What no finite number exceeds."""
@@ -95,11 +92,8 @@ def _is_finite(tensors: list[torch.Tensor]) -> bool:
     return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
 
 
-def _float_codec(dtype: torch.dtype) -> Codec:
-    return Codec(
-        n_bytes=lambda n_states, width: n_states * width * dtype.itemsize,
-        read=lambda data, n_states, width: data.view(dtype).view(n_states, width).float(),
-    )
+def _read_float(dtype: torch.dtype, data: torch.Tensor, n_states: int, width: int) -> torch.Tensor:
+    return data.view(dtype).view(n_states, width).float()
 
 
 def _write_float(dtype: torch.dtype, states: torch.Tensor) -> list[torch.Tensor]:
@@ -123,12 +117,8 @@ def _read_int8(data: torch.Tensor, n_states: int, width: int) -> torch.Tensor:
     return values.view(n_states, width).float() * scales.float()[:, None]
 
 
-def _n_groups(width: int) -> int:
-    return math.ceil(width / INT4_GROUP)
-
-
 def _read_int4(data: torch.Tensor, n_states: int, width: int) -> torch.Tensor:
-    n_groups = _n_groups(width)
+    n_groups = -(-width // INT4_GROUP)
     split = 2 * n_states * n_groups
     scales = data[:split].view(torch.float16).view(n_states, n_groups).float()
     packed = data[split:].view(n_states, -1)
@@ -138,11 +128,8 @@ def _read_int4(data: torch.Tensor, n_states: int, width: int) -> torch.Tensor:
     return values.float() * scales.repeat_interleave(INT4_GROUP, dim=1)[:, :width]
 
 
-def _rotated_codec(bits: int) -> Codec:
-    def read(data: torch.Tensor, n_states: int, width: int) -> torch.Tensor:
-        return torch.from_numpy(rotated.read(bits, data.numpy(), n_states, width))
-
-    return Codec(functools.partial(rotated.n_bytes, bits), read)
+def _read_rotated(bits: int, data: torch.Tensor, n_states: int, width: int) -> torch.Tensor:
+    return torch.from_numpy(rotated.read(bits, data.numpy(), n_states, width))
 
 
 def _write_rotated(bits: int, states: torch.Tensor) -> list[torch.Tensor]:
@@ -153,12 +140,14 @@ _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EXACT_CODECS = tuple(_FLOATS)
 """What is read of these is written as the same bytes."""
 
-CODECS: dict[str, Codec] = {
-    **{name: _float_codec(dtype) for name, dtype in _FLOATS.items()},
-    "int8": Codec(lambda n, width: n * (width + 2), _read_int8),
-    **{f"rot{bits}": _rotated_codec(bits) for bits in rotated.LEVELS},
-    "int4": Codec(lambda n, width: n * (-(-width // 2) + 2 * _n_groups(width)), _read_int4),
+_READERS: dict[str, Callable[[torch.Tensor, int, int], torch.Tensor]] = {
+    **{name: functools.partial(_read_float, dtype) for name, dtype in _FLOATS.items()},
+    "int8": _read_int8,
+    **{f"rot{bits}": functools.partial(_read_rotated, bits) for bits in rotated.LEVELS},
+    "int4": _read_int4,
 }
+
+CODECS = {name: Codec(n_bytes, _READERS[name]) for name, n_bytes in PAYLOAD_BYTES.items()}
 """All that can be read."""
 
 WRITERS: dict[str, Callable[[torch.Tensor], list[torch.Tensor]]] = {

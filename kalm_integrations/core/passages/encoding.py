@@ -31,42 +31,26 @@ from typing import Any
 
 import torch
 
-from kalm_integrations.core.model.pooling import n_pooled_states, repool_states
-from kalm_integrations.core.passages.codecs import CODECS, EXACT_CODECS, LARGEST, check_limit, read_states, write_states
+from kalm_integrations.core.model.pooling import repool_states
+from kalm_integrations.core.passages.codecs import EXACT_CODECS, LARGEST, check_limit, read_states, write_states
 from kalm_integrations.core.passages.guarded import store_errors
 from kalm_integrations.core.passages.header import (
     CHECKSUM_BYTES,
     HEADER_KEYS,
     base64_length,
     check_fields,
-    check_header,
     checksum,
-    from_base64,
-    read_header,
     refuse,
     to_base64,
     to_json,
     without_checksum,
     write_header,
 )
+from kalm_integrations.core.passages.strings import MAX_VALUE_CHARS, PREFIX, REFERENCE_PREFIX, payload_bytes, read_string
 from kalm_integrations.core.settings import MAX_TOKENS
-from kalm_integrations.core.text import without_surrogates
+from kalm_integrations.core.sizes import PAYLOAD_BYTES, n_pooled_states
 from kalm_integrations.core.types import plain, shown
 from kalm_integrations.errors import EncodingTooLargeError, SettingsError, StaleEncodingError
-
-PREFIX = "kalm1"
-REFERENCE_PREFIX = "kalm1r"
-
-MAX_VALUE_CHARS = 64 * 2**20
-"""Longer values are refused unread: 1,024 tokens of the widest model in fp32 at ratio 1 take 14 MB."""
-
-
-def hash_text(text: str) -> str:
-    """Return the hash (BLAKE2b, 32 hex digits) of the exact text that the encoder reads.
-
-    What the tokenizer does not tell apart has one hash: JSON joins the halves of a surrogate pair on its way to a store.
-    """
-    return hashlib.blake2b(without_surrogates(text).encode(), digest_size=16).hexdigest()
 
 
 def fingerprint(facts: dict[str, Any]) -> str:
@@ -199,27 +183,10 @@ class EncodedPassage:
             StaleEncodingError: its header says that something else was expected; whether the rest is sound stays open.
             StoreError: the payload store failed.
         """
-        if not isinstance(value, str):
-            refuse(f"be a string, but got {type(value).__name__}")
-        if len(value) > MAX_VALUE_CHARS:
-            refuse(f"have at most {MAX_VALUE_CHARS} characters, but got {len(value)}")
-        match value.split(".", 3):
-            case [prefix, header, body] if prefix == PREFIX:
-                fields = read_header(header)
-                # Sizes first: nothing is allocated for a payload that does not have the length its header claims.
-                if len(body) != base64_length(_n_bytes(fields)):
-                    refuse(f"hold {_n_bytes(fields)} bytes of payload, but has {len(body)} base64 characters")
-                _check_expected(fields, expected)
-                payload = from_base64(body)
-                check_header(fields, header, payload)
-                digest = fields["x"]
-            case [prefix, header] if prefix == REFERENCE_PREFIX:
-                fields = read_header(header)
-                check_header(fields, header)
-                _check_expected(fields, expected)
-                digest, payload = _fetch_payload(fields, payload_store)
-            case _:
-                refuse(f"look like {PREFIX}.<header>.<payload>, but got {value[:24]!r}")
+        fields, payload = read_string(value, lambda fields: _check_expected(fields, expected))
+        digest = fields["x"]
+        if payload is None:
+            digest, payload = _fetch_payload(fields, payload_store)
         n_states, width = fields["s"]
         limit = LARGEST if expected is None else expected.limit
         states = read_states(payload, fields["c"], n_states, width, limit)
@@ -311,7 +278,7 @@ def inline_length(n_tokens: int, ratio: int, width: int, codec: str) -> int:
     """Return the characters of the metadata string of a passage whose states the codec can hold."""
     n_states = n_pooled_states(n_tokens, ratio)
     fields = dict(zip(HEADER_KEYS, ("0" * 32, "0" * 32, n_tokens, ratio, [n_states, width], codec), strict=False))
-    return len(PREFIX) + len(write_header(fields)) + base64_length(_n_bytes(fields)) + 2
+    return len(PREFIX) + len(write_header(fields)) + base64_length(payload_bytes(fields)) + 2
 
 
 def _noted(encoding: EncodedPassage, digest: str, payload: bytes | None = None) -> EncodedPassage:
@@ -347,8 +314,8 @@ def _fetch_payload(fields: dict[str, Any], store: Mapping[str, bytes] | None) ->
     if not isinstance(entry, bytes):
         where = "no payload_store was given" if store is None else "the payload_store does not have it"
         refuse(f"have its payload under {key!r}, but {where}")
-    if len(entry) != CHECKSUM_BYTES + _n_bytes(fields):
-        refuse(f"have an entry of {CHECKSUM_BYTES + _n_bytes(fields)} bytes in the payload_store, but has {len(entry)}")
+    if len(entry) != CHECKSUM_BYTES + payload_bytes(fields):
+        refuse(f"have an entry of {CHECKSUM_BYTES + payload_bytes(fields)} bytes in the payload_store, but has {len(entry)}")
     stored, payload = entry[:CHECKSUM_BYTES], entry[CHECKSUM_BYTES:]
     if stored != checksum(without_checksum(fields), payload):
         refuse("have a payload that matches its checksum, but the one in the payload_store does not")
@@ -367,13 +334,9 @@ def payload_key(fingerprint: str, text_hash: str, ratio: int, codec: str) -> str
 
 def _n_states(n_bytes: int, codec: str, width: int) -> int:
     """Return of how many states a payload of so many bytes is; 0 if of none."""
-    count = CODECS[codec].n_bytes
+    count = PAYLOAD_BYTES[codec]
     low, high = 1, MAX_TOKENS
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if count(middle, width) >= n_bytes else (middle + 1, high)
     return low if count(low, width) == n_bytes else 0
-
-
-def _n_bytes(fields: dict[str, Any]) -> int:
-    return CODECS[fields["c"]].n_bytes(*fields["s"])

@@ -9,9 +9,8 @@ from typing import Any, NoReturn
 
 import pybase64
 
-from kalm_integrations.core.model.pooling import n_pooled_states
-from kalm_integrations.core.passages.codecs import CODECS
 from kalm_integrations.core.settings import MAX_TOKENS
+from kalm_integrations.core.sizes import PAYLOAD_BYTES, n_pooled_states
 from kalm_integrations.core.types import shown
 from kalm_integrations.errors import CorruptEncodingError
 
@@ -83,8 +82,8 @@ def check_fields(fields: dict[str, Any]) -> None:
     if n_states != n_pooled_states(n_tokens, ratio):
         wanted = n_pooled_states(n_tokens, ratio)
         refuse(f"have ceil(n / r) states, for n={n_tokens} and r={ratio} that is {wanted}, but has {n_states}")
-    if not isinstance(fields["c"], str) or fields["c"] not in CODECS:
-        refuse(f"have a codec out of {', '.join(CODECS)}, but got {str(fields['c'])[:16]!r}")
+    if not isinstance(fields["c"], str) or fields["c"] not in PAYLOAD_BYTES:
+        refuse(f"have a codec out of {', '.join(PAYLOAD_BYTES)}, but got {str(fields['c'])[:16]!r}")
 
 
 def _check_hex(fields: dict[str, Any], key: str, digits: int, name: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kalm_integrations.core.passages.rotation import Floats, rotation_of
+from kalm_integrations.core.sizes import FEWEST_WITH_MEAN
 
 Bytes = npt.NDArray[np.uint8]
 Halves = npt.NDArray[np.float16]
@@ -34,18 +35,8 @@ MEAN_LIMIT = 127
 LARGEST = 2.0**15
 """Of a value that is written in levels; what is larger may leave binary16 with its scale."""
 
-FEWEST_WITH_MEAN = 3
-"""States from which on the mean is stored: what differs from it is a half to a tenth of the energy of real states."""
-
 _GRID = 512
 """Steps of a unit on which all thresholds between levels lie: levels are whole 256ths."""
-
-
-def n_bytes(bits: int, n_states: int, width: int) -> int:
-    """Return the bytes of states: a scale for each row, and its packed levels."""
-    padded = rotation_of(width).padded_width
-    n_means = int(n_states >= FEWEST_WITH_MEAN)
-    return n_means * (2 + padded) + n_states * (2 + padded * bits // 8)
 
 
 def write(bits: int, states: Floats) -> tuple[Halves, Bytes]:
@@ -72,7 +63,7 @@ def write(bits: int, states: Floats) -> tuple[Halves, Bytes]:
 
 
 def read(bits: int, data: Bytes, n_states: int, width: int) -> Floats:
-    """Return the states (n_states, width) in what `write` gave: `n_bytes(bits, n_states, width)` bytes."""
+    """Return the states (n_states, width) in what `write` gave: a scale for each row, and its packed levels."""
     rotation = rotation_of(width)
     n_means = int(n_states >= FEWEST_WITH_MEAN)
     split = 2 * (n_means + n_states)

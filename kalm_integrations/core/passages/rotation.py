@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kalm_integrations.core.sizes import rotated_blocks
+
 Floats = npt.NDArray[np.float32]
 
-_SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 128
 _FACTOR = 16
 """A Hadamard matrix of 128 is one of 8 by one of 16: two small products are a fifth of the work of a large one."""
 
@@ -75,8 +76,7 @@ class Rotation:
 @functools.lru_cache(64)
 def rotation_of(width: int) -> Rotation:
     """Return the rotation of states of a width."""
-    block = min(max(1 << (width - 1).bit_length(), _SMALLEST_BLOCK), _LARGEST_BLOCK)
-    n_blocks = -(-width // block)
+    block, n_blocks = rotated_blocks(width)
     padded = block * n_blocks
     return Rotation(width, block, n_blocks, _signs(1, padded), _signs(2, padded))
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import uuid
-
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
-from starlette.exceptions import HTTPException
 
 from kalm_integrations.core.types import AnyPassage, Passage
 from kalm_integrations.remote.protocol import (
@@ -48,6 +45,11 @@ ENCODINGS_BODY = {
 }
 
 
+def _origin(client: str | None, held: str | None) -> tuple[str, bytes] | None:
+    """Return where an encoding comes from: it serves nobody but who sent it, for passages that it came with."""
+    return None if client is None or held is None else ("client", digest(f"{client} {held}"))
+
+
 def routes(service: Service) -> APIRouter:
     """Return the endpoints."""
     router = APIRouter(tags=["Encodings"])
@@ -59,18 +61,20 @@ def routes(service: Service) -> APIRouter:
 
     @router.post(SCORE_PATH, summary="Score passages in the order in which they come", responses=documented())
     async def score(body: ScoreRequest, request: Request) -> ScoreAnswer:
-        """Score passages, or say which encodings out of `held` are wanted instead."""
+        """Score passages, or say which of the encodings that are held are wanted instead."""
         note(request, n_documents=len(body.passages))
         service.check_count(len(body.passages))
-        if not all(0 <= index < len(body.passages) for index in body.held):
-            raise HTTPException(422, f"held: must be indices of the {len(body.passages)} passages, but are others")
-        # Encodings serve nobody but the client that sent them; without a name, nothing but this request.
-        origin = ("client", digest(body.client or uuid.uuid4().hex))
-        passages: list[AnyPassage] = [Passage(passage.text, passage.encoding, origin) for passage in body.passages]
+        passages: list[AnyPassage] = [
+            Passage(passage.text, passage.encoding, _origin(body.client, passage.held)) for passage in body.passages
+        ]
         reranker = service.reranker
         reading = await reranker.aread(passages)
         fingerprint = reranker.fingerprint
-        wanted = [index for index in dict.fromkeys(body.held) if reading.keys[index] not in reading.encodings]
+        wanted = [
+            index
+            for index, (key, passage) in enumerate(zip(reading.keys, body.passages, strict=True))
+            if passage.held is not None and passage.encoding is None and key not in reading.encodings
+        ]
         if wanted:
             note(request, n_wanted=len(wanted))
             return ScoreAnswer(fingerprint=fingerprint, wanted=wanted)

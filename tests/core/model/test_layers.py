@@ -18,8 +18,9 @@ from kalm_integrations import KalmReranker
 from kalm_integrations.core.model import decoder, encoder
 from kalm_integrations.core.model.decoder import answer_logits, prefill, project_passages
 from kalm_integrations.core.model.kv_cache import PaddedKVCache
-from kalm_integrations.core.model.pooling import n_pooled_states, pool_states, repool_states
+from kalm_integrations.core.model.pooling import pool_states, repool_states
 from kalm_integrations.core.runtime import Runtime
+from kalm_integrations.core.sizes import n_pooled_states
 from kalm_integrations.errors import SettingsError
 
 N_PROMPT = 23

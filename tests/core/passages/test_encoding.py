@@ -20,11 +20,12 @@ from tools.paths import DOCS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kalm_integrations import EncodedPassage, KalmReranker, Passage
-from kalm_integrations.core.model.pooling import n_pooled_states, pool_states
+from kalm_integrations.core.model.pooling import pool_states
 from kalm_integrations.core.passages import encoding as encoding_module
 from kalm_integrations.core.passages.codecs import CODECS, WRITERS
-from kalm_integrations.core.passages.encoding import hash_text
+from kalm_integrations.core.passages.strings import hash_text
 from kalm_integrations.core.settings import MAX_TOKENS
+from kalm_integrations.core.sizes import n_pooled_states
 from kalm_integrations.errors import (
     CorruptEncodingError,
     EncodingTooLargeError,

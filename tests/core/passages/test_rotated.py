@@ -16,6 +16,7 @@ from tools import plain_format
 from kalm_integrations import EncodedPassage, KalmReranker, Passage
 from kalm_integrations.core.passages import header, rotated
 from kalm_integrations.core.passages.rotation import rotation_of
+from kalm_integrations.core.sizes import PAYLOAD_BYTES
 from kalm_integrations.errors import CorruptEncodingError, NonFiniteScoreError
 
 # What Lloyd and Max's levels lose of a normal distribution, as a part of its deviation: the roots of .00950, .0345 and .1175.
@@ -113,7 +114,7 @@ def test_constant_and_zero_states(n_states, width, codec):
 def test_the_size_is_known_beforehand(codec, n_states, width):
     encoding = encoding_of(codec, normal(n_states, width))
     payload = plain_format.read_base64(encoding.to_metadata().split(".")[2])
-    assert len(payload) == rotated.n_bytes(int(codec[3]), n_states, width)
+    assert len(payload) == PAYLOAD_BYTES[codec](n_states, width)
 
 
 @settings(deadline=None)
@@ -188,7 +189,7 @@ def test_states_whose_scale_overflows_are_written_as_bf16_though_no_value_is_hug
 def test_a_scale_that_is_not_finite_is_refused_and_warns_of_nothing(scale, codec):
     fields, _ = plain_format.read(encoding_of(codec, normal(3, 66)).to_metadata())
     del fields["x"]
-    size = rotated.n_bytes(int(codec[3]), 3, 66)
+    size = PAYLOAD_BYTES[codec](3, 66)
     for place in range(4):
         payload = b"\x00\x3c" * place + scale + b"\x00\x3c" * (3 - place) + bytes(size - 8)
         with pytest.raises(CorruptEncodingError, match="NaN, infinite"):
@@ -254,8 +255,8 @@ def test_a_reader_older_than_the_codec_counts_it_as_corrupt_and_encodes_again(ti
     [metadata] = KalmReranker.from_pretrained(tiny_checkpoint, storage_codec="rot4").encode_to_metadata([text])
     older = KalmReranker.from_pretrained(tiny_checkpoint, storage_codec="fp32", cache_bytes=0)
     right = older.score("where?", [text])
-    known = {name: codec for name, codec in header.CODECS.items() if not name.startswith("rot")}
-    monkeypatch.setattr(header, "CODECS", known)
+    known = {name: codec for name, codec in PAYLOAD_BYTES.items() if not name.startswith("rot")}
+    monkeypatch.setattr(header, "PAYLOAD_BYTES", known)
     with pytest.raises(CorruptEncodingError, match="codec"):
         EncodedPassage.from_metadata(metadata["kalm_encoding"])
     assert older.score("where?", [Passage(text, metadata["kalm_encoding"])]) == right

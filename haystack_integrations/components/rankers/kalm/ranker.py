@@ -106,12 +106,13 @@ class KalmRanker(KalmComponent):
         """Check and keep the parameters; nothing is loaded.
 
         Args:
-            model: an alias (`pico`, `nano`, `small`, ...), a hub id, a folder, or a reranker to share, which brings its own
-                settings and cannot be serialised.
+            model: an alias (`pico`, `nano`, `small`, ...), a hub id, a folder, the address of a service
+                (`http://host:port`; its key is taken from the environment variable `KALM_API_KEY`), or a reranker to share,
+                which cannot be serialised. The last two bring their own settings.
             revision: branch, tag or commit of a hub id.
             device: None takes CUDA if there is one.
             dtype: "float32" or "bfloat16"; None takes bfloat16 on CUDA and float32 elsewhere.
-            token: for private hub repositories; one that is given as a string cannot be serialised.
+            token: for private hub repositories; one that is given as a string cannot be serialised. No service is sent it.
             top_k: how many documents to return at most; None returns all.
             score_threshold: documents that score less (0 to 1) are left out, before `top_k` is applied.
             fusion: order by the retriever's judgement too: "z_score" adds the scores that documents come with,

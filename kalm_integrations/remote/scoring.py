@@ -1,0 +1,179 @@
+"""One query: texts first, then those encodings that the service lacks, in requests of a size that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from kalm_integrations.core.text import without_surrogates
+from kalm_integrations.core.types import Reading, Status
+from kalm_integrations.errors import ServiceError
+from kalm_integrations.remote.conversation import Call, Conversation, Deadline, ask, not_ours
+from kalm_integrations.remote.protocol import SCORE_PATH, ScoreAnswer, ScoreRequest, SentPassage, name_encoding
+
+MAX_PASSAGES = 1000
+"""Passages of a request; the service takes no more."""
+MAX_CHARACTERS = 4 * 2**20
+"""Of texts and encodings in a request; each is at most six bytes of JSON, and the service takes 32 MiB."""
+
+_MARK = 100
+"""Characters that stand around a passage in JSON."""
+
+Item = TypeVar("Item")
+
+
+class OtherModelError(ServiceError):
+    """The service has another model than the one for which passages were read."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """Whom to ask, and how."""
+
+    url: str
+    client: str
+    """A random name, under which the service keeps what it is sent."""
+    timeout: float | None
+    """Seconds for a request, where a call has no time-out of its own."""
+    max_retries: int
+
+    def deadline(self, timeout: float | None = None) -> Deadline:
+        """Begin to count."""
+        return Deadline.after(self.timeout if timeout is None else timeout)
+
+
+@dataclass
+class Scored:
+    """What a service said of passages, by key."""
+
+    margins: dict[Hashable, float] = field(default_factory=dict)
+    scores: dict[Hashable, float] = field(default_factory=dict)
+    statuses: dict[Hashable, Status] = field(default_factory=dict)
+    """What it had of each."""
+    sent: set[Hashable] = field(default_factory=set)
+    """Whose encoding was sent."""
+
+    def status(self, key: Hashable, read: Status) -> Status:
+        """Return a passage's status: what its metadata are worth, if there are any, or else what the service had.
+
+        Args:
+            key: the passage's.
+            read: its status as it was read here. The service looks deeper into what it is sent.
+        """
+        said = self.statuses[key]
+        if read in ("stale", "corrupt"):
+            return read
+        if read == "stored":
+            return said if key in self.sent and said in ("stale", "corrupt") else "stored"
+        # The encoding came with another passage of the same text, or is remembered.
+        return read if said == "stored" else said
+
+    @property
+    def encoded(self) -> set[Hashable]:
+        """What the service had to encode."""
+        return {key for key, status in self.statuses.items() if status in ("missing", "stale", "corrupt")}
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query, and its passages by key: one for each text."""
+
+    to: Service
+    fingerprint: str
+    """For which the passages were read."""
+    query: str
+    instruction: str | None
+    texts: Mapping[Hashable, str]
+    encodings: Mapping[Hashable, str]
+    """Those that may be sent."""
+    names: Mapping[Hashable, str]
+    """Of the encodings."""
+
+    @classmethod
+    def of(cls, to: Service, fingerprint: str, query: str, instruction: str | None, reading: Reading) -> Query:
+        """Take what has been read."""
+        texts = {key: without_surrogates(text or "") for key, text in zip(reading.keys, reading.texts, strict=True)}
+        # What fills a request alone is made anew instead.
+        encodings = {key: value for key, value in reading.encodings.items() if len(value) <= MAX_CHARACTERS // 2}
+        plain_instruction = None if instruction is None else without_surrogates(instruction)
+        names = {key: name_encoding(value) for key, value in encodings.items()}
+        return cls(to, fingerprint, without_surrogates(query), plain_instruction, texts, encodings, names)
+
+    def score(self, deadline: Deadline | None) -> Conversation[Scored]:
+        """Return what the service says of all passages.
+
+        Raises:
+            OtherModelError: it has another model.
+        """
+        scored = Scored()
+        for keys in self._slices(self.texts, frozenset()):
+            yield from self._ask(keys, frozenset(), scored, deadline)
+        return scored
+
+    def _ask(
+        self, keys: Sequence[Hashable], sent: frozenset[Hashable], scored: Scored, deadline: Deadline | None
+    ) -> Conversation[None]:
+        """Ask for scores; what the service wants of encodings is sent the second time, and all that it may want the third."""
+        body = ScoreRequest(
+            query=self.query,
+            passages=[self._passage(key, sent) for key in keys],
+            instruction=self.instruction,
+            client=self.to.client,
+        )
+        call = Call(SCORE_PATH, ScoreAnswer, body)
+        answer = yield from ask(call, self.to.url, deadline or self.to.deadline(), self.to.max_retries)
+        if answer.fingerprint != self.fingerprint:
+            msg = f"the service at {self.to.url} must keep its model during a query, but has another one now; ask again"
+            raise OtherModelError(msg)
+        if not answer.wanted:
+            self._take(keys, sent, answer, scored)
+            return
+        held = {index for index, key in enumerate(keys) if key in self.encodings and key not in sent}
+        if not held.issuperset(answer.wanted):
+            raise not_ours(self.to.url, "wants encodings that it was not offered")
+        # Several machines may answer in turn, of which each wants others.
+        wanted = self.encodings.keys() if sent else {keys[index] for index in answer.wanted}
+        more = frozenset(key for key in keys if key in wanted)
+        for part in self._slices(keys, more):
+            yield from self._ask(part, more, scored, deadline)
+
+    def _passage(self, key: Hashable, sent: frozenset[Hashable]) -> SentPassage:
+        encoding = self.encodings[key] if key in sent else None
+        return SentPassage(text=self.texts[key], held=self.names.get(key), encoding=encoding)
+
+    def _take(self, keys: Sequence[Hashable], sent: Iterable[Hashable], answer: ScoreAnswer, scored: Scored) -> None:
+        lengths = {len(values) for values in (answer.margins, answer.scores, answer.statuses)}
+        if lengths != {len(keys)}:
+            raise not_ours(self.to.url, f"sent {sorted(lengths)} values for {len(keys)} passages")
+        scored.margins.update(zip(keys, answer.margins, strict=True))
+        scored.scores.update(zip(keys, answer.scores, strict=True))
+        scored.statuses.update(zip(keys, answer.statuses, strict=True))
+        scored.sent.update(sent)
+
+    def _slices(self, keys: Iterable[Hashable], sent: frozenset[Hashable]) -> Iterator[list[Hashable]]:
+        def size(key: Hashable) -> int:
+            return len(self.texts[key]) + (len(self.encodings[key]) if key in sent else 0)
+
+        return slices([(key, size(key)) for key in keys], MAX_PASSAGES, MAX_CHARACTERS)
+
+
+def slices(sized: Iterable[tuple[Item, int]], max_items: int, max_characters: int) -> Iterator[list[Item]]:
+    """Cut items into runs that make a request; one that is too long for it makes one of its own.
+
+    Args:
+        sized: items, each with its characters.
+        max_items: of a run.
+        max_characters: of a run.
+    """
+    run: list[Item] = []
+    n_characters = 0
+    for item, n_own in sized:
+        n_more = n_own + _MARK
+        if run and (len(run) == max_items or n_characters + n_more > max_characters):
+            yield run
+            run, n_characters = [], 0
+        run.append(item)
+        n_characters += n_more
+    if run:
+        yield run
