@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import threading
 import time
 
 import httpx
 import psutil
 import pytest
-from tools.command_line import KALM, run_process
+from tools.command_line import KALM, assert_fails, run_process
 from tools.services import Running, kalm_serve, number, wait_until_ready
+from typer.testing import CliRunner
+
+from kalm_integrations.cli import app as cli
 
 TEXTS = [f"passage number {n} about otters" for n in range(20)]
 BODY = {"query": "otters", "documents": TEXTS}
@@ -108,6 +112,13 @@ def test_wrong_options_are_refused_before_anything_is_loaded(arguments, message)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.startswith(b"kalm: error: ")
     assert message in done.stderr.decode()
+
+
+@pytest.mark.parametrize("module", ["fastapi", "prometheus_client", "uvicorn"])
+def test_without_the_extra_it_says_what_to_install(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    message = f"needs {module}, which is not installed; run: pip install 'kalm-integrations[serve]'"
+    assert_fails(CliRunner().invoke(cli, ["serve", "--port", "0"], catch_exceptions=False), message)
 
 
 def test_a_port_that_is_taken_is_an_error_and_a_service_without_a_key_is_warned_of(service):
