@@ -102,8 +102,7 @@ def serve(
         note(f"warning: everybody who reaches {host} may ask, because there is no --api-key-env")
     with bind(host, port) as listening:
         configure_logging(log_level)
-        print(f"kalm serves {model} on {url_of(listening)}", flush=True)
-        serve(settings, listening)
+        serve(settings, listening, lambda: print(f"kalm serves {model} on {url_of(listening)}", flush=True))
 
 
 def _need(*modules: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from prometheus_client import (
 
 from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.types import RuntimeStats
+from kalm_integrations.errors import StoreError
 
 if TYPE_CHECKING:
     from kalm_integrations.core.reranker import KalmReranker
@@ -107,7 +109,13 @@ class Metrics:
             self._queue.set(engine.n_queued)
             n_batches, self._n_batches = self._n_batches, engine.n_batches
             self._batches.inc(max(0, self._n_batches - n_batches))
-            self._store_bytes.set(kalm.store_bytes or 0)
+
+    def measure_store(self, reranker: Reranker) -> None:
+        """Ask the store how large it is; it may be slow, or gone."""
+        kalm = as_kalm(reranker)
+        if kalm is not None:
+            with contextlib.suppress(StoreError):
+                self._store_bytes.set(kalm.store_bytes or 0)
 
     def render(self) -> bytes:
         """Return all numbers, of all workers, as text."""

@@ -75,7 +75,7 @@ def routes(service: Service) -> APIRouter:
     )
     async def metrics() -> Response:
         """Return the numbers."""
-        service.feed()
+        await service.measure()
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     return router

@@ -74,43 +74,47 @@ def url_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(settings: ServiceSettings, listening: socket.socket) -> None:
+def serve(settings: ServiceSettings, listening: socket.socket, announce: Callable[[], object]) -> None:
     """Serve until a signal says stop; requests that run are finished, and what is to be stored is written.
+
+    Args:
+        settings: of the service.
+        listening: where clients come in.
+        announce: is called as soon as a signal stops the service well.
 
     Raises:
         KalmError: the model cannot be opened.
     """
     if settings.workers > 1:
-        _Workers(settings, listening).run()
+        _Workers(settings, listening).run(announce)
     else:
-        serve_here(settings, listening)
+        serve_here(settings, listening, announce)
 
 
 def serve_here(
-    settings: ServiceSettings, listening: socket.socket, open_reranker: Callable[[ServiceSettings], Reranker] | None = None
+    settings: ServiceSettings,
+    listening: socket.socket,
+    announce: Callable[[], object] = lambda: None,
+    open_reranker: Callable[[ServiceSettings], Reranker] | None = None,
 ) -> None:
     """Serve in this process.
 
     Args:
         settings: of the service.
         listening: where clients come in.
+        announce: is called as soon as a signal stops the service well.
         open_reranker: opens the reranker while the service answers already; None opens the settings' model.
 
     Raises:
         KalmError: the model cannot be opened.
     """
-    import uvicorn
-
-    from kalm_integrations.serving.app import create_app
-    from kalm_integrations.serving.service import open_kalm
-
-    if settings.traces:
-        instrument_with_otlp()
     failures: list[Exception] = []
-    stopping: list[uvicorn.Server] = []
+    servers: list[uvicorn.Server] = []
+    is_stopped = threading.Event()
 
     def stop(_signal: int = 0, _frame: FrameType | None = None) -> None:
-        for server in stopping:
+        is_stopped.set()
+        for server in servers:
             server.should_exit = True
 
     def fail(error: Exception) -> None:
@@ -120,6 +124,14 @@ def serve_here(
     # uvicorn raises the signal that it stopped for once more in the end, when the exit code is to be 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    announce()
+    import uvicorn
+
+    from kalm_integrations.serving.app import create_app
+    from kalm_integrations.serving.service import open_kalm
+
+    if settings.traces:
+        instrument_with_otlp()
     config = uvicorn.Config(
         create_app(settings, open_reranker or open_kalm, on_failure=fail),
         log_config=None,
@@ -128,8 +140,10 @@ def serve_here(
         lifespan="on",
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )
-    stopping.append(uvicorn.Server(config))
-    stopping[0].run(sockets=[listening])
+    servers.append(uvicorn.Server(config))
+    # The signal may have come while all that was imported.
+    servers[0].should_exit = is_stopped.is_set()
+    servers[0].run(sockets=[listening])
     for error in failures:
         if isinstance(error, KalmError):
             raise error
@@ -149,10 +163,11 @@ class _Workers:
         self._stopping = threading.Event()
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def run(self) -> None:
+    def run(self, announce: Callable[[], object]) -> None:
         """Run until a signal says stop, or a worker cannot start."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stopping.set())
+        announce()
         with tempfile.TemporaryDirectory(prefix="kalm-metrics-") as folder:
             environment = {"PROMETHEUS_MULTIPROC_DIR": folder, **os.environ, **self._settings.to_env()}
             # Each would start as many threads as there are cores.

@@ -109,12 +109,18 @@ class Service:
         """Bring the numbers up to date again and again."""
         while True:
             await asyncio.sleep(FEED_SECONDS)
-            self.feed()
+            await self.measure()
 
     def feed(self) -> None:
-        """Bring the numbers up to date."""
+        """Bring the numbers of requests up to date."""
         if self._reranker is not None:
             self.metrics.feed(self._reranker)
+
+    async def measure(self) -> None:
+        """Bring all numbers up to date."""
+        self.feed()
+        if self._reranker is not None:
+            await asyncio.to_thread(self.metrics.measure_store, self._reranker)
 
     async def close(self) -> None:
         """Have what is to be stored written."""

@@ -25,7 +25,7 @@ def main() -> None:
     try:
         reranker = open_kalm(settings)
         reranker.warm_up()
-        serve_here(settings, socket.socket(fileno=int(sys.argv[1])), lambda _: reranker)
+        serve_here(settings, socket.socket(fileno=int(sys.argv[1])), open_reranker=lambda _: reranker)
     except KalmError as error:
         print(f"kalm: error: {error}", file=sys.stderr)
         sys.exit(CANNOT_START)

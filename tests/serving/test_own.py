@@ -245,8 +245,12 @@ def test_a_client_that_reads_no_answers_is_given_up(serve):
         head = "POST /v1/encodings HTTP/1.1\r\nHost: a\r\nContent-Type: application/x-ndjson\r\n"
         client.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
         client.settimeout(0.3)
-        with pytest.raises(TimeoutError):
+
+        def send_for_ever():
             while True:
                 client.sendall(chunk)
+
+        with pytest.raises(TimeoutError):
+            send_for_ever()
         while number(url, "kalm_requests_in_progress") > 1:  # more than this request for the number
             time.sleep(0.02)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import httpx
 import psutil
 import pytest
-from tools.command_line import run_process
-from tools.services import kalm_serve, number, wait_until_ready
+from tools.command_line import KALM, assert_fails, run_process
+from tools.services import Running, kalm_serve, number, wait_until_ready
+from typer.testing import CliRunner
+
+from kalm_integrations.cli import app as cli
 
 TEXTS = [f"passage number {n} about otters" for n in range(20)]
 BODY = {"query": "otters", "documents": TEXTS}
@@ -80,6 +85,13 @@ def test_the_model_may_be_missing(tmp_path):
         assert b"Traceback" not in done.stderr
 
 
+def test_a_signal_that_comes_first_stops_it_too():
+    with subprocess.Popen([*KALM, "serve", "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert b"http://" in process.stdout.readline()
+        process.terminate()
+        assert process.wait(60) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -102,6 +114,13 @@ def test_wrong_options_are_refused_before_anything_is_loaded(arguments, message)
     assert message in done.stderr.decode()
 
 
+@pytest.mark.parametrize("module", ["fastapi", "prometheus_client", "uvicorn"])
+def test_without_the_extra_it_says_what_to_install(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    message = f"needs {module}, which is not installed; run: pip install 'kalm-integrations[serve]'"
+    assert_fails(CliRunner().invoke(cli, ["serve", "--port", "0"], catch_exceptions=False), message)
+
+
 def test_a_port_that_is_taken_is_an_error_and_a_service_without_a_key_is_warned_of(service):
     port = service.url.rpartition(":")[2]
     warning = b"kalm: warning: everybody who reaches 0.0.0.0 may ask"
@@ -115,6 +134,11 @@ def test_a_port_that_is_taken_is_an_error_and_a_service_without_a_key_is_warned_
 
 def test_each_request_is_a_line_of_json(service):
     httpx.post(f"{service.url}/v1/rerank", json={**BODY, "top_n": 1})
-    lines = [json.loads(line) for line in service.log.read_text().splitlines() if line.startswith("{")]
-    last = [line for line in lines if line["path"] == "/v1/rerank"][-1]
-    assert last.items() >= {"method": "POST", "status": 200, "n_documents": 20}.items()
+    expected = {"method": "POST", "path": "/v1/rerank", "status": 200, "n_documents": 20}
+    # It is written when the answer has been sent.
+    while not any(line.items() >= expected.items() for line in logged(service)):
+        time.sleep(0.02)
+
+
+def logged(service: Running) -> list[dict]:
+    return [json.loads(line) for line in service.log.read_text().splitlines() if line.startswith("{") and line.endswith("}")]

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tools.servers import redis
 from tools.services import Running, kalm_serve, number
 
 from kalm_integrations import KalmReranker
+from kalm_integrations.serving.service import open_kalm
+from kalm_integrations.serving.settings import ServiceSettings
 
 QUERY = "which otter is it?"
 
@@ -101,3 +104,15 @@ def test_what_a_client_sends_is_not_stored(make_client, make_reranker, tmp_path)
     assert reranker.flush(60)
     assert list(make_reranker(payload_store=store).read(texts("a", 1))) == ["found"]
     assert client.post("/v1/score", json={"query": QUERY, "passages": [{"text": texts("a", 1)[0]}]}).json()["statuses"]
+
+
+def test_services_share_a_redis(tiny_checkpoint, tmp_path):
+    with redis(tmp_path) as (url, _):
+        given = ServiceSettings.make(model=str(tiny_checkpoint), store=url)
+        one = open_kalm(given)
+        one.rank(QUERY, texts("a"))
+        assert one.flush(60)
+        other = open_kalm(given)
+        assert other.read(texts("a")).counts["found"] == 20
+        assert other.score(QUERY, texts("a")) == pytest.approx(one.score(QUERY, texts("a")), abs=1e-6)
+        assert other.stats.passages_encoded == 0
