@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -100,7 +101,7 @@ class Service:
                 reranker.warm_up()
             except Exception as error:
                 reranker, failure = None, error
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the service has ended meanwhile
                 loop.call_soon_threadsafe(finish, reranker, failure)
 
         threading.Thread(target=work, name="kalm-opening", daemon=True).start()
