@@ -96,7 +96,7 @@ def test_what_is_no_json_is_refused(make_client, content):
 
 
 def test_json_that_does_not_say_so_is_refused(make_client):
-    said = detail(make_client().post("/v2/rerank", content=json.dumps(BODY)), 422)
+    said = detail(make_client().post("/v2/rerank", content=json.dumps(BODY), headers={"content-type": "text/plain"}), 422)
     assert said == "the body must be JSON, with the header Content-Type: application/json"
 
 
