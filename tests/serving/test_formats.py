@@ -86,7 +86,8 @@ def test_halves_of_surrogate_pairs_are_no_failure(client):
     content = rb'{"query": "\ud83d otters", "documents": ["\ud83d otters", ""], "return_documents": true}'
     answer = client.post("/rerank", content=content, headers={"content-type": "application/json"})
     assert answer.json()["results"][0]["document"] == {"text": "? otters"}
-    assert client.post("/rerank", content=content.replace(b'"query"', rb'"model": "\ud83d", X
+    content = content.replace(b'"query"', rb'"model": "\ud83d", "query"')
+    assert client.post("/rerank", content=content, headers={"content-type": "application/json"}).status_code == 404
 
 
 def test_documents_are_cut_only_where_the_model_would_read_more(make_client, make_reranker):
