@@ -89,13 +89,13 @@ bench: $(READY) ## measure parity, memory, load time, speed and stores (docs/par
 
 # Copied, not linked from uv's cache: NLTK, which LlamaIndex splits with, reads no file that has two names.
 UV_LOWEST = $(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest --link-mode copy --resolution lowest-direct --group lowest
-lowest: ## run the tests of core, adapters and training with the lowest versions that pyproject.toml admits; downloads 6 GB
+lowest: ## run the tests of core, adapters, service and training with the lowest versions that pyproject.toml admits; downloads 6 GB
 	rm -rf $(VENV)-lowest
 	$(call environment,$(VENV)-lowest)
 	$(VENV)-lowest/bin/python -m pip install --quiet --constraint constraints.txt uv
-	$(UV_LOWEST) --editable '.[$(FRAMEWORKS),sentence-transformers,eval]'
+	$(UV_LOWEST) --editable '.[$(FRAMEWORKS),sentence-transformers,eval,ray,redis,telemetry]'
 	cd tests && ../$(VENV)-lowest/bin/python -m tools.bounds
-	$(VENV)-lowest/bin/python -m pytest tests/core tests/adapters
+	$(VENV)-lowest/bin/python -m pytest tests/core tests/adapters tests/remote tests/serving tests/test_tracing.py --ignore tests/serving/test_clients.py
 	$(UV_LOWEST) --editable '.[all]'
 	cd tests && ../$(VENV)-lowest/bin/python -m tools.bounds
 	$(VENV)-lowest/bin/python -m pytest tests/training

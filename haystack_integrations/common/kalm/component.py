@@ -123,8 +123,9 @@ class KalmComponent(WithModel):
     def credentials(self) -> dict[str, Any]:
         """Return the token for the hub, where the checkpoint is fetched by this component; a service does that itself."""
         token, model = self._fields.token, self._fields.model
-        needs_none = token is None or is_reranker(model) or is_address(model)
-        return {} if needs_none else {"token": token.resolve_value()}
+        if token is None or is_reranker(model) or is_address(model):
+            return {}
+        return {"token": token.resolve_value()}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the component as a dictionary.
