@@ -108,6 +108,8 @@ def serve_here(
     Raises:
         KalmError: the model cannot be opened.
     """
+    if settings.traces:
+        instrument_with_otlp()
     failures: list[Exception] = []
     servers: list[uvicorn.Server] = []
     is_stopped = threading.Event()
@@ -130,8 +132,6 @@ def serve_here(
     from kalm_integrations.serving.app import create_app
     from kalm_integrations.serving.service import open_kalm
 
-    if settings.traces:
-        instrument_with_otlp()
     config = uvicorn.Config(
         create_app(settings, open_reranker or open_kalm, on_failure=fail),
         log_config=None,
