@@ -14,6 +14,7 @@ from typing import Any
 
 from kalm_integrations.core.base import Reranker, is_reranker
 from kalm_integrations.core.forks import ForkSafeLock
+from kalm_integrations.core.passages.redis_store import is_redis_url, is_without_password
 from kalm_integrations.core.passages.stores import check_stores, check_stores_travel
 from kalm_integrations.core.settings import SETTING_NAMES, STORE_SETTINGS, build_settings, check_names
 from kalm_integrations.errors import SettingsError
@@ -114,12 +115,14 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any], fields: Iterable[str]) -
     check_names(model_kwargs, {*SETTING_NAMES} - fields - {"token"}, "model_kwargs")
     for name in STORE_SETTINGS:
         store = model_kwargs.get(name)
-        if isinstance(store, str) and "://" in store:
+        if isinstance(store, str) and "://" in store and not (is_redis_url(store) and is_without_password(store)):
             # Not shown: there may be a password in it.
             scheme = store.partition("://")[0]
             msg = (
-                f"{name} must be a mapping or a folder, but got a URL of {scheme}; open its store and wrap that in a mapping "
-                "(LangChain: ByteStorePayloads, LlamaIndex: KVPayloadStore)"
+                f"{name} must be a mapping, a folder, or the URL of a Redis server without a password, because settings are "
+                f"shown and saved, but got another URL of {scheme}; open that store and wrap it in a mapping (LangChain: "
+                "ByteStorePayloads, LlamaIndex: KVPayloadStore), or pass KalmReranker.from_pretrained(..., payload_store=...) "
+                "as model"
             )
             raise SettingsError(msg)
 

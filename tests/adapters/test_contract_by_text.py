@@ -8,7 +8,7 @@ import copy
 import pytest
 from tools.hosts import HOSTS, Host
 
-from kalm_integrations.errors import EncodingError
+from kalm_integrations.errors import EncodingError, SettingsError
 from kalm_integrations.hosting import wait_for_write_back
 
 TEXTS = ["The Panthers defense gave up just 308 points.", "Lift and drag of a slender wing.", "naïve café 東京", "a"]
@@ -98,3 +98,21 @@ def test_an_encoder_takes_what_is_found_and_write_back_writes_it(host, component
     assert component_that_writes.reranker.stats.passages_encoded == 0
     values = {host.key(document): host.metadata(document)["kalm_encoding"] for document in encoded}
     assert {host.key(document): host.metadata(document)["kalm_encoding"] for document in written} == values
+
+
+def test_components_take_the_url_of_a_redis_without_a_password(host, tiny_checkpoint, redis_url):
+    given = documents(host)
+    scores = []
+    for _ in range(2):
+        kwargs = {"payload_store": redis_url, "write_through": True}
+        component = host.reranker(model=str(tiny_checkpoint), model_kwargs=kwargs, compression_ratio=8, **{host.top: None})
+        scores.append(outcome(host, host.use(component, QUERY, given)))
+        assert component.reranker.flush(SECONDS)
+    assert scores[0] == scores[1]
+    assert component.reranker.stats.passages_encoded == 0
+    for url in ("redis://:secret@host/0", "redis://host/0?password=secret", "https://host/secret"):
+        with pytest.raises(
+            SettingsError, match="payload_store must be a mapping, a folder, or the URL of a Redis server"
+        ) as caught:
+            host.reranker(model=str(tiny_checkpoint), model_kwargs={"payload_store": url})
+        assert "secret" not in str(caught.value)

@@ -24,6 +24,12 @@ def is_redis_url(store: object) -> bool:
     return isinstance(store, str) and "://" in store and urlsplit(store).scheme in SCHEMES
 
 
+def is_without_password(url: str) -> bool:
+    """Return whether a URL has no place that could hold a secret: neither a user, nor parameters."""
+    parts = urlsplit(url)
+    return "@" not in parts.netloc and not parts.query
+
+
 class RedisPayloadStore(MutableMapping[str, bytes]):
     """Payloads under `kalm:<key>` in a Redis or Valkey server. Bound it there: `maxmemory`, `maxmemory-policy allkeys-lru`.
 
