@@ -61,10 +61,10 @@ def serve(
         Literal["debug", "info", "warning", "error"], typer.Option(help="How much is logged; the access log is info.")
     ] = "info",
 ) -> None:
-    """Serve a model over HTTP, in the formats of Cohere, Jina and TEI.
+    """Serve a model over HTTP.
 
-    Passages that come as texts are encoded once: with a store they are found again by their text, also after a restart and by
-    other processes. SIGTERM and Ctrl-C finish the requests that run.
+    It answers in the formats of Cohere, Jina and TEI. Passages that come as texts are encoded once: with a store they are found
+    again by their text, also after a restart and by other processes. SIGTERM and Ctrl-C finish the requests that run.
     """
     try:
         from kalm_integrations.serving.running import bind, configure_logging, serve, url_of
