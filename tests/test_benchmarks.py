@@ -34,7 +34,9 @@ def results_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toy_blocks = ["--shape", "toy", "--passages", "2", "--rounds", "1", "--blocks", "4"]
     windows.main([*toy_blocks, "--output", str(path.with_name("windows.json"))])
     callers.main(["--shapes", "toy", "--output", str(path.with_name("callers.json"))])
-    serving.main(["--shapes", "toy", "--memory-seconds", "1", "--output", str(path.with_name("serving.json"))])
+    serving.main(
+        ["--shapes", "toy", "--rounds", "1", "--memory-seconds", "1", "--output", str(path.with_name("serving.json"))]
+    )
     main(["render", "--results", str(path)])
     return path
 

@@ -51,7 +51,7 @@ LOADS = {
     "nano": [Load(n, {STORED: 2 * n + 22, FLOOR: 2 * n + 22, OFF: max(n, 3), PEER: max(n, 24)}) for n in (1, 16, 64)],
     "toy": [Load(n, dict.fromkeys((STORED, FLOOR, OFF, PEER), 4)) for n in (1, 4)],
 }
-ROUNDS = {"pico": 2, "nano": 1, "toy": 1}
+ROUNDS = 2
 
 
 class Client:
@@ -210,7 +210,7 @@ def make_peer(folder: Path) -> Path:
     return folder / "peer"
 
 
-def measure(shape: str, device: str, memory_seconds: float) -> dict[str, Any]:
+def measure(shape: str, device: str, rounds: int, memory_seconds: float) -> dict[str, Any]:
     """Measure all loads of a shape, and the memory of the service with its store."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
@@ -228,9 +228,9 @@ def measure(shape: str, device: str, memory_seconds: float) -> dict[str, Any]:
         warm = [body for _ in range(2) for body in questions.make_all()]
         for way, place in places.items():
             asyncio.run(ask(place, 4, warm if way in (STORED, FLOOR) else warm[:2]))
-        loads = [measure_load(places, questions, load, ROUNDS[shape]) for load in LOADS[shape]]
+        loads = [measure_load(places, questions, load, rounds) for load in LOADS[shape]]
         memory = measure_memory(*started[STORED], questions, memory_seconds) if memory_seconds else None
-    facts = {"shape": shape, "passage_tokens": n_tokens, "documents": N_DOCUMENTS, "rounds": ROUNDS[shape]}
+    facts = {"shape": shape, "passage_tokens": n_tokens, "documents": N_DOCUMENTS, "rounds": rounds}
     return {**facts, "loads": loads, "memory": memory}
 
 
@@ -239,11 +239,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = trials.parser("serving", __doc__)
     parser.add_argument("--shapes", choices=LOADS, nargs="+", default=("pico", "nano"))
     parser.add_argument("--memory-seconds", type=float, default=600.0, help="how long memory is watched, on the first shape")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = trials.parse(parser, arguments)
     facts = machine.describe(options.device)
     seconds = [options.memory_seconds, *[0.0] * len(options.shapes)]
-    shapes = [measure(shape, options.device, left) for shape, left in zip(options.shapes, seconds, strict=False)]
+    shapes = [
+        measure(shape, options.device, options.rounds, left) for shape, left in zip(options.shapes, seconds, strict=False)
+    ]
     others = json.loads(options.output.read_text()) if options.output.exists() else {}
     trials.write(options.output, {**others, options.device: {"machine": facts, "shapes": shapes}})
 
