@@ -209,7 +209,8 @@ def _is_plain() -> bool:
         or torch.is_autocast_enabled("cpu")
         or torch.is_autocast_enabled("cuda")
         or torch.is_inference_mode_enabled()
-        or torch.get_default_device().type != "cpu"
+        # Up to torch 2.6 `get_default_device` does not know the device that a `with` has set.
+        or torch.empty(0).device.type != "cpu"
     )
 
 

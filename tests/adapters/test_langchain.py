@@ -191,7 +191,7 @@ def test_top_n_that_is_not_positive_is_refused_when_it_is_set(top_n: int):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model": 42}, "model must be an alias, a hub id, a folder or a reranker, but got int"),
+        ({"model": 42}, "model must be an alias, a hub id, a folder, the address of a service or a reranker, but got int"),
         ({"model_kwargs": {"device": "cpu"}}, "model_kwargs must not repeat fields, but got device"),
         ({"topn": 3}, "must be out of .* but got 'topn'; did you mean 'top_n'"),
     ],

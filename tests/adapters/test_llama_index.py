@@ -647,7 +647,7 @@ def test_settings_reach_the_reranker(tiny_checkpoint, make_reranker):
         ({"model_kwargs": {"batch": 3}}, "model_kwargs must be out of .*encode_batch_size.*but got 'batch'"),
         ({"model_kwargs": {"device": "cpu"}}, "but got device"),
         ({"model_kwargs": {"cache_bytes": object()}}, "cache_bytes: .*object"),
-        ({"model": 3}, "model must be an alias, a hub id, a folder or a reranker, but got int"),
+        ({"model": 3}, "model must be an alias, a hub id, a folder, the address of a service or a reranker, but got int"),
         ({"model": FakeReranker(), "dtype": "float32"}, "brings its own settings, but got dtype"),
     ],
 )
