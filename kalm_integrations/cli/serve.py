@@ -63,8 +63,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP.
 
-    It answers in the formats of Cohere, Jina and TEI. Passages that come as texts are encoded once: with a store they are found
-    again by their text, also after a restart and by other processes. SIGTERM and Ctrl-C finish the requests that run.
+    It answers in the formats of Cohere, Jina and TEI. Passages that come as texts are encoded once: with a store they are
+    found again by their text, also after a restart and by other processes. SIGTERM and Ctrl-C finish the requests that run.
     """
     try:
         from kalm_integrations.serving.running import bind, configure_logging, serve, url_of
