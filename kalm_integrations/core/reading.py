@@ -156,13 +156,14 @@ class Reader:
         missing = [key for key in dict.fromkeys(keys) if key not in found and key not in cached]
         corrupt = {key for (key, _), status in known.items() if status == "corrupt"}
         in_store = self.find(missing, tally, corrupt)
+        there = {**cached, **in_store}
         statuses = [
-            _status_without(key, cached, in_store) if status == "missing" else status
+            _status_without(there.get(key)) if status == "missing" else status
             for key, status in zip(keys, statuses, strict=True)
         ]
         tally["cache_hits"] = tally["metadata_hits"] + len(cached) + len(in_store)
         read_by = f"{current}:{self._ratio}"
-        return Reading(tuple(statuses), tuple(texts), tuple(keys), {**found, **cached, **in_store}, read_by, dict(tally))
+        return Reading(tuple(statuses), tuple(texts), tuple(keys), {**found, **there}, read_by, dict(tally))
 
     def find(
         self, keys: Sequence[Hashable], tally: Counter[str], corrupt: Collection[Hashable] = ()
@@ -265,9 +266,9 @@ class Reader:
         return encoding
 
 
-def _status_without(key: Hashable, cached: Mapping[Hashable, object], in_store: Mapping[Hashable, object]) -> Status:
-    """Return the status of a passage that came without an encoding."""
-    return "cached" if key in cached else "found" if key in in_store else "missing"
+def _status_without(encoding: EncodedPassage | None) -> Status:
+    """Return the status of a passage that came without an encoding, by the one that there is."""
+    return "missing" if encoding is None else "found" if encoding.is_shared else "cached"
 
 
 def _status(stored: EncodedPassage | Status, key: str) -> Status:

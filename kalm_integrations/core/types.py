@@ -29,7 +29,7 @@ Status: TypeAlias = Literal["stored", "cached", "found", "missing", "stale", "co
 
 * stored: it came with the passage (or the passage is an `EncodedPassage`), and is valid.
 * cached: none came with the passage, but memory has it.
-* found: none came with the passage, but the payload store has one of its text.
+* found: none came with the passage, but the payload store has one of its text; memory may have it by now.
 * missing: there is none.
 * stale: what came is of another checkpoint, setting or text.
 * corrupt: what came is no encoding, or a damaged one.

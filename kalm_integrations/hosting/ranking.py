@@ -133,7 +133,7 @@ class HostQuery(Generic[Doc]):
         Where encodings are fetched, a store is not asked for what memory has: it had that, or was given it when it was made.
         """
         fetches = self.fields.fetcher() is not None
-        return [index for index in reading.not_stored if not (fetches and reading[index] == "cached")]
+        return [index for index in reading.not_stored if not (fetches and reading[index] in ("cached", "found"))]
 
     def arguments(self) -> dict[str, Any]:
         """Return what the reranker is asked beside the passages."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import random
 import subprocess
 import sys
@@ -198,8 +199,8 @@ def measure_memory(url: str, process: psutil.Process, questions: Questions, seco
     return {"seconds": seconds, "sample_seconds": SAMPLE_SECONDS, "requests": n_asked, "bytes": samples}
 
 
-def make_peer(folder: Path) -> Path:
-    """Save a random cross-encoder of MiniLM's shape, with its vocabulary's size and a tokenizer of words."""
+def make_peer(folder: Path) -> None:
+    """Save a random cross-encoder of MiniLM's shape, with its vocabulary's size and a tokenizer of words, as `peer`."""
     from sentence_transformers import CrossEncoder
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
@@ -207,7 +208,6 @@ def make_peer(folder: Path) -> Path:
     BertForSequenceClassification(BertConfig(**PEERS[MINILM].shape, num_labels=1)).save_pretrained(parts)
     PreTrainedTokenizerFast.from_pretrained(make_workload_checkpoint("toy", folder / "words")).save_pretrained(parts)
     CrossEncoder(str(parts), max_length=PEERS[MINILM].limit).save_pretrained(str(folder / "peer"))
-    return folder / "peer"
 
 
 def measure(shape: str, device: str, rounds: int, memory_seconds: float) -> dict[str, Any]:
@@ -218,7 +218,11 @@ def measure(shape: str, device: str, rounds: int, memory_seconds: float) -> dict
         n_tokens, n_passages = (16, 24) if shape == "toy" else (PASSAGE_TOKENS, N_PASSAGES)
         questions = Questions(Workload(made).passages(n_tokens, n_passages))
         model = "pico" if shape == "pico" else made
-        models = {STORED: model, OFF: model, PEER: make_peer(folder)}
+        # In a process of its own: what it imports would stay in this one, where the floor is measured.
+        maker = multiprocessing.get_context("spawn").Process(target=make_peer, args=(folder,))
+        maker.start()
+        maker.join()
+        models = {STORED: model, OFF: model, PEER: folder / "peer"}
         store = {"payload_store": folder / "store", "write_through": True, "max_store_bytes": MAX_STORE_BYTES}
         in_process = KalmReranker.from_pretrained(model, device=device, **store)
         started = {way: stack.enter_context(service(way, model, device, folder / "store")) for way, model in models.items()}
@@ -243,12 +247,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = trials.parse(parser, arguments)
     facts = machine.describe(options.device)
-    seconds = [options.memory_seconds, *[0.0] * len(options.shapes)]
-    shapes = [
-        measure(shape, options.device, options.rounds, left) for shape, left in zip(options.shapes, seconds, strict=False)
-    ]
-    others = json.loads(options.output.read_text()) if options.output.exists() else {}
-    trials.write(options.output, {**others, options.device: {"machine": facts, "shapes": shapes}})
+    seconds = options.memory_seconds
+    for shape in options.shapes:
+        made = measure(shape, options.device, options.rounds, seconds)
+        seconds = 0.0
+        # Written after every shape; the others of this device stay.
+        runs = json.loads(options.output.read_text()) if options.output.exists() else {}
+        before = runs.get(options.device, {}).get("shapes", [])
+        shapes = {one["shape"]: one for one in (*before, made)}
+        trials.write(options.output, {**runs, options.device: {"machine": facts, "shapes": list(shapes.values())}})
 
 
 if __name__ == "__main__":

@@ -38,15 +38,17 @@ def _loads(shape: dict[str, Any]) -> str:
     for load in shape["loads"]:
         for way, rounds in load["ways"].items():
             figures = [median(one[name] for one in rounds) for name in ("rate", "p50", "p99")]
-            ratios = [f"{ratio(load, way, other):.2f}" if way == STORED else "" for other in (FLOOR, OFF, PEER)]
+            ratios = [_ratio(load, other) if way == STORED else "" for other in (FLOOR, OFF, PEER)]
             rows.append((load["clients"], way, *map(significant, figures), *ratios))
     return table(head, rows)
 
 
-def ratio(load: dict[str, Any], way: str, other: str) -> float:
-    """Return how many times as many requests one way answers, the median over the rounds."""
-    pairs = zip(load["ways"][way], load["ways"][other], strict=True)
-    return median(one["rate"] / another["rate"] for one, another in pairs)
+def _ratio(load: dict[str, Any], other: str) -> str:
+    """Return how many times as many requests are answered as by another way, the median over the rounds."""
+    if other not in load["ways"]:
+        return "not measured"
+    pairs = zip(load["ways"][STORED], load["ways"][other], strict=True)
+    return f"{median(one['rate'] / another['rate'] for one, another in pairs):.2f}"
 
 
 def _memory(memory: dict[str, Any]) -> str:

@@ -62,9 +62,13 @@ def test_what_a_query_encoded_is_found_by_others_and_scores_the_same(writer, rea
     assert [place.score for place in sorted(ranking, key=lambda place: place.index)][:-1] == expected
     stats = reader.stats
     assert (stats.passages_encoded, stats.store_hits, stats.cache_hits, stats.cache_misses) == (1, len(TEXTS), len(TEXTS), 1)
-    # From now on memory has them.
-    assert list(reader.read([*TEXTS, "new"])) == ["cached"] * (len(TEXTS) + 1)
+    # From now on memory has them, and the store is not asked again.
+    again = reader.read([*TEXTS, "new"])
+    assert list(again) == [*["found"] * len(TEXTS), "cached"]
+    assert again.tally["store_hits"] == 0
     assert reader.stats.store_writes == 0
+    # What was written through is in the store, too.
+    assert list(writer.read(TEXTS)) == ["found"] * len(TEXTS)
     assert len(LmdbPayloadStore(reader._parts.given["payload_store"])) == len(TEXTS)
 
 

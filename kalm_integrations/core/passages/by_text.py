@@ -44,6 +44,7 @@ class TextLookup:
                     damaged.add(th)
                     continue
                 if self._is_what_we_make(encoding):
+                    encoding.note_shared()
                     found[th] = encoding
                     break
         return found, damaged

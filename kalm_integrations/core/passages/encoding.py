@@ -96,6 +96,7 @@ class EncodedPassage:
     _digest: str | None = field(default=None, init=False, repr=False)
     _payload: bytes | None = field(default=None, init=False, repr=False)
     """What the states were read from, where writing them again might give other bytes."""
+    _is_shared: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check everything but the states' values, which are checked when they are used."""
@@ -117,6 +118,15 @@ class EncodedPassage:
         hashed = hashlib.blake2b(to_json([self.n_tokens, self.compression_ratio, *self.states.shape]), digest_size=16)
         hashed.update(self.states.detach().contiguous().view(torch.uint8).numpy().data)
         return _noted(self, hashed.hexdigest()).digest
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a payload store was seen to have it, where every reranker finds it by its text."""
+        return self._is_shared
+
+    def note_shared(self) -> None:
+        """Note that a payload store has it."""
+        object.__setattr__(self, "_is_shared", True)
 
     @property
     def nbytes(self) -> int:

@@ -74,6 +74,8 @@ class WriteThrough:
             payloads = {key: encoding.to_payload() for key, encoding in waiting.items()}
             n_evicted = self._store.offer(payloads, used, self._max_bytes)
             if n_evicted is not None:
+                for encoding in waiting.values():
+                    encoding.note_shared()
                 self._count(store_writes=len(payloads), store_evictions=n_evicted)
 
     def flush(self, timeout: float | None) -> bool:
