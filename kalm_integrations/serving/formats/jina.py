@@ -1,4 +1,4 @@
-"""Jina's `/v1/rerank`, which vLLM, Xinference and Cohere's first version speak too."""
+"""Jina's `/v1/rerank`, which vLLM's clients and Cohere's first version speak too."""
 
 from __future__ import annotations
 
