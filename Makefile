@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 DEMO_READY := $(VENV)/.demo
 READY := $(VENV)/.ready
 FRAMEWORKS := langchain,llama-index,haystack
+EXTRAS := all,ray
 FUZZ_ROUNDS ?= 100000
 SOAK_SECONDS ?= 1800
 
@@ -35,7 +36,7 @@ endef
 setup: $(READY) ## make .venv with the tested versions of everything (other targets do it when needed)
 
 $(READY): pyproject.toml constraints.txt
-	$(call install,$(VENV),'.[all,ray]' --group dev)
+	$(call install,$(VENV),'.[$(EXTRAS)]' --group dev)
 	touch $(DEMO_READY) $@
 
 $(DEMO_READY): pyproject.toml constraints.txt
