@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import os
 import random
 import subprocess
 import sys
@@ -22,8 +23,8 @@ import psutil
 from benchmarks import machine, trials
 from benchmarks.peers import MINILM, PEERS
 from benchmarks.rows import progress
-from benchmarks.serving_app import MAX_STORE_BYTES
-from benchmarks.serving_page import FLOOR, OFF, PEER, STORED
+from benchmarks.serving_app import MAX_STORE_BYTES, SMALL_CACHES
+from benchmarks.serving_page import BOUNDED, FLOOR, OFF, PEER, STORED
 from benchmarks.workload import Workload, make_workload_checkpoint
 from kalm_integrations import KalmReranker
 
@@ -110,7 +111,12 @@ class Questions:
 def service(way: str, model: Path | str, device: str, store: Path) -> Iterator[tuple[str, psutil.Process]]:
     """The URL of a service that is ready, and its process."""
     command = [sys.executable, "-m", "benchmarks.serving_app", way, str(model), device, str(store)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = dict(os.environ)
+    if way == BOUNDED:
+        # As users start it; and oneDNN keeps few of the kernels that it makes for every shape.
+        environment = {name: value for name, value in environment.items() if not name.startswith("MALLOC_")}
+        environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "16"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
@@ -196,7 +202,8 @@ def measure_memory(url: str, process: psutil.Process, questions: Questions, seco
 
     asyncio.run(run())
     progress(f"memory: {min(samples) / 2**20:.0f} to {max(samples) / 2**20:.0f} MiB in {n_asked} requests")
-    return {"seconds": seconds, "sample_seconds": SAMPLE_SECONDS, "requests": n_asked, "bytes": samples}
+    facts = {"seconds": seconds, "sample_seconds": SAMPLE_SECONDS, "cache_bytes": sum(SMALL_CACHES.values())}
+    return {**facts, "requests": n_asked, "bytes": samples}
 
 
 def make_peer(folder: Path) -> None:
@@ -211,20 +218,34 @@ def make_peer(folder: Path) -> None:
 
 
 def measure(shape: str, device: str, rounds: int, memory_seconds: float) -> dict[str, Any]:
-    """Measure all loads of a shape, and the memory of the service with its store."""
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+    """Measure all loads of a shape, and the memory of the service with its store; without rounds, or seconds, not those."""
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made = make_workload_checkpoint("toy" if shape == "pico" else shape, folder / "model")
         n_tokens, n_passages = (16, 24) if shape == "toy" else (PASSAGE_TOKENS, N_PASSAGES)
         questions = Questions(Workload(made).passages(n_tokens, n_passages))
         model = "pico" if shape == "pico" else made
-        # In a process of its own: what it imports would stay in this one, where the floor is measured.
-        maker = multiprocessing.get_context("spawn").Process(target=make_peer, args=(folder,))
-        maker.start()
-        maker.join()
-        models = {STORED: model, OFF: model, PEER: folder / "peer"}
-        store = {"payload_store": folder / "store", "write_through": True, "max_store_bytes": MAX_STORE_BYTES}
-        in_process = KalmReranker.from_pretrained(model, device=device, **store)
+        facts: dict[str, Any] = {"shape": shape, "passage_tokens": n_tokens, "documents": N_DOCUMENTS}
+        if rounds:
+            facts |= {"rounds": rounds, "loads": measure_loads(shape, model, device, folder, questions, rounds)}
+        if memory_seconds:
+            with service(BOUNDED, model, device, folder / "bounded") as (url, process):
+                facts["memory"] = measure_memory(url, process, questions, memory_seconds)
+    return facts
+
+
+def measure_loads(
+    shape: str, model: Path | str, device: str, folder: Path, questions: Questions, rounds: int
+) -> list[dict[str, Any]]:
+    """Measure all loads of a shape."""
+    # In a process of its own: what it imports would stay in this one, where the floor is measured.
+    maker = multiprocessing.get_context("spawn").Process(target=make_peer, args=(folder,))
+    maker.start()
+    maker.join()
+    models = {STORED: model, OFF: model, PEER: folder / "peer"}
+    store = {"payload_store": folder / "store", "write_through": True, "max_store_bytes": MAX_STORE_BYTES}
+    in_process = KalmReranker.from_pretrained(model, device=device, **store)
+    with ExitStack() as stack:
         started = {way: stack.enter_context(service(way, model, device, folder / "store")) for way, model in models.items()}
         urls = {way: url for way, (url, _) in started.items()}
         places = {STORED: urls[STORED], FLOOR: in_process, OFF: urls[OFF], PEER: urls[PEER]}
@@ -232,10 +253,7 @@ def measure(shape: str, device: str, rounds: int, memory_seconds: float) -> dict
         warm = [body for _ in range(2) for body in questions.make_all()]
         for way, place in places.items():
             asyncio.run(ask(place, 4, warm if way in (STORED, FLOOR) else warm[:2]))
-        loads = [measure_load(places, questions, load, rounds) for load in LOADS[shape]]
-        memory = measure_memory(*started[STORED], questions, memory_seconds) if memory_seconds else None
-    facts = {"shape": shape, "passage_tokens": n_tokens, "documents": N_DOCUMENTS, "rounds": rounds}
-    return {**facts, "loads": loads, "memory": memory}
+        return [measure_load(places, questions, load, rounds) for load in LOADS[shape]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -243,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = trials.parser("serving", __doc__)
     parser.add_argument("--shapes", choices=LOADS, nargs="+", default=("pico", "nano"))
     parser.add_argument("--memory-seconds", type=float, default=600.0, help="how long memory is watched, on the first shape")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="0 leaves the loads out")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = trials.parse(parser, arguments)
     facts = machine.describe(options.device)
@@ -251,10 +269,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for shape in options.shapes:
         made = measure(shape, options.device, options.rounds, seconds)
         seconds = 0.0
-        # Written after every shape; the others of this device stay.
+        # Written after every shape; what else was measured on this device stays.
         runs = json.loads(options.output.read_text()) if options.output.exists() else {}
         before = runs.get(options.device, {}).get("shapes", [])
-        shapes = {one["shape"]: one for one in (*before, made)}
+        shapes = {one["shape"]: one for one in before}
+        shapes[shape] = {**shapes.get(shape, {}), **made}
         trials.write(options.output, {**runs, options.device: {"machine": facts, "shapes": list(shapes.values())}})
 
 

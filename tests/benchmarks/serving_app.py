@@ -9,7 +9,7 @@ from typing import Any
 
 import uvicorn
 
-from benchmarks.serving_page import OFF, PEER, STORED
+from benchmarks.serving_page import BOUNDED, OFF, PEER, STORED
 from kalm_integrations.core.base import RankRequest, Reranker
 from kalm_integrations.core.ranking import sigmoid
 from kalm_integrations.core.types import AnyPassage, Metadata, Ranking, Reading, RuntimeStats, checked_list
@@ -22,6 +22,7 @@ TIMEOUT = 1800.0
 """Seconds that a request may take: the slow ways shall be measured, not refused."""
 
 MAX_STORE_BYTES = 64 * 2**20
+SMALL_CACHES = {"cache_bytes": 32 * 2**20, "prefix_cache_bytes": 128 * 2**20}
 
 
 class CrossEncoderReranker(Reranker):
@@ -66,10 +67,10 @@ class CrossEncoderReranker(Reranker):
 def settings_of(way: str, model: str, device: str, store: str) -> ServiceSettings:
     """Return the settings of a way."""
     given: dict[str, Any] = {"model": model, "timeout": TIMEOUT, "max_queue": 10**6, "log_level": "error"}
-    if way == STORED:
+    if way in (STORED, BOUNDED):
         given |= {"store": store, "max_store_bytes": MAX_STORE_BYTES}
-    off = {"cache_bytes": 0, "prefix_cache_bytes": 0} if way == OFF else {}
-    return ServiceSettings.make(**given, model_settings={"device": device, **off})
+    caches = {OFF: {"cache_bytes": 0, "prefix_cache_bytes": 0}, BOUNDED: SMALL_CACHES}.get(way, {})
+    return ServiceSettings.make(**given, model_settings={"device": device, **caches})
 
 
 def main(way: str, model: str, device: str, store: str) -> None:

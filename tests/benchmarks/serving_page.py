@@ -12,6 +12,9 @@ STORED, FLOOR, OFF, PEER = "stored", "in process", "off", "cross-encoder"
 """Ways: with store and prefix states; the same reranker without HTTP, which is the floor; without store and states; and a
 cross-encoder of MiniLM's shape in the same service."""
 
+BOUNDED = "bounded"
+"""Way whose memory is watched: as stored, with caches that are full after a minute or two."""
+
 MEBIBYTE = 2**20
 
 
@@ -25,10 +28,12 @@ def _run(device: str, run: dict[str, Any]) -> Iterator[str]:
     where = facts["gpu"] or f"{facts['cpu']}, {facts['threads']} threads"
     yield f"{where}; load before {facts['load_before']:.2f}; clients on the same machine."
     for shape in run["shapes"]:
+        if "loads" not in shape:
+            continue
         work = f"{shape['documents']} documents of {shape['passage_tokens']} tokens a request"
         yield f"### {shape['shape'].capitalize()} on {device.upper()}, {work}"
         yield _loads(shape)
-        if shape["memory"]:
+        if shape.get("memory"):
             yield _memory(shape["memory"])
 
 
@@ -52,13 +57,11 @@ def _ratio(load: dict[str, Any], other: str) -> str:
 
 
 def _memory(memory: dict[str, Any]) -> str:
-    # The first minute fills caches and makes kernels.
-    samples = memory["bytes"]
-    settled = samples[min(len(samples) // 2, round(60 / memory["sample_seconds"])) :]
-    third = max(1, len(settled) // 3)
-    first, last = (median(part) / MEBIBYTE for part in (settled[:third], settled[-third:]))
+    samples = [n_bytes / MEBIBYTE for n_bytes in memory["bytes"]]
+    third = max(1, len(samples) // 3)
+    first, *others = (median(samples[start : start + third]) for start in (0, third, len(samples) - third))
     return (
         f"Memory over {memory['seconds'] / 60:.0f} minutes of 16 clients, {memory['requests']:,} requests, one document in "
-        f"ten new: {first:,.0f} MiB in the median of the first third after a minute, {last:,.0f} MiB in that of the last, "
-        f"{max(settled) / MEBIBYTE:,.0f} at most."
+        f"ten new, caches of {memory['cache_bytes'] / MEBIBYTE:.0f} MiB: {first:,.0f} MiB in the median of the first third, "
+        f"{others[0]:,.0f} and {others[1]:,.0f} MiB in those of the others; {max(samples):,.0f} MiB at most."
     )

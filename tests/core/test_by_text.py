@@ -65,7 +65,7 @@ def test_what_a_query_encoded_is_found_by_others_and_scores_the_same(writer, rea
     # From now on memory has them, and the store is not asked again.
     again = reader.read([*TEXTS, "new"])
     assert list(again) == [*["found"] * len(TEXTS), "cached"]
-    assert again.tally["store_hits"] == 0
+    assert "store_hits" not in again.tally
     assert reader.stats.store_writes == 0
     # What was written through is in the store, too.
     assert list(writer.read(TEXTS)) == ["found"] * len(TEXTS)

@@ -119,7 +119,7 @@ def test_another_fingerprint_or_width_is_refused_by_the_header(make_reranker, ki
     else:
         value, _ = plain_format.write_reference(header, payload)
     with Tensorless():
-        assert list(reranker.read([Passage("a", value)])) == ["stale"]
+        assert list(reranker._ranker.reader.read([Passage("a", value)])) == ["stale"]
     assert reranker.score(QUERY, [Passage("a", value)]) == make_reranker().score(QUERY, ["a"])
     assert (reranker.stats.stale, reranker.stats.corrupt) == (1, 0)
 
