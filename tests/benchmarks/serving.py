@@ -114,7 +114,7 @@ def service(way: str, model: Path | str, device: str, store: Path) -> Iterator[t
     environment = dict(os.environ)
     if way == BOUNDED:
         # As users start it; and oneDNN keeps few of the kernels that it makes for every shape.
-        environment = {name: value for name, value in environment.items() if not name.startswith("MALLOC_")}
+        environment = {name: value for name, value in environment.items() if name not in machine.MALLOC["tuned"]}
         environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "16"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
