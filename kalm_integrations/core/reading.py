@@ -178,7 +178,7 @@ class Reader:
         store = self.payload_store
         if store is None or not keys:
             return {}
-        by_hash, damaged = TextLookup(self._expected, self._storage).find(store, list(map(str, keys)))
+        by_hash, damaged = self._lookup.find(store, list(map(str, keys)))
         found: dict[Hashable, EncodedPassage] = dict(by_hash.items())
         if damaged:
             tally["corrupt"] += len(damaged - set(map(str, corrupt)))
@@ -188,6 +188,11 @@ class Reader:
             self.cache.put_many(found)
             self._touch(found.values())
         return found
+
+    @kept_property
+    def _lookup(self) -> TextLookup:
+        """What finds encodings in the payload store."""
+        return TextLookup(self._expected, self._storage)
 
     def remembers(self, texts: Iterable[str]) -> bool:
         """Return whether memory has all texts, so that no store is asked for them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from kalm_integrations.core.passages.codecs import write_states
 from kalm_integrations.core.passages.encoding import EncodedPassage, Expected, inline_length, payload_key
@@ -25,13 +25,14 @@ class TextLookup:
         self._limit = None if storage.storage_mode == "reference" else limit
         ratio = storage.compression_ratio
         self._ratios = (ratio,) if self._limit is None else poolable_ratios(ratio)
-        self._codecs = dict.fromkeys((storage.storage_codec, HALF_PRECISION) if storage.storage_codec != "fp32" else ("fp32",))
+        codec = storage.storage_codec
+        codecs = (codec,) if codec in ("fp32", HALF_PRECISION) else (codec, HALF_PRECISION)
+        self._ways = [(ratio, codec) for codec in codecs for ratio in self._ratios]
 
     def find(self, store: GuardedStore, hashes: Sequence[str]) -> tuple[dict[str, EncodedPassage], set[str]]:
         """Return the encodings that are there by the hashes of their texts, and the texts whose entries are damaged."""
-        ways = [(ratio, codec) for codec in self._codecs for ratio in self._ratios]
         fingerprint = self._expected.fingerprint
-        names = {th: [(way, payload_key(fingerprint, th, *way)) for way in ways] for th in hashes}
+        names = {th: [(way, payload_key(fingerprint, th, *way)) for way in self._ways] for th in hashes}
         entries = store.get_many([name for of_text in names.values() for _, name in of_text])
         found: dict[str, EncodedPassage] = {}
         damaged: set[str] = set()
@@ -58,5 +59,5 @@ class TextLookup:
     def _fitting_ratio(self, encoding: EncodedPassage, limit: int) -> int:
         """Return the finest ratio whose string fits; where none does, the encoding stays as it is."""
         n_tokens, width, codec = encoding.n_tokens, encoding.states.shape[1], encoding.codec
-        fitting: Iterable[int] = (r for r in self._ratios if inline_length(n_tokens, r, width, codec) <= limit)
-        return next(iter(fitting), self._storage.compression_ratio)
+        fitting = (ratio for ratio in self._ratios if inline_length(n_tokens, ratio, width, codec) <= limit)
+        return next(fitting, self._storage.compression_ratio)

@@ -53,16 +53,7 @@ class GuardedStore(MutableMapping[str, bytes]):
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value, or the default if the store has none, fails, or holds anything but bytes."""
-        started = self._clock()
-        if not self._reading.is_over(started):
-            return default
-        try:
-            value = self._store.get(key)
-        except Exception as error:
-            self._reading.begin(self._clock())
-            self._fail(f"reading failed: {_say(error)}", type(error).__name__)
-            return default
-        self._notice_time("reading", self._reading, started, 1)
+        value = self._read(lambda: self._store.get(key))
         if value is None or isinstance(value, bytes):
             return default if value is None else value
         self._fail(f"it must hold bytes, but has {type(value).__name__}", f"holds {type(value).__name__}")
@@ -73,16 +64,7 @@ class GuardedStore(MutableMapping[str, bytes]):
         get_many = getattr(self._store, "get_many", None)
         if get_many is None:
             return {key: value for key in keys if (value := self.get(key)) is not None}
-        started = self._clock()
-        if not self._reading.is_over(started):
-            return {}
-        try:
-            found = dict(get_many(list(keys)))
-        except Exception as error:
-            self._reading.begin(self._clock())
-            self._fail(f"reading failed: {_say(error)}", type(error).__name__)
-            return {}
-        self._notice_time("reading", self._reading, started, 1)
+        found = self._read(lambda: dict(get_many(list(keys)))) or {}
         values = {key: value for key, value in found.items() if isinstance(value, bytes)}
         if len(values) < len(found):
             self._fail("it must hold bytes, but has something else", "holds something else")
@@ -95,7 +77,7 @@ class GuardedStore(MutableMapping[str, bytes]):
             StoreError: the store failed and `must_write` is set; else that is logged and counted.
         """
         values = dict(*args, **kwargs)
-        self._write(lambda: self._store.update(values), len(values))
+        self._write(lambda: self._put(values), len(values))
 
     def offer(self, values: Mapping[str, bytes], used: Collection[str], max_bytes: int | None) -> int | None:
         """Write values that the store need not keep.
@@ -111,30 +93,47 @@ class GuardedStore(MutableMapping[str, bytes]):
         Raises:
             StoreError: see `update`.
         """
-        if max_bytes is None:
-            return 0 if self._write(lambda: self._store.update(values), len(values)) else None
-        n_evicted: list[int] = []
-        keep_recent = self._store.keep_recent  # type: ignore[attr-defined]
-        self._write(lambda: n_evicted.append(keep_recent(values, used, max_bytes)), len(values))
-        return n_evicted[0] if n_evicted else None
+        return self._write(lambda: self._put(values, used, max_bytes), len(values))
 
-    def _write(self, write: Callable[[], object], n_values: int) -> bool:
-        """Return whether something was written."""
+    def _put(self, values: Mapping[str, bytes], used: Collection[str] = (), max_bytes: int | None = None) -> int:
+        """Write values, and return how many the store has deleted for them."""
+        if max_bytes is None:
+            self._store.update(values)
+            return 0
+        n_deleted: int = self._store.keep_recent(values, used, max_bytes)  # type: ignore[attr-defined]
+        return n_deleted
+
+    def _read(self, read: Callable[[], Any]) -> Any:
+        """Return what a call of the store returns, or None if that fails or is not made."""
+        started = self._clock()
+        if not self._reading.is_over(started):
+            return None
+        try:
+            found = read()
+        except Exception as error:
+            self._reading.begin(self._clock())
+            self._fail(f"reading failed: {_say(error)}", type(error).__name__)
+            return None
+        self._notice_time("reading", self._reading, started, 1)
+        return found
+
+    def _write(self, write: Callable[[], int], n_values: int) -> int | None:
+        """Return what a call of the store returns, or None if that fails or is not made."""
         started = self._clock()
         if not self._must_write and not self._writing.is_over(started):
-            return False
+            return None
         try:
             with store_errors(self._name, self._store):
-                write()
+                n_deleted = write()
         except KalmError as error:
             self._writing.begin(self._clock())
             if self._must_write:
                 self._count(store_failures=1)
                 raise
             self._fail(f"writing failed: {error}", type(error.__cause__ or error).__name__)
-            return False
+            return None
         self._notice_time("writing", self._writing, started, max(n_values, 1))
-        return True
+        return n_deleted
 
     def __getitem__(self, key: str) -> bytes:
         """Return a value; see `get`."""
