@@ -116,20 +116,22 @@ def service(way: str, model: Path | str, device: str, store: Path) -> Iterator[t
         # As users start it; and oneDNN keeps few of the kernels that it makes for every shape.
         environment = {name: value for name, value in environment.items() if name not in machine.MALLOC["tuned"]}
         environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "16"
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    # From the folder that has this package, wherever the measuring process was started.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parents[1])
     try:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
-        asyncio.run(_wait_until_ready(url))
+        asyncio.run(_wait_until_ready(url, process))
         yield url, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(60)
 
 
-async def _wait_until_ready(url: str) -> None:
+async def _wait_until_ready(url: str, process: subprocess.Popen[str]) -> None:
     client = Client(url)
     while True:
+        assert process.poll() is None, f"the service has ended with exit code {process.returncode}"
         try:
             async with client:
                 await client.post("/v2/rerank", b'{"query": "a", "documents": ["b"]}')

@@ -59,7 +59,8 @@ def _ratio(load: dict[str, Any], other: str) -> str:
 def _memory(memory: dict[str, Any]) -> str:
     samples = [n_bytes / MEBIBYTE for n_bytes in memory["bytes"]]
     third = max(1, len(samples) // 3)
-    first, *others = (median(samples[start : start + third]) for start in (0, third, len(samples) - third))
+    last = len(samples) - third
+    first, *others = (median(samples[start : start + third]) for start in (0, min(third, last), last))
     return (
         f"Memory over {memory['seconds'] / 60:.0f} minutes of 16 clients, {memory['requests']:,} requests, one document in "
         f"ten new, caches of {memory['cache_bytes'] / MEBIBYTE:.0f} MiB: {first:,.0f} MiB in the median of the first third, "
