@@ -63,6 +63,8 @@ class Metrics:
         self._is_shared = SHARED_FOLDER in os.environ
         if not self._is_shared:
             ProcessCollector(registry=registry)
+            # Under Ray another replica may answer each time, and two may have begun in the same hundredth of a second.
+            Gauge("kalm_process_id", "The process that answers.", registry=registry).set(os.getpid())
         self.requests = Counter("kalm_requests", "Requests answered.", ["endpoint", "status"], registry=registry)
         self.seconds = Histogram(
             "kalm_request_seconds", "From a request's head to the end of its answer.", ["endpoint"],

@@ -29,7 +29,7 @@ def test_a_service_that_was_started_anew_finds_what_it_encoded(tmp_path: Path, t
         assert remote.encode_to_metadata(TEXTS[:2]) == local.encode_to_metadata(TEXTS[:2])
         ranking = remote.rank(QUERY, TEXTS)
         assert [place.index for place in ranking] == [place.index for place in expected]
-        assert list(ranking.reading) == ["cached", "cached", "missing"]
+        assert list(ranking.reading) == ["found", "found", "missing"]
         assert remote.fingerprint == local.fingerprint
         running.process.terminate()
         running.process.wait(60)
