@@ -9,13 +9,11 @@ import threading
 
 import pytest
 from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY, attach, detach, set_value
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 from tools.collector import collecting
 from tools.hosts import HOSTS
 from tools.paths import ROOT
+from tools.spans import recording
 
 from kalm_integrations import Passage, tracing
 from kalm_integrations.core.pairs import score_pairs
@@ -27,33 +25,12 @@ QUERY = "who won the super bowl?"
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-class Spans:
-    """What was made since it was last asked."""
-
-    def __init__(self) -> None:
-        self.exporter = InMemorySpanExporter()
-        self.provider = TracerProvider()
-        self.provider.add_span_processor(SimpleSpanProcessor(self.exporter))
-        self.tracer = self.provider.get_tracer("test")
-
-    def take(self):
-        spans = self.exporter.get_finished_spans()
-        self.exporter.clear()
-        return spans
-
-    def one(self):
-        [span] = self.take()
-        return span
-
-
 @pytest.fixture
 def spans(monkeypatch):
     for side in ("INPUTS", "OUTPUTS"):
         monkeypatch.delenv(f"OPENINFERENCE_HIDE_{side}", raising=False)
-    spans = Spans()
-    tracing.instrument(spans.provider)
-    yield spans
-    tracing.uninstrument()
+    with recording() as spans:
+        yield spans
 
 
 def counts(span):

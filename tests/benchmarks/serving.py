@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import psutil
+from tools.services import wait_until_ready
 
 from benchmarks import machine, trials
 from benchmarks.peers import MINILM, PEERS
@@ -121,24 +122,11 @@ def service(way: str, model: Path | str, device: str, store: Path) -> Iterator[t
     try:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
-        asyncio.run(_wait_until_ready(url, process))
+        wait_until_ready(url, process)
         yield url, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(60)
-
-
-async def _wait_until_ready(url: str, process: subprocess.Popen[str]) -> None:
-    client = Client(url)
-    while True:
-        assert process.poll() is None, f"the service has ended with exit code {process.returncode}"
-        try:
-            async with client:
-                await client.post("/v2/rerank", b'{"query": "a", "documents": ["b"]}')
-        except (AssertionError, OSError):
-            await asyncio.sleep(0.2)
-        else:
-            return
 
 
 async def ask(place: str | KalmReranker, n_clients: int, bodies: Sequence[bytes]) -> list[float]:

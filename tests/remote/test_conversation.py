@@ -12,12 +12,10 @@ from email.utils import formatdate
 
 import httpx
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from tools.spans import recording
 from tools.stub_service import as_json, refusal
 
-from kalm_integrations import RemoteReranker, tracing
+from kalm_integrations import RemoteReranker
 from kalm_integrations.errors import DeadlineExceededError, QueueFullError, ServiceError, SettingsError
 from kalm_integrations.remote import conversation
 from kalm_integrations.remote.address import check_address, check_key
@@ -333,14 +331,9 @@ async def test_a_transport_of_ones_own_takes_the_place_of_sockets(fake):
 def test_the_service_is_told_the_trace(fake, rank):
     rank(RemoteReranker(fake.url))
     assert not any("traceparent" in headers for _, headers, _ in fake.requests)
-    exporter, provider = InMemorySpanExporter(), TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    tracing.instrument(provider)
-    try:
+    with recording() as spans:
         rank(RemoteReranker(fake.url))
-    finally:
-        tracing.uninstrument()
     # The service lies in this process, and makes a span of its own.
-    *_, span = exporter.get_finished_spans()
+    *_, span = spans.take()
     told = [headers["traceparent"].split("-")[2] for _, headers, _ in fake.requests[2:]]
     assert told == [f"{span.context.span_id:016x}"] * 2

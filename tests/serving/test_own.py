@@ -10,6 +10,7 @@ import time
 import httpx
 import pytest
 from tools.services import number
+from tools.waiting import until
 
 from kalm_integrations import EncodedPassage
 from kalm_integrations.remote.protocol import EncodingsAnswer, ScoreAnswer, ServiceFacts
@@ -252,5 +253,4 @@ def test_a_client_that_reads_no_answers_is_given_up(serve):
 
         with pytest.raises(TimeoutError):
             send_for_ever()
-        while number(url, "kalm_requests_in_progress") > 1:  # more than this request for the number
-            time.sleep(0.02)
+        until(lambda: number(url, "kalm_requests_in_progress") == 1)  # this request for the number

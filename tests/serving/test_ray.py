@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import threading
-import time
 from collections import Counter
 from importlib import import_module
 
@@ -16,6 +14,8 @@ import torch
 from ray import serve
 from tools.clusters import ray_cluster
 from tools.collector import collecting
+from tools.servers import free_port
+from tools.waiting import until
 
 from kalm_integrations import Passage, RemoteReranker
 from kalm_integrations.errors import MissingExtraError, SettingsError
@@ -43,9 +43,7 @@ def url(tiny_checkpoint, store, collector):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in collector.environment.items():
             patch.setenv(name, value)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         with ray_cluster(2):
             try:
                 serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -77,13 +75,6 @@ def numbers(client):
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
 
-def until(condition):
-    """Ask again and again until something holds; a test that waits for ever fails by the limit."""
-    end = time.monotonic() + ENOUGH_SECONDS
-    while not condition():
-        assert time.monotonic() < end
-
-
 def of_all_replicas(client, texts=TEXTS):
     """Have both replicas answer, and return what they have counted: passages encoded, by process."""
     encoded = {}
@@ -95,7 +86,7 @@ def of_all_replicas(client, texts=TEXTS):
             encoded[seen["kalm_process_id"]] = seen["kalm_passages_encoded_total"]
         return len(encoded) == 2
 
-    until(have_answered)
+    until(have_answered, ENOUGH_SECONDS)
     return encoded
 
 
@@ -108,7 +99,7 @@ def test_what_one_replica_has_encoded_the_other_finds(client, store, make_rerank
     before = of_all_replicas(client, ["what wakes them"])
     order = rerank(client)
     with_store = make_reranker(payload_store=store)
-    until(lambda: set(with_store.read([Passage(text) for text in TEXTS])) == {"found"})
+    until(lambda: set(with_store.read([Passage(text) for text in TEXTS])) == {"found"}, ENOUGH_SECONDS)
     after = of_all_replicas(client)
     assert sorted(after[name] - before[name] for name in before) == [0, len(TEXTS)]
     assert order == [passage.index for passage in with_store.rank("who?", TEXTS)]
@@ -130,10 +121,10 @@ def test_a_replica_that_is_killed_loses_no_request(client, url, store):
     threads = [threading.Thread(target=load, args=(name,)) for name in range(8)]
     for thread in threads:
         thread.start()
-    until(lambda: len(answered) == len(threads))
+    until(lambda: len(answered) == len(threads), ENOUGH_SECONDS)
     processes()[0].kill()
     # The one that takes its place begins with an empty memory, and finds in the store what was encoded.
-    until(lambda: set(of_all_replicas(client)) - set(before))
+    until(lambda: set(of_all_replicas(client)) - set(before), ENOUGH_SECONDS)
     is_over.set()
     for thread in threads:
         thread.join()
@@ -146,7 +137,7 @@ def test_a_trace_goes_on_in_a_replica(client, collector):
     trace = "0af7651916cd43dd8448eb211c80319c"
     body = {"query": "who?", "documents": TEXTS}
     client.post("/v1/rerank", json=body, headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"}).raise_for_status()
-    until(lambda: trace in {span.trace_id.hex() for span in collector.spans if span.name == "kalm.rank"})
+    until(lambda: trace in {span.trace_id.hex() for span in collector.spans if span.name == "kalm.rank"}, ENOUGH_SECONDS)
 
 
 # --- settings

@@ -6,13 +6,13 @@ import json
 import logging
 import socket
 import threading
-import time
 
 import httpx
 import pytest
 from fastapi.testclient import TestClient
 from tools.holding import Held
 from tools.services import number
+from tools.waiting import until
 
 from kalm_integrations.errors import CheckpointNotFoundError, OutOfMemoryError, SettingsError
 from kalm_integrations.serving import guard
@@ -27,13 +27,6 @@ def detail(response: httpx.Response, status: int) -> str:
     assert response.status_code == status, response.text
     assert list(response.json()) == ["detail"]
     return response.json()["detail"]
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # --- keys

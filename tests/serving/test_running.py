@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import httpx
 import psutil
 import pytest
 from tools.command_line import KALM, assert_fails, run_process
 from tools.services import Running, kalm_serve, number, wait_until_ready
+from tools.waiting import until
 from typer.testing import CliRunner
 
 from kalm_integrations.cli import app as cli
@@ -33,8 +33,7 @@ def test_a_signal_to_stop_waits_for_what_runs(tmp_path):
         threads = [threading.Thread(target=ask, args=(n,)) for n in range(3)]
         for thread in threads:
             thread.start()
-        while number(service.url, "kalm_queue_items") == 0:
-            time.sleep(0.01)
+        until(lambda: number(service.url, "kalm_queue_items") > 0)
         service.process.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()
@@ -52,8 +51,7 @@ def test_workers_share_their_numbers_and_end_well(tmp_path):
         assert counts == {20}
         assert number(service.url, "kalm_pairs_scored_total") == 20 * len(TEXTS)
         assert len(TEXTS) <= number(service.url, "kalm_passages_encoded_total") <= 2 * len(TEXTS)
-        while number(service.url, "kalm_ready") < 2:
-            time.sleep(0.05)
+        until(lambda: number(service.url, "kalm_ready") >= 2, 60)
         service.process.send_signal(signal.SIGINT)
         assert service.process.wait(60) == 0
         assert "Traceback" not in service.log.read_text()
@@ -65,8 +63,7 @@ def test_a_worker_that_dies_is_replaced(tmp_path):
         assert len(children) == 2
         httpx.post(f"{service.url}/v2/rerank", json=BODY)
         children[0].kill()
-        while len({child.pid for child in psutil.Process(service.process.pid).children()} - {children[0].pid}) < 2:
-            time.sleep(0.05)
+        until(lambda: len({child.pid for child in psutil.Process(service.process.pid).children()} - {children[0].pid}) >= 2)
         wait_until_ready(service.url, service.process)
         assert number(service.url, "kalm_requests_total", endpoint="/v2/rerank") == 1
         others = psutil.Process(service.process.pid).children()
@@ -136,8 +133,7 @@ def test_each_request_is_a_line_of_json(service):
     httpx.post(f"{service.url}/v1/rerank", json={**BODY, "top_n": 1})
     expected = {"method": "POST", "path": "/v1/rerank", "status": 200, "n_documents": 20}
     # It is written when the answer has been sent.
-    while not any(line.items() >= expected.items() for line in logged(service)):
-        time.sleep(0.02)
+    until(lambda: any(line.items() >= expected.items() for line in logged(service)))
 
 
 def logged(service: Running) -> list[dict]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from pathlib import Path
 
 import httpx
 import pytest
 from tools.servers import redis
 from tools.services import Running, kalm_serve, number
+from tools.waiting import until
 
 from kalm_integrations import KalmReranker
 from kalm_integrations.serving.service import open_kalm
@@ -34,8 +34,7 @@ def found(service: Running) -> float:
 
 
 def wait_for(service: Running, n_written: int) -> None:
-    while number(service.url, "kalm_store_writes_total") < n_written:
-        time.sleep(0.02)
+    until(lambda: number(service.url, "kalm_store_writes_total") >= n_written, 60)
 
 
 @pytest.fixture

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from tools.spans import recording
 from typer.testing import CliRunner
 
-from kalm_integrations import tracing
 from kalm_integrations.cli import app as cli
 from kalm_integrations.errors import MissingExtraError
 from kalm_integrations.serving import running
@@ -17,22 +14,18 @@ TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
 @pytest.fixture
-def exporter():
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    tracing.instrument(provider)
-    yield exporter
-    tracing.uninstrument()
+def spans():
+    with recording() as spans:
+        yield spans
 
 
-def test_spans_of_requests_belong_to_the_sender_s_trace(make_client, exporter):
+def test_spans_of_requests_belong_to_the_sender_s_trace(make_client, spans):
     client = make_client()
     headers = {"traceparent": f"00-{TRACE}-{SPAN}-01"}
     client.post("/v2/rerank", json={"query": "who?", "documents": ["a", "b"], "model": "fake"}, headers=headers)
     client.post("/v1/encodings", json={"texts": ["a"]}, headers=headers)
     client.post("/rerank", json={"query": "who?", "texts": ["a"]})
-    ranked, encoded, alone = exporter.get_finished_spans()
+    ranked, encoded, alone = spans.take()
     assert [ranked.name, encoded.name, alone.name] == ["kalm.rank", "kalm.encode", "kalm.rank"]
     assert ranked.attributes["kalm.encodings.missing"] == 2
     for span in (ranked, encoded):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -56,7 +57,7 @@ def kalm_serve(folder: Path, *arguments: object, **environment: str) -> Iterator
         process.stdout.close()
 
 
-def wait_until_ready(url: str, process: subprocess.Popen[bytes] | None = None) -> None:
+def wait_until_ready(url: str, process: subprocess.Popen[Any] | None = None) -> None:
     """Return when a service has loaded its model."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and (process is None or process.poll() is None):
