@@ -18,8 +18,9 @@ class PayloadChange:
 
     point_id: str | int
     payload: Mapping[str, Any]
+    """None takes a field away."""
     unchanged: tuple[str, str] | None = None
-    """A field of the payload and what it must still hold; None makes no condition."""
+    """A field of the payload, none that is taken away, and what it must still hold; None makes no condition."""
 
 
 class LeanQdrantClient:
@@ -81,7 +82,7 @@ def find_ids(client: Any, collection: str, key: str | None, without: Label | Non
 
 
 def add_payloads(client: Any, collection: str, changes: Sequence[PayloadChange], key: str | None = None) -> None:
-    """Add to the payloads of points, all else staying as it is; points that are gone are passed over.
+    """Add to the payloads of points and take from them, all else staying as it is; points that are gone are passed over.
 
     Args:
         client: a `QdrantClient`.
@@ -99,9 +100,21 @@ def add_payloads(client: Any, collection: str, changes: Sequence[PayloadChange],
         conditions = [models.HasIdCondition(has_id=[change.point_id])]
         if is_conditional and change.unchanged is not None:
             conditions.append(_holds(models, *change.unchanged))
-        added = models.SetPayload(payload=dict(change.payload), filter=models.Filter(must=conditions), key=key)
-        operations.append(models.SetPayloadOperation(set_payload=added))
+        where = models.Filter(must=conditions)
+        added = {field: value for field, value in change.payload.items() if value is not None}
+        removed = [_path(key, field) for field, value in change.payload.items() if value is None]
+        # What is taken away first: the condition may be on a field that is set.
+        if removed:
+            operations.append(models.DeletePayloadOperation(delete_payload=models.DeletePayload(keys=removed, filter=where)))
+        if added:
+            operations.append(models.SetPayloadOperation(set_payload=models.SetPayload(payload=added, filter=where, key=key)))
     client.batch_update_points(collection, operations)
+
+
+def _path(key: str | None, field: str) -> str:
+    # Quoted, because a path takes dots apart.
+    quoted = f'"{field}"'
+    return quoted if key is None else f"{key}.{quoted}"
 
 
 def _takes_conditions(client: Any, collection: str) -> bool:

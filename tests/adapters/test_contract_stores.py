@@ -17,6 +17,7 @@ from qdrant_client import QdrantClient, models
 
 from kalm_integrations import haystack, langchain, llama_index
 from kalm_integrations.core.types import ENCODING_KEY
+from kalm_integrations.hosting import qdrant
 from kalm_integrations.testing import FakeReranker
 
 TEXTS = ["one passage", "another passage", "a third one"]
@@ -65,3 +66,20 @@ def test_qdrant_in_strict_mode_is_given_no_condition_that_needs_an_index(fill: C
     points, _ = client.scroll(name, with_payload=True)
     assert [ENCODING_KEY in str(point.payload) for point in points] == [True] * len(TEXTS)
     assert backfill().n_missing == 0, "the host does not find what was written"
+
+
+@pytest.mark.parametrize("key", ["metadata", None])
+def test_qdrant_takes_fields_away_and_leaves_the_rest(key: str | None) -> None:
+    """Also a field with a dot in its name, on the condition that another one holds, and beside points that are gone."""
+    client = QdrantClient(":memory:")
+    client.create_collection("kalm", models.VectorParams(size=WIDTH, distance=models.Distance.COSINE))
+    inner = {"page": "1", "kalm": "old", "kalm_fp": "old", "a.b": "old"}
+    payload = {**inner, "text": "one"} if key is None else {key: inner, "text": "one"}
+    client.upsert("kalm", [models.PointStruct(id=i, vector=[1.0, 0.0, 0.0], payload=payload) for i in (1, 2)])
+    change = {"kalm": None, "kalm_fp": "new", "a.b": None}
+    changes = [qdrant.PayloadChange(1, change, ("text", "one")), qdrant.PayloadChange(2, change, ("text", "another"))]
+    qdrant.add_payloads(client, "kalm", [*changes, qdrant.PayloadChange(3, change)], key)
+    first, second = (point.payload for point in client.retrieve("kalm", [1, 2]))
+    expected = {"page": "1", "kalm_fp": "new"}
+    assert first == ({**expected, "text": "one"} if key is None else {key: expected, "text": "one"})
+    assert second == payload
