@@ -28,7 +28,7 @@ from kalm_integrations.core.types import ENCODING_KEY
 from kalm_integrations.hosting.documents import fingerprint_key
 
 QUERY = "what did the Panthers do"
-TEXTS = [f"Passage {i}: the Panthers {'won' if i % 3 else 'lost'} game number {i * 7}." for i in range(24)]
+TEXTS = [f"Passage {i}: the Panthers {'won' if i % 3 else 'lost'} game number {i * 7}." for i in range(12)]
 NEW_KEY = "kalm_encoding_2"
 
 
