@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import lancedb
+import pyarrow as pa
 from langchain_chroma import Chroma
 from langchain_classic.storage import LocalFileStore, create_kv_docstore
 from langchain_community.vectorstores import FAISS, LanceDB
@@ -209,10 +211,14 @@ class MilvusHost(VectorHost):
 
 
 class LanceDBHost(VectorHost):
-    """LanceDB, whose hits have no ids but what is in their metadata."""
+    """LanceDB with a table that has the fields of encodings, and whose hits have no ids but what is in their metadata."""
 
     def __init__(self, embeddings: CountingEmbeddings, folder: Path) -> None:
         self.folder = str(folder)
+        fields = ("id", "source", ENCODING_KEY, FINGERPRINT_KEY)
+        metadata = pa.struct([pa.field(name, pa.string()) for name in fields])
+        columns = {"vector": pa.list_(pa.float32(), WIDTH), "id": pa.string(), "text": pa.string()}
+        lancedb.connect(self.folder).create_table("kalm", schema=pa.schema({**columns, "metadata": metadata}))
         super().__init__(embeddings)
 
     def open(self) -> None:

@@ -1,9 +1,8 @@
-"""LanceDB, as langchain-community stores documents in it: metadata is one struct, whose fields are those of the table."""
+"""LanceDB, as langchain-community stores documents in it: metadata is one struct, whose fields the first documents make."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from importlib import import_module
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from langchain_core.documents import Document
@@ -12,10 +11,15 @@ from kalm_integrations.hosting.stores import PAGE_SIZE, Changes, DocumentId, Lab
 from kalm_integrations.langchain.store_kinds.base import StoreAccess
 
 _METADATA = "metadata"
+_READ_BATCH = 100
 
 
 class LanceDBAccess(StoreAccess):
-    """By the table, opened anew for each call: one that is open does not see what others write."""
+    """By the table, opened anew for each call: one that is open does not see what others write.
+
+    Encodings lie in the struct if it has their fields, and otherwise in two columns beside it, which searches do not carry: a
+    search that filters by metadata fails when the struct gets fields later.
+    """
 
     @property
     def _table(self) -> Any:
@@ -31,22 +35,35 @@ class LanceDBAccess(StoreAccess):
         """Return ids of the table as it is now, in batches."""
         if (table := self._table) is None:
             return []
-        outdated = None
-        if without is not None and without.key in _fields(table):
-            label = _field(without.key)
-            outdated = f"{label} is null or {label} != {_literal(without.fingerprint)}"
-        search = table.search().select({"id": f"`{self._id}`"})
-        batches = (search if outdated is None else search.where(outdated)).to_batches(PAGE_SIZE)
-        return PagedIds((batch.column("id").to_pylist() for batch in batches), table.count_rows(outdated))
+        columns = {"id": f"`{self._id}`"}
+        if without is None:
+            batches = table.search().select(columns).to_batches(PAGE_SIZE)
+            return PagedIds((batch.column("id").to_pylist() for batch in batches), table.count_rows())
+        if without.key in _fields(table):
+            return PagedIds(self._unlabelled(table.search().select(columns | {_METADATA: _METADATA}), without))
+        search = table.search().select(columns)
+        if without.key in table.schema.names:
+            search = search.where(f"`{without.key}` is null or `{without.key}` != {_literal(without.fingerprint)}")
+        return PagedIds(batch.column("id").to_pylist() for batch in search.to_batches(PAGE_SIZE))
+
+    def _unlabelled(self, search: Any, without: Label) -> Iterator[list[DocumentId]]:
+        # By whole structs: to pick one field fails where rows were added that lack some.
+        for batch in search.to_batches(_READ_BATCH):
+            yield [row["id"] for row in batch.to_pylist() if not without.is_on(row[_METADATA] or {})]
 
     def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, Document]:
         """Return documents by id."""
         if (table := self._table) is None or not ids:
             return {}
         columns = {"id": f"`{self._id}`", "text": f"`{self._store._text_key}`", _METADATA: _METADATA}  # noqa: SLF001
-        rows = table.search().where(self._is_one_of(ids)).select(columns).to_list()
+        beside = {key: f"`{key}`" for key in self._keys if key in table.schema.names}
+        rows = table.search().where(self._is_one_of(ids)).select(columns | beside).to_list()
         return {
-            row["id"]: Document(row["text"], id=row["id"], metadata=row[_METADATA] or {})
+            row["id"]: Document(
+                row["text"],
+                id=row["id"],
+                metadata=(row[_METADATA] or {}) | {key: row[key] for key in beside if row[key] is not None},
+            )
             for row in rows
             if row["text"] is not None
         }
@@ -57,32 +74,40 @@ class LanceDBAccess(StoreAccess):
         return found
 
     def add_metadata(self, changes: Changes) -> None:
-        """Set fields of the struct of each row as it is now, all rows in one new version of the table."""
+        """Set fields or columns of each row as it is now, of all rows in one new version of the table."""
         table = self._table
         keys = dict.fromkeys(key for change in changes.values() for key in change)
-        held = _fields(table)
-        if missing := [key for key in keys if key not in held]:
-            arrow = import_module("pyarrow")
-            struct = arrow.struct([arrow.field(key, arrow.string()) for key in missing])
-            table.add_columns(arrow.schema([arrow.field(_METADATA, struct)]))
-        values = {
-            key: self._chosen(key, {i: change[key] for i, change in changes.items() if key in change})
-            if key in keys
-            else _field(key)
-            for key in [*held, *missing]
+        places = {key: _place(table, key) for key in keys}
+        if missing := [key for key, place in places.items() if place is None]:
+            table.add_columns(dict.fromkeys(missing, "cast(null as string)"))
+        chosen = {
+            key: self._chosen(place or f"`{key}`", {i: change[key] for i, change in changes.items() if key in change})
+            for key, place in places.items()
         }
-        struct = ", ".join(f"{_literal(key)}, {value}" for key, value in values.items())
-        table.update(where=self._is_one_of(list(changes)), values_sql={_METADATA: f"named_struct({struct})"})
+        held = _fields(table)
+        # Wrapped, because a case is taken within a function only.
+        values = {key: f"named_struct('value', {value})['value']" for key, value in chosen.items() if key not in held}
+        if len(values) < len(chosen):
+            struct = ", ".join(f"{_literal(key)}, {chosen.get(key, _field(key))}" for key in held)
+            values[_METADATA] = f"named_struct({struct})"
+        table.update(where=self._is_one_of(list(changes)), values_sql=values)
 
-    def _chosen(self, key: str, values: Mapping[DocumentId, str | None]) -> str:
-        """Return the SQL of a field that has a value by id, and is left as it is in other rows."""
+    def _chosen(self, place: str, values: Mapping[DocumentId, str | None]) -> str:
+        """Return the SQL of what has a value by id, and is left as it is in other rows."""
         cases = " ".join(
             f"when {_literal(i)} then {'null' if value is None else _literal(value)}" for i, value in values.items()
         )
-        return f"case `{self._id}` {cases} else {_field(key)} end"
+        return f"case `{self._id}` {cases} else {place} end"
 
     def _is_one_of(self, ids: Sequence[DocumentId]) -> str:
         return f"`{self._id}` in ({', '.join(map(_literal, ids))})"
+
+
+def _place(table: Any, key: str) -> str | None:
+    """Return the SQL of where a key's values lie; None if they have no place yet."""
+    if key in _fields(table):
+        return _field(key)
+    return f"`{key}`" if key in table.schema.names else None
 
 
 def _fields(table: Any) -> list[str]:

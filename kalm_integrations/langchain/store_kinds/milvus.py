@@ -79,7 +79,8 @@ class MilvusAccess(StoreAccess):
         held = {}
         for row in self._get(ids, list(dict.fromkeys(fields))):
             text = row.pop(self._store._text_field)  # noqa: SLF001
-            held[row[self._id]] = Document(text, id=row[self._id], metadata=dict(row))
+            metadata = {key: value for key, value in row.items() if value or key not in self._keys}
+            held[row[self._id]] = Document(text, id=row[self._id], metadata=metadata)
         return held
 
     def id_of(self, document: Document) -> DocumentId | None:
