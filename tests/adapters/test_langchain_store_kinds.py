@@ -169,6 +169,18 @@ def test_milvus_with_a_static_schema_keeps_encodings_in_fields_of_their_own(
     assert "1 of 1 encodings were not written back: 1 failed" in caplog.text
 
 
+def test_a_lean_milvus_store_fetches_the_field_that_it_leaves_out_of_searches(open_milvus: Callable[..., Milvus]):
+    store = open_milvus()
+    store.add_documents(encode(), ids=IDS)
+    store.fields.remove("kalm_encoding")
+    hits = store.similarity_search(QUERY, k=5)
+    assert not any("kalm_encoding" in hit.metadata for hit in hits)
+    reranker = FakeReranker()
+    KalmRerank(model=reranker, fetch=fetch_from(store)).compress_documents(hits, QUERY)
+    assert reranker.stats.passages_encoded == 0
+    assert fill(store) == BackfillReport(5, 0, 0)
+
+
 def test_milvus_is_refused_where_encodings_have_no_place_or_ids_change(open_milvus: Callable[..., Milvus]):
     static = open_milvus(collection_name="static")
     static.add_documents(make_documents(), ids=IDS)
