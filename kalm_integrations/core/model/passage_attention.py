@@ -1,6 +1,6 @@
 """The encoder's attention over passages that lie end to end: each token sees its own passage, under a window a part of it.
 
-Passages of one length are computed together; where matrices are not packed for oneDNN, passages of like length are too, padded.
+Passages of one length are computed together. Where matrices are not packed for oneDNN, those of like length are too, padded.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _attend(
         seen = None if bias is None else bias[:, None]
         attended = F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, attn_mask=seen, scale=1.0)
         return attended.transpose(1, 2).flatten(2)
-    # PyTorch's fused attention uses neither oneDNN nor the CPU's bfloat16 units. The heads of a group become rows of one query.
+    # PyTorch's fused attention uses neither oneDNN nor the CPU's bfloat16 units. Heads of a group become rows of one query.
     rows = queries.unflatten(2, (n_kv_heads, group)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (keys, values))
     if queries.dtype == torch.bfloat16:
