@@ -165,7 +165,7 @@ def _attend(
             scores = packing.product(row, key)
             if bias is not None:
                 scores.view(n_queries, group, -1).add_(bias[0, :, None])
-            parts.append(packing.product(torch.softmax(scores, dim=-1), value.t().contiguous())[None])
+            parts.append(packing.product(torch.softmax(scores, dim=-1), value.t())[None])
         attended = _joined(parts, 0)
     attended = attended.view(n_passages, n_kv_heads, n_queries, group, width).transpose(1, 2)
     return attended.reshape(n_passages, n_queries, n_heads * width)
