@@ -27,7 +27,7 @@ from kalm_integrations.bulk.outputs import (
 from kalm_integrations.bulk.reading import read_encoded
 from kalm_integrations.bulk.repeats import RepeatedTexts
 from kalm_integrations.bulk.rows import RowCounts, RowEncoder
-from kalm_integrations.bulk.scanning import Scan, estimate_bytes, scan
+from kalm_integrations.bulk.scanning import COMPRESSED, STORED, WHOLE, Scan, estimate_bytes, scan
 from kalm_integrations.bulk.sources import Block, Source, cut_windows, open_source
 from kalm_integrations.bulk.state import Progress, WorkFolder, check_same
 from kalm_integrations.bulk.threads import ReadAhead, WriteBehind
@@ -252,7 +252,8 @@ class _Run:
             return Start(None, done, None)
         limit = self._settings.get("max_inline_bytes")
         is_compressed = self._is_parquet or (self._path is not None and self._path.suffix == ".gz")
-        estimate = estimate_bytes(self._encoder.reranker, self._scan, limit, is_compressed=is_compressed)
+        shares = STORED if self._path is None else COMPRESSED if is_compressed else WHOLE
+        estimate = estimate_bytes(self._encoder.reranker, self._scan, limit, shares)
         return Start(self._scan.n_rows, done, estimate)
 
     def encode(self, done: Progress, on_progress: Callable[[Progress], object]) -> Progress:

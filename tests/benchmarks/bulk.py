@@ -49,11 +49,13 @@ def measure(folder: Path, n_rows: int, output: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "kalm_integrations", "encode", str(source), "-o", str(folder / output)]
     started = time.perf_counter()
     resident: list[int] = []
+    cpu_seconds = 0.0
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
         process = psutil.Process(child.pid)
         while child.poll() is None:
             try:
                 resident.append(process.memory_info().rss)
+                cpu_seconds = sum(process.cpu_times()[:2])
             except psutil.NoSuchProcess:
                 break
             time.sleep(SECONDS_BETWEEN)
@@ -69,6 +71,7 @@ def measure(folder: Path, n_rows: int, output: str) -> dict[str, Any]:
     return {
         "rows": n_rows,
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
         "rows_per_second": round(n_rows / seconds, 1),
         "input_bytes": source.stat().st_size,
         "output_bytes": sum(file.stat().st_size for file in files),

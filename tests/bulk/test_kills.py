@@ -57,7 +57,7 @@ def test_runs_that_are_killed_end_as_one_run_does(name: str) -> None:
     assert content(output) == content(expected)
     found = list(read_encoded(output))
     assert [(row["_id"], row["text"]) for row in found] == [(row["_id"], row["text"]) for row in rows]
-    assert sorted(os.listdir()) == sorted(["corpus.jsonl", "one", name])
+    assert sorted(path.name for path in Path().iterdir()) == sorted(["corpus.jsonl", "one", name])
 
 
 def test_a_run_goes_on_after_what_is_done() -> None:
@@ -161,8 +161,9 @@ def test_memory_does_not_grow_with_the_corpus() -> None:
 
 def test_the_command_goes_on_after_kill_and_stop(tiny_checkpoint: Path) -> None:
     """With a model, in processes of their own: kill -9, then SIGTERM, then to the end; bytes as of one run."""
-    long = [{"text": f"{' '.join(TEXTS * 40)} {number}"} for number in range(60)]
-    source = write_jsonl(Path("corpus.jsonl"), long)
+    # So long that two rows are a window.
+    long = " ".join(TEXTS * 5_000)
+    source = write_jsonl(Path("corpus.jsonl"), [{"text": f"{number} {long}"} for number in range(12)])
     command = ["encode", str(source), "--model", str(tiny_checkpoint), "--codec", "fp32"]
     assert run_process(*command, "-o", "one.jsonl").returncode == 0
     manifest = Path("out.jsonl.partial/_manifest")
