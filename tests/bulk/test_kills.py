@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tools.bulk import BatchReranker, encode_with_stub, in_child, run_to_the_end, write_rows
+from tools.bulk import BatchReranker, content, encode_with_stub, in_child, run_to_the_end, write_rows
 from tools.command_line import KALM, TEXTS, run_process, write_jsonl
 from tools.waiting import until
 
@@ -19,11 +19,6 @@ from kalm_integrations.bulk.state import WorkFolder
 
 N_KILLS = 20
 NAMES = ("out.jsonl", "out.jsonl.gz", "out.parquet")
-
-
-def content(path: Path) -> dict[str, bytes]:
-    files = [path] if path.is_file() else sorted(path.iterdir())
-    return {file.name: file.read_bytes() for file in files}
 
 
 @pytest.fixture(autouse=True)

@@ -81,5 +81,11 @@ def run_to_the_end(work: Callable[[], object], **limits: int) -> float:
     return time.perf_counter() - started
 
 
+def content(path: Path) -> dict[str, bytes]:
+    """Return the bytes of a file, or of a folder's files, by name."""
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    return {file.name: file.read_bytes() for file in files}
+
+
 def encode_with_stub(source: Path, output: Path) -> None:
     encode_corpus(source, output, BatchReranker())
