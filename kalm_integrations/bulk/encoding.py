@@ -7,8 +7,8 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -163,6 +163,7 @@ class _Run:
         self._report = report
         self._is_parquet = folder is not None and folder.target.suffix == ".parquet"
         self._scan: Scan | None = None
+        self._progress = Progress()
 
     def prepare(self, *, overwrite: bool) -> Progress | None:
         """Read the corpus once, and return what earlier runs have done; None if the output is there already, whole.
@@ -256,37 +257,34 @@ class _Run:
         """
         with ExitStack() as stack:
             output = self._open_output(stack, done)
-            progress = done
+            self._progress = done
 
             def write(item: tuple[Block, list[Metadata], RowCounts]) -> None:
-                nonlocal progress
                 window, metadata, counts = item
-                n_bytes = output.write(progress.windows, window, metadata)
-                made = replace(
-                    progress,
-                    windows=progress.windows + 1,
-                    rows=progress.rows + len(window),
-                    n_bytes=progress.n_bytes + n_bytes,
-                    counts=progress.counts.plus(counts),
-                )
-                if self._folder is not None:
-                    self._folder.save(self._settings, made)
-                progress = made
-                on_progress(progress)
+                progress = self._progress
+                with self._writing():
+                    n_bytes = output.write(progress.windows, window, metadata)
+                    made = replace(
+                        progress,
+                        windows=progress.windows + 1,
+                        rows=progress.rows + len(window),
+                        n_bytes=progress.n_bytes + n_bytes,
+                        counts=progress.counts.plus(counts),
+                    )
+                    if self._folder is not None:
+                        self._folder.save(self._settings, made)
+                self._progress = made
+                on_progress(made)
 
-            try:
-                with WriteBehind(write) as writer:
-                    self._encode_windows(done.windows, writer, stack)
-                if self._folder is not None and isinstance(output, FileOutput):
-                    output.finish(progress.windows)
-                    progress = replace(progress, is_complete=True)
-                    self._folder.save(self._settings, progress)
+            with WriteBehind(write) as writer:
+                self._encode_windows(done.windows, writer, stack)
+            if self._folder is not None and isinstance(output, FileOutput):
+                with self._writing():
+                    output.finish(self._progress.windows)
+                    self._progress = replace(self._progress, is_complete=True)
+                    self._folder.save(self._settings, self._progress)
                     self._publish(self._folder, output)
-            except (OSError, sqlite3.Error) as error:
-                if isinstance(error, (KalmError, BrokenPipeError)):
-                    raise
-                raise self._cannot_write(error, progress) from error
-        return progress
+        return self._progress
 
     def _encode_windows(
         self, n_done: int, writer: WriteBehind[tuple[Block, list[Metadata], RowCounts]], stack: ExitStack
@@ -296,11 +294,12 @@ class _Run:
         for number, window in enumerate(self._windows(n_done, stack), n_done):
             texts = [candidate.text for candidate in window.candidates]
             repeating, known = (set[str](), dict[str, str]()) if repeats is None else repeats.find(texts)
-            n_before = set(known)
+            before = set(known)
             encoder.counts = RowCounts()
             metadata = self._encode_window(window, texts, known)
             if repeats is not None:
-                repeats.add(((text, known[text]) for text in repeating - n_before), number)
+                with self._writing():
+                    repeats.add(((text, known[text]) for text in repeating - before), number)
             writer.put((window, metadata, encoder.counts))
 
     def _encode_window(self, window: Block, texts: list[str], known: dict[str, str]) -> list[Metadata]:
@@ -342,7 +341,17 @@ class _Run:
         output.publish()
         folder.remove()
 
-    def _cannot_write(self, error: Exception, progress: Progress) -> OutputError:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            if isinstance(error, (KalmError, BrokenPipeError)):
+                raise
+            raise self._cannot_write(error) from error
+
+    def _cannot_write(self, error: Exception) -> OutputError:
+        progress = self._progress
         reason = getattr(error, "strerror", None) or str(error)
         kept = (
             f"{progress.rows:,} rows are kept in {self._folder.path}: make room, and run the same again to go on"
