@@ -24,6 +24,12 @@ SAMPLE = ROOT / "kalm_integrations" / "samples" / "xquad-en" / "corpus.jsonl"
 N_WORDS = (8, 32)
 """Of a passage, at least and at most."""
 SECONDS_BETWEEN = 0.5
+STUB = """
+import sys
+from kalm_integrations.bulk import encode_corpus
+from kalm_integrations.testing import FakeReranker
+encode_corpus(sys.argv[1], sys.argv[2], FakeReranker())
+"""
 
 
 def main() -> None:
@@ -32,21 +38,26 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="file of JSON, to which the run is added")
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--output", default="out.parquet", help="name, which says the format")
+    parser.add_argument("--without-model", action="store_true", help="with a stub's encodings: all but the model")
     parser.add_argument("--folder", type=Path, help="where the data lie meanwhile; a temporary folder by default")
     options = parser.parse_args()
     facts = machine.describe("cpu")
     with tempfile.TemporaryDirectory(prefix="kalm-bulk-", dir=options.folder) as folder:
-        run = measure(Path(folder), options.rows, options.output)
+        run = measure(Path(folder), options.rows, options.output, is_stub=options.without_model)
     runs = json.loads(options.results.read_text()) if options.results.exists() else {}
-    runs[f"{options.rows} {Path(options.output).suffix}"] = {"machine": facts, **run}
+    name = f"{options.rows} {Path(options.output).suffix}{' without model' if options.without_model else ''}"
+    runs[name] = {"machine": facts, **run}
     options.results.write_text(json.dumps(runs, indent=1) + "\n")
 
 
-def measure(folder: Path, n_rows: int, output: str) -> dict[str, Any]:
+def measure(folder: Path, n_rows: int, output: str, *, is_stub: bool) -> dict[str, Any]:
     """Encode so many passages in a child, and return what that took; memory is that of the child's tenths of the time."""
     source = folder / "corpus.jsonl"
     make_corpus(source, n_rows)
-    command = [sys.executable, "-m", "kalm_integrations", "encode", str(source), "-o", str(folder / output)]
+    paths = [str(source), str(folder / output)]
+    command = [sys.executable, "-c", STUB, *paths]
+    if not is_stub:
+        command = [sys.executable, "-m", "kalm_integrations", "encode", paths[0], "-o", paths[1]]
     started = time.perf_counter()
     resident: list[int] = []
     cpu_seconds = 0.0
