@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from kalm_integrations import tracing
 from kalm_integrations.core.base import Reranker
+from kalm_integrations.core.passages.strings import REFERENCE_PREFIX
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata, Passage
 from kalm_integrations.corpora.jsonl import PassageFields, Row
-from kalm_integrations.errors import EncodingTooLargeError
+from kalm_integrations.errors import EncodingTooLargeError, SettingsError
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,14 @@ class RowEncoder:
         return [{**row, **metadata} for row, metadata in zip(rows, self.encode_texts(texts, rows), strict=True)]
 
     def encode_texts(
-        self, texts: Sequence[str], rows: Sequence[Mapping[str, Any]], known: MutableMapping[str, str] | None = None
+        self, texts: Sequence[str], rows: Sequence[Mapping[str, Any]], known: dict[str, str] | None = None
     ) -> list[Metadata]:
         """Return what to store with passages, in order; see `encode`.
 
         Args:
             texts: of the rows' passages.
             rows: may carry encodings.
-            known: encodings of other calls by text. What is in it is not encoded, and it is given what is made or carried here.
+            known: encodings of other calls by text. What is in it is not encoded; it is given what is made or carried here.
         """
         reranker = self.reranker
         passages = [Passage(text, row.get(ENCODING_KEY)) for text, row in zip(texts, rows, strict=True)]
@@ -104,11 +105,38 @@ class RowEncoder:
                 stale=reading.counts["stale"],
                 corrupt=reading.counts["corrupt"],
                 characters=sum(map(len, values)),
-                references=sum(value.startswith("kalm1r.") for value in values),
+                references=sum(value.startswith(REFERENCE_PREFIX) for value in values),
             )
         )
         # A kept encoding may come without its companion, from an export or another host.
         return [{ENCODING_KEY: value, FINGERPRINT_KEY: reranker.fingerprint} for value in values]
+
+    def fill_store(self, texts: Sequence[str]) -> None:
+        """Have the reranker's payload store take the encodings that it lacks; there they are found by text.
+
+        Raises:
+            SettingsError: the reranker has none, or writes encodings into metadata.
+        """
+        unique = list(dict.fromkeys(texts))
+        statuses = self.reranker.read(unique)
+        missing = [text for text, status in zip(unique, statuses, strict=True) if status not in ("found", "cached")]
+        made = self._make({text: index for index, text in enumerate(missing)})
+        if not all(value.startswith(REFERENCE_PREFIX) for value in made.values()):
+            msg = (
+                "where no rows are written, the encodings must go to a payload store, but this reranker puts them into "
+                "metadata; open it with payload_store and storage_mode='reference'"
+            )
+            raise SettingsError(msg)
+        self.counts = self.counts.plus(
+            RowCounts(
+                rows=len(texts),
+                passed_through=len(unique) - len(missing),
+                encoded=len(missing),
+                repeated=len(texts) - len(unique),
+                characters=sum(map(len, made.values())),
+                references=len(made),
+            )
+        )
 
     def _make(self, indices: Mapping[str, int]) -> dict[str, str]:
         """Return the encodings of texts, each of which has its first row's index."""

@@ -19,7 +19,7 @@ from typing import Any
 from tools.command_line import KALM, QUERY, TEXTS, Run, assert_fails, read_jsonl, write_jsonl
 
 from kalm_integrations import EncodedPassage, KalmReranker
-from kalm_integrations.cli.encode import ROWS_PER_BATCH
+from kalm_integrations.bulk.encoding import ROWS_PER_STREAMED_WINDOW as ROWS_PER_BATCH
 from kalm_integrations.core.settings import DEFAULT_CODEC
 
 
