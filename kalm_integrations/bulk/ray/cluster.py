@@ -19,8 +19,6 @@ from kalm_integrations.errors import EngineError, KalmError, SettingsError
 LEASE_SECONDS = 30.0
 """How long a run waits for another that writes into its folder: that a driver was killed is noticed after some seconds."""
 
-MAX_ACTORS = 1024
-
 _NAMESPACE = "kalm_integrations"
 
 
@@ -39,13 +37,31 @@ class _Run:
         return self._total
 
 
-def room(num_cpus: float, num_gpus: float) -> int:
-    """Return how many actors fit into the cluster, beside a core that reads and writes."""
+def fit_actors(actors: int | None, num_cpus: float, num_gpus: float, spare_cpus: int) -> int:
+    """Return how many actors a run gets; by default as many as the cluster has room for.
+
+    Args:
+        actors: as they were asked for.
+        num_cpus: cores of each.
+        num_gpus: GPUs of each.
+        spare_cpus: cores for the tasks beside them. Without a core for those, actors and tasks would wait for ever.
+
+    Raises:
+        SettingsError: there is no room for them.
+    """
     there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    room = (there.get("CPU", 0.0) - 1.0) / num_cpus if num_cpus else float("inf")
+    cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
+    room = int((cpus - spare_cpus) / num_cpus)
     if num_gpus:
-        room = min(room, there.get("GPU", 0.0) / num_gpus)
-    return max(1, int(min(room, MAX_ACTORS)))
+        room = min(room, int(gpus / num_gpus))
+    if room < (actors or 1):
+        msg = (
+            f"the cluster must have room for {actors or 1} actors of {num_cpus:g} cores and {num_gpus:g} GPUs, and beside "
+            f"them {spare_cpus} cores that read and write, but has {cpus:g} cores and {gpus:g} GPUs; ask for fewer actors, or "
+            "add nodes first"
+        )
+        raise SettingsError(msg)
+    return actors or room
 
 
 @contextmanager

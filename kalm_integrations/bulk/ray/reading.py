@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import ray.data
 from ray.data.datasource import FileBasedDatasource
 
+from kalm_integrations.bulk.arrow import RowSchema, infer_schema, to_table
 from kalm_integrations.bulk.ray.folders import JSONL_EXTENSIONS, Source
 from kalm_integrations.core.types import shown
 from kalm_integrations.corpora.jsonl import PassageFields, Row, parse_lines, parse_object
@@ -37,14 +38,8 @@ class _JsonLines(FileBasedDatasource):
 
         numbered = parse_lines(read_lines(io.BufferedReader(f), path), path, parse)
         while block := list(islice(numbered, ROWS_PER_BLOCK)):
-            names = dict.fromkeys(name for _, row in block for name in row) if self._columns is None else self._columns.names
-            columns = {name: [row.get(name) for _, row in block] for name in names}
-            try:
-                yield pa.table(columns, schema=self._columns)
-            except (pa.ArrowException, UnicodeError, OverflowError) as error:
-                place = f"{path}:{block[0][0]} to {block[-1][0]}"
-                msg = f"a field must have one type in all rows, as a column of Parquet has, but in {place}: {error}"
-                raise SettingsError(msg) from error
+            rows = [row for _, row in block]
+            yield to_table(rows, infer_schema(rows) if self._columns is None else self._columns)
 
 
 class _ArrowStreams(FileBasedDatasource):
@@ -82,16 +77,17 @@ def check_rows(source: Source, fields: PassageFields, id_field: str) -> tuple[in
         return pa.table({"id": ids, "schema": pa.array(schemas, pa.binary())})
 
     ids: list[pa.Array] = []
-    schemas: dict[bytes, None] = {}
+    seen: set[bytes] = set()
+    schema = RowSchema()
     checked = read_rows(source, fields, id_field, None).map_batches(check, batch_format="pyarrow", batch_size=None)
     for batch in checked.iter_batches(batch_format="pyarrow", batch_size=None):
         table = cast("pa.Table", batch)
         ids.extend(table["id"].chunks)
-        schemas.update(dict.fromkeys(table["schema"].drop_null().to_pylist()))
-    if len({chunk.type for chunk in ids}) > 1:
-        msg = f"ids must be all strings or all whole numbers, but field {id_field!r} has both"
-        raise SettingsError(msg)
-    values = pc.value_counts(pa.chunked_array(ids) if ids else pa.array([], pa.string()))
+        for one in set(table["schema"].drop_null().to_pylist()) - seen:
+            schema.add_schema(pa.ipc.read_schema(pa.py_buffer(one)))
+            seen.add(one)
+    n_rows = sum(map(len, ids))
+    values = pc.value_counts(pa.chunked_array(ids, None if ids else pa.string()))
     repeated = values.filter(pc.greater(values.field("counts"), 1))
     if len(repeated):
         first = repeated[0].as_py()
@@ -100,12 +96,7 @@ def check_rows(source: Source, fields: PassageFields, id_field: str) -> tuple[in
             f"{shown(first['values'])} there, and {len(repeated) - 1:,} other ids are not unique either; name another field"
         )
         raise SettingsError(msg)
-    try:
-        schema = pa.unify_schemas([pa.ipc.read_schema(pa.py_buffer(one)) for one in schemas], promote_options="permissive")
-    except pa.ArrowException as error:
-        msg = f"a field must have one type in all rows, as a column of Parquet has, but {source.path!r} has several: {error}"
-        raise SettingsError(msg) from error
-    return sum(map(len, ids)), schema
+    return n_rows, schema.finished()
 
 
 def needed_columns(fields: PassageFields, id_field: str) -> tuple[str, ...]:

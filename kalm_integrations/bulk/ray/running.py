@@ -7,21 +7,24 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import pyarrow as pa
 import ray
 import ray.data
 
-from kalm_integrations.bulk.ray.cluster import connected, early_ends_explained, leased, room
+from kalm_integrations.bulk.arrow import with_encodings
+from kalm_integrations.bulk.ray.cluster import connected, early_ends_explained, fit_actors, leased
 from kalm_integrations.bulk.ray.folders import Output, find_source
 from kalm_integrations.bulk.ray.reading import check_rows, name_of, needed_columns, read_rows, select
 from kalm_integrations.bulk.rows import RowCounts, RowEncoder
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.core.settings import SETTING_NAMES, check_names
-from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, shown
+from kalm_integrations.core.types import ENCODING_KEY, shown
 from kalm_integrations.corpora.jsonl import PassageFields
 from kalm_integrations.errors import EncodingTooLargeError, SettingsError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +71,8 @@ def encode_with_ray(
         id_field: field with a row's id: a string or a whole number that no other row has.
         address: of a running cluster; None takes the one that this process is connected to, or `RAY_ADDRESS`, or starts one on
             this machine.
-        actors: processes that hold the model; None takes as many as the cluster has room for, besides one core for reading and
-            writing.
+        actors: processes that hold the model; None takes as many as the cluster has room for. They must leave a core for
+            reading and writing, and another one when a run goes on.
         num_cpus: cores of an actor; torch computes on as many threads.
         num_gpus: GPUs of an actor; with 0.5 two share one.
         rows_per_batch: rows that an actor encodes at a time.
@@ -87,7 +90,14 @@ def encode_with_ray(
     """
     started = time.perf_counter()
     fields = fields or PassageFields()
-    for setting, value in {"actors": actors or 1, "rows_per_batch": rows_per_batch, "rows_per_file": rows_per_file}.items():
+    if not (num_cpus > 0 and num_gpus >= 0):
+        msg = f"num_cpus must be positive and num_gpus not negative, but got {num_cpus!r} and {num_gpus!r}"
+        raise SettingsError(msg)
+    for setting, value in {
+        "actors": 1 if actors is None else actors,
+        "rows_per_batch": rows_per_batch,
+        "rows_per_file": rows_per_file,
+    }.items():
         if type(value) is not int or value < 1:
             msg = f"{setting} must be a positive whole number, but got {shown(value)}"
             raise SettingsError(msg)
@@ -110,6 +120,8 @@ def encode_with_ray(
         if n_rows is not None:
             return RayResult(n_rows, n_rows, RowCounts(), time.perf_counter() - started)
         n_kept = target.count_kept()
+        # Leaving out the rows that are there takes an actor, too.
+        n_actors = fit_actors(actors, num_cpus, num_gpus, spare_cpus=2 if n_kept else 1)
         n_rows, schema = check_rows(found, fields, id_field)
         rows = read_rows(found, fields, id_field, schema)
         rows.context.checkpoint_config = _make_checkpoint(id_field, target)
@@ -118,7 +130,7 @@ def encode_with_ray(
             fn_constructor_args=(os.fspath(model), settings, fields, id_field, run),
             batch_format="pyarrow",
             batch_size=rows_per_batch,
-            compute=ray.data.ActorPoolStrategy(size=actors or room(num_cpus, num_gpus)),
+            compute=ray.data.ActorPoolStrategy(size=n_actors),
             num_cpus=num_cpus,
             num_gpus=num_gpus,
         )
@@ -156,11 +168,7 @@ class _Encoder:
             msg = f"{name_of(rows[error.index], self._id_field)}: {error.reason}"
             raise EncodingTooLargeError(msg) from error
         self._run.add.remote(self._encoder.counts)
-        for key in (ENCODING_KEY, FINGERPRINT_KEY):
-            if key in table.column_names:
-                table = table.drop_columns([key])
-            table = table.append_column(key, pa.array([row[key] for row in encoded], pa.string()))
-        return table
+        return with_encodings(table, encoded)
 
 
 def _make_checkpoint(id_field: str, output: Output) -> Any:
