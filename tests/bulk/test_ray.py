@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import subprocess
 import sys
 import threading
 from importlib import import_module
+from pathlib import Path
 
 import datasets
 import psutil
@@ -18,6 +20,7 @@ import ray
 from tools.clusters import ray_cluster
 from tools.corpora import draw_collection
 from tools.waiting import until
+from typer.testing import CliRunner
 
 from kalm_integrations import KalmReranker, Passage
 from kalm_integrations.bulk import RowEncoder
@@ -25,6 +28,8 @@ from kalm_integrations.bulk.ray import cluster as clusters
 from kalm_integrations.bulk.ray import encode_with_ray, running
 from kalm_integrations.bulk.ray.folders import Output, find_source
 from kalm_integrations.bulk.ray.reading import check_rows, read_rows
+from kalm_integrations.cli import app
+from kalm_integrations.cli.on_ray import _address
 from kalm_integrations.corpora.jsonl import PassageFields
 from kalm_integrations.errors import EncodingTooLargeError, EngineError, MissingExtraError, SettingsError
 
@@ -74,7 +79,12 @@ def encode(corpus, output, actors, **settings):
 
 
 def actors():
-    return [child for child in psutil.Process().children(recursive=True) if "_Encoder" in " ".join(child.cmdline()[:1])]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "_Encoder" in " ".join(child.cmdline()[:1]):
+                found.append(child)
+    return found
 
 
 def parts(folder):
@@ -97,7 +107,7 @@ def check_output(output, rows, reranker):
 
 def test_of_three_actors_one_is_killed_and_every_row_is_there_once(corpus, rows, reranker, tmp_path):
     output, results = tmp_path / "encoded", []
-    run = threading.Thread(target=lambda: results.append(encode(corpus, output, actors=3)))
+    run = threading.Thread(target=lambda: results.append(encode(corpus, output, actors=3)), daemon=True)
     run.start()
     until(lambda: len(actors()) == 3 and parts(output), ENOUGH_SECONDS)
     killed = actors()[0]
@@ -278,3 +288,30 @@ def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray.data", None)
     with pytest.raises(MissingExtraError, match=r'pip install "kalm-integrations\[ray\]"'):
         import_module("kalm_integrations.bulk.ray")
+
+
+# --- kalm encode --engine ray
+
+
+def test_the_command_encodes_on_ray(tmp_path):
+    corpus = write_lines(tmp_path / "in.jsonl", *({"nr": i, "body": f"text {i}"} for i in range(3)))
+    output = tmp_path / "out"
+    options = ["--engine", "ray", "--id-field", "nr", "--text-field", "body", "--actors", "1", "--codec", "fp16"]
+    result = CliRunner().invoke(app, ["encode", str(corpus), "-o", str(output), *options])
+    assert result.exit_code == 0, result.output
+    assert f"3 rows are in {output}" in result.stderr
+    assert "3 passages encoded" in result.stderr
+    assert pq.read_table(output).column_names == ["nr", "body", "kalm_encoding", "kalm_fp"]
+
+
+@pytest.mark.parametrize("options", [[], ["-o", "out", "--skip-bad"], ["-o", "out", "--server", "http://127.0.0.1:1"]])
+def test_the_command_refuses_what_ray_cannot_do(options, tmp_path):
+    corpus = write_lines(tmp_path / "in.jsonl", {"id": "d1", "text": "a"})
+    result = CliRunner().invoke(app, ["encode", str(corpus), "--engine", "ray", *options])
+    assert isinstance(result.exception, SettingsError)
+    assert "--engine ray takes a file or folder and --output" in str(result.exception)
+
+
+def test_the_command_keeps_addresses():
+    assert _address(Path("s3://bucket/a/b.jsonl")) == "s3://bucket/a/b.jsonl"
+    assert _address(Path("/data/corpus.jsonl")) == "/data/corpus.jsonl"
