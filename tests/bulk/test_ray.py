@@ -46,7 +46,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def rows():
-    passages = draw_collection(500, n_words=200).passages
+    passages = draw_collection(400, n_words=200).passages
     return [
         {"id": key, "title": "Words" if i % 3 else None, "text": text, "nr": i}
         for i, (key, text) in enumerate(passages.items())

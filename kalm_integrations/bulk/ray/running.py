@@ -129,7 +129,8 @@ def encode_with_ray(
             _Encoder,
             fn_constructor_args=(os.fspath(model), settings, fields, id_field, run),
             batch_format="pyarrow",
-            batch_size=rows_per_batch,
+            # Ray joins blocks that are shorter than a batch, and the files would be longer.
+            batch_size=min(rows_per_batch, rows_per_file),
             compute=ray.data.ActorPoolStrategy(size=n_actors),
             num_cpus=num_cpus,
             num_gpus=num_gpus,
