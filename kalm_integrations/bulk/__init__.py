@@ -1,9 +1,9 @@
 """Bulk encoding of a corpus: resumable, streaming, on one machine or on Ray.
 
 * `encoding`: a run over a corpus. `rows`: the rows that are in hand, encoded. `reading`: an output, read back.
-* `sources` and `outputs`: what is read and written; `arrow`: tables and their schemas. `scanning`, `repeats`: the corpus read
-  once beforehand, and the texts that it has several times. `state`: what is kept of a run. `threads`: reading and writing
-  beside the model.
+* `sources`, `outputs`: what is read and written; `places`: where. `arrow`: tables and their schemas.
+* `scanning`, `repeats`: the corpus read once beforehand, and the texts that it has several times.
+* `state`: what is kept of a run. `threads`: reading and writing beside the model.
 """
 
 from kalm_integrations.bulk.encoding import BulkReport, Start, encode_corpus

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sqlite3
 import sys
 import tempfile
@@ -15,19 +14,12 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kalm_integrations.bulk.outputs import (
-    FileOutput,
-    JsonLinesOutput,
-    NoRows,
-    Output,
-    ParquetOutput,
-    StreamOutput,
-    check_columns,
-)
+from kalm_integrations.bulk.outputs import FileOutput, NoRows, Output, StreamOutput, check_columns
+from kalm_integrations.bulk.places import check_place, file_output, is_same, n_bytes_of
 from kalm_integrations.bulk.reading import read_encoded
 from kalm_integrations.bulk.repeats import RepeatedTexts
 from kalm_integrations.bulk.rows import RowCounts, RowEncoder
-from kalm_integrations.bulk.scanning import Scan, estimate_bytes, scan
+from kalm_integrations.bulk.scanning import COMPRESSED, STORED, WHOLE, Scan, estimate_bytes, scan
 from kalm_integrations.bulk.sources import Block, Source, cut_windows, open_source
 from kalm_integrations.bulk.state import Progress, WorkFolder, check_same
 from kalm_integrations.bulk.threads import ReadAhead, WriteBehind
@@ -136,13 +128,13 @@ def encode_corpus(
     with ExitStack() as stack:
         folder = None
         if path is not None and path != STREAM and (path.is_dir() or path.is_file() or not path.exists()):
-            _check_place(path, corpus)
+            check_place(path, corpus)
             folder = WorkFolder(Path(os.path.realpath(path)))
             stack.callback(folder.close)
         run = _Run(corpus, path, folder, RowEncoder(reranker, fields), given, report)
         done = run.prepare(overwrite=overwrite)
         if done is None:
-            n_bytes = 0 if folder is None else _size(folder.target)
+            n_bytes = 0 if folder is None else n_bytes_of(folder.target)
             return BulkReport(RowCounts(), n_bytes, 0, time.perf_counter() - started, was_complete=True)
         if on_start is not None:
             on_start(run.start(done))
@@ -183,7 +175,7 @@ class _Run:
             # Ended between the last row and the last step; the corpus may be replaced by the output by now.
             kept = {name: begun[0].get(name) for name in self._settings}
             if kept == self._settings:
-                self._publish(self._folder, _file_output(self._folder, None))
+                self._publish(self._folder, file_output(self._folder, None))
                 return None
         if not self._corpus.is_stream:
             with tempfile.TemporaryDirectory(prefix="kalm-") as temporary:
@@ -204,7 +196,7 @@ class _Run:
                 self._folder.clear()
             else:
                 return begun[1]
-        if not overwrite and self._folder.target.exists() and not _is_same(self._corpus.path, self._folder.target):
+        if not overwrite and self._folder.target.exists() and not is_same(self._corpus.path, self._folder.target):
             self._check_finished(self._folder.target)
             return None
         return Progress()
@@ -252,7 +244,8 @@ class _Run:
             return Start(None, done, None)
         limit = self._settings.get("max_inline_bytes")
         is_compressed = self._is_parquet or (self._path is not None and self._path.suffix == ".gz")
-        estimate = estimate_bytes(self._encoder.reranker, self._scan, limit, is_compressed=is_compressed)
+        shares = STORED if self._path is None else COMPRESSED if is_compressed else WHOLE
+        estimate = estimate_bytes(self._encoder.reranker, self._scan, limit, shares)
         return Start(self._scan.n_rows, done, estimate)
 
     def encode(self, done: Progress, on_progress: Callable[[Progress], object]) -> Progress:
@@ -341,7 +334,7 @@ class _Run:
         if self._folder is None:
             file: BinaryIO = sys.stdout.buffer if self._path == STREAM else stack.enter_context(self._path.open("wb"))
             return StreamOutput(file, str(self._path))
-        output = _file_output(self._folder, None if self._scan is None else self._scan.schema)
+        output = file_output(self._folder, None if self._scan is None else self._scan.schema)
         output.resume(done.windows, done.n_bytes)
         return output
 
@@ -357,44 +350,3 @@ class _Run:
             else "nothing is kept"
         )
         return OutputError(f"the output {str(self._path)!r} cannot be written any more ({reason}); {kept}")
-
-
-def _file_output(folder: WorkFolder, schema: Any) -> FileOutput:
-    if folder.target.suffix == ".parquet":
-        return ParquetOutput(folder.target, folder.path, schema)
-    return JsonLinesOutput(folder.target, folder.path)
-
-
-def _check_place(path: Path, corpus: Source) -> None:
-    """Check that an output can lie where it is to lie.
-
-    Raises:
-        SettingsError: it cannot.
-    """
-    is_parquet = path.suffix == ".parquet"
-    if not path.resolve().parent.is_dir():
-        msg = f"the output must be in an existing folder, but got {str(path)!r}: there is no folder {str(path.parent)!r}"
-    elif path.suffix in (".csv", ".tsv"):
-        msg = f"the output is JSON lines or Parquet and must not be named {path.suffix}, but got {str(path)!r}; name it .jsonl"
-    elif path.is_dir() and not is_parquet:
-        msg = f"the output must be a file, or a folder named .parquet, but got {str(path)!r}: it is a folder"
-    elif path.is_file() and is_parquet:
-        msg = f"an output named .parquet is a folder of files, but {str(path)!r} is a file; name another"
-    elif is_parquet and _is_same(corpus.path, path):
-        msg = f"an output named .parquet must not be the input, but both are {str(path)!r}; name another"
-    elif path.is_dir() and any(not _PART.fullmatch(each.name) for each in path.iterdir()):
-        msg = f"an output named .parquet must not be a folder with other files, but {str(path)!r} has some; name another"
-    else:
-        return
-    raise SettingsError(msg)
-
-
-_PART = re.compile(r"part-\d{5,}\.parquet")
-
-
-def _is_same(source: Path, target: Path) -> bool:
-    return source != STREAM and source.exists() and target.exists() and source.samefile(target)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else sum(each.stat().st_size for each in path.iterdir())

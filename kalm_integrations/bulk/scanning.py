@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -15,18 +15,19 @@ from kalm_integrations.bulk.arrow import RowSchema
 from kalm_integrations.bulk.repeats import find_repeated, hash_texts
 from kalm_integrations.bulk.sources import Source
 from kalm_integrations.core.base import Reranker
-from kalm_integrations.core.checkpoint.prompts import passage_text
-from kalm_integrations.core.passages.encoding import inline_length
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from kalm_integrations.core.reranker import KalmReranker
+
 N_SAMPLED = 256
 """Passages from which the size of the output is estimated."""
-BYTES_PER_REFERENCE = 220
-"""Of an encoding whose payload lies elsewhere."""
-COMPRESSED_SHARE = 0.76
-"""Of the bytes of an encoding that are left by gzip and zstd: a character of base64 has six bits."""
+WHOLE = (1.0, 1.0)
+COMPRESSED = (0.4, 0.76)
+"""Of the bytes of rows and of encodings, what is left by gzip and zstd: a character of base64 has six bits."""
+STORED = (0.0, 0.76)
+"""In a payload store, without rows and without base64."""
 
 
 @dataclass(frozen=True)
@@ -86,29 +87,27 @@ def scan(source: Source, folder: Path, report: Callable[[str], None] | None, *, 
     return Scan(n_rows, digest.hexdigest(), n_bytes, sample, repeated, found)
 
 
-def estimate_bytes(reranker: Reranker, found: Scan, max_inline_bytes: int | None, *, is_compressed: bool) -> int | None:
+def estimate_bytes(reranker: Reranker, found: Scan, max_inline_bytes: int | None, shares: tuple[float, float]) -> int | None:
     """Return the bytes that an output will have, or None where only a service knows.
 
     Args:
         reranker: makes the encodings.
         found: the corpus.
         max_inline_bytes: of an encoding.
-        is_compressed: whether the output is.
+        shares: what the output takes of the rows' bytes, and of the encodings' characters.
     """
-    from kalm_integrations.core.reranker import KalmReranker
-
-    if not isinstance(reranker, KalmReranker) or not found.sample:
+    if not hasattr(reranker, "runtime") or not found.sample:
         return None
-    limit = reranker.max_passage_tokens
-    tokenizer = reranker.runtime.tokenizer(allow_special_tokens=False)
-    token_ids = tokenizer.passages([passage_text(text) for text in found.sample], limit)
-    width, ratio, codec = (
-        reranker.runtime.checkpoint.encoder_config.hidden_width,
-        reranker.compression_ratio,
-        reranker.storage_codec,
-    )
+    # They load torch, which a service's client does without.
+    from kalm_integrations.core.checkpoint.prompts import passage_text
+    from kalm_integrations.core.passages.encoding import inline_length
+
+    opened = cast("KalmReranker", reranker)
+    tokenizer = opened.runtime.tokenizer(allow_special_tokens=False)
+    token_ids = tokenizer.passages([passage_text(text) for text in found.sample], opened.max_passage_tokens)
+    width, ratio, codec = opened.runtime.checkpoint.encoder_config.hidden_width, opened.compression_ratio, opened.storage_codec
     sizes = [inline_length(len(ids), ratio, width, codec) for ids in token_ids]
     if max_inline_bytes is not None:
         sizes = [min(size, max_inline_bytes) for size in sizes]
     encodings = found.n_rows * sum(sizes) / len(sizes)
-    return round(found.n_bytes + encodings * (COMPRESSED_SHARE if is_compressed else 1))
+    return round(found.n_bytes * shares[0] + encodings * shares[1])

@@ -93,7 +93,7 @@ def encode(
     num_cpus: Annotated[float, typer.Option(help="Cores of an actor.")] = 1.0,
     num_gpus: Annotated[float, typer.Option(help="GPUs of an actor; with 0.5 two share one.")] = 0.0,
 ) -> None:
-    """Add an encoding to every row of a corpus, however large; stopped and started again, it goes on.
+    """Add an encoding to every row of a corpus.
 
     Rows keep their order and their fields; `kalm_encoding` (the encoding) and `kalm_fp` (what made it, short, for stores to
     filter on) are added. Rows that carry a valid encoding keep it, and the same text is encoded once. An encoding belongs to
