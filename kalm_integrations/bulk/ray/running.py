@@ -76,7 +76,7 @@ def encode_with_ray(
         num_cpus: cores of an actor; torch computes on as many threads.
         num_gpus: GPUs of an actor; with 0.5 two share one.
         rows_per_batch: rows that an actor encodes at a time.
-        rows_per_file: rows of a file of the output, and what is done again if an actor dies.
+        rows_per_file: rows of a file of the output, about, and what is done again if an actor dies.
         checkpoint_path: folder for what Ray keeps of the rows that are written, deleted at the end; None takes the output's
             name with .checkpoint behind it.
         **settings: of `KalmReranker.from_pretrained`.
