@@ -4,6 +4,7 @@
 * `sources`, `outputs`: what is read and written; `places`: where. `arrow`: tables and their schemas.
 * `scanning`, `repeats`: the corpus read once beforehand, and the texts that it has several times.
 * `state`: what is kept of a run. `threads`: reading and writing beside the model.
+* `ray`: the same on a cluster.
 """
 
 from kalm_integrations.bulk.encoding import BulkReport, Start, encode_corpus

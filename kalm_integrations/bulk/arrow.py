@@ -60,7 +60,11 @@ class RowSchema:
         Raises:
             SettingsError: a field's values have no one type; the message names the field.
         """
-        self._schema = _merged(self._schema, infer_schema(rows))
+        self.add_schema(infer_schema(rows))
+
+    def add_schema(self, schema: pa.Schema) -> None:
+        """Widen the schema by one that was found from other rows; see `add`."""
+        self._schema = _merged(self._schema, schema)
 
     def finished(self) -> pa.Schema:
         """Return the schema; fields that are null in all rows are strings.

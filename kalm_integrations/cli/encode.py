@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kalm_integrations.cli import options
+from kalm_integrations.cli.on_ray import Engine, encode_on_ray
 from kalm_integrations.cli.terminal import format_bytes, note, report_bad
 from kalm_integrations.corpora.jsonl import PassageFields
 from kalm_integrations.corpora.text import STREAM
@@ -81,6 +82,16 @@ def encode(
             "--overwrite", help="Replace an output that is there, and begin anew what was begun with other settings or rows."
         ),
     ] = False,
+    engine: Annotated[
+        Engine, typer.Option(help="local encodes here; ray on a Ray cluster, into a folder of Parquet files (extra ray).")
+    ] = Engine.LOCAL,
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster.", show_default="RAY_ADDRESS, or one on this machine")
+    ] = None,
+    id_field: Annotated[str, typer.Option(help="Field with a row's id, by which Ray knows what is done.")] = "id",
+    actors: Annotated[int | None, typer.Option(help="Processes with the model on Ray.", show_default="as many as fit")] = None,
+    num_cpus: Annotated[float, typer.Option(help="Cores of an actor.")] = 1.0,
+    num_gpus: Annotated[float, typer.Option(help="GPUs of an actor; with 0.5 two share one.")] = 0.0,
 ) -> None:
     """Add an encoding to every row of a corpus.
 
@@ -104,6 +115,23 @@ def encode(
         "max_inline_bytes": max_inline_bytes,
         "payload_store": payload_store,
     }
+    if engine is Engine.RAY:
+        if server is not None or skip_bad or store_only or overwrite or STREAM in (source, output):
+            msg = "--engine ray takes a file or folder and --output, and no --server, --skip-bad, --store-only or --overwrite"
+            raise SettingsError(msg)
+        encode_on_ray(
+            source,
+            output,
+            model,
+            fields=PassageFields(text_field, title_field or None),
+            id_field=id_field,
+            address=address,
+            actors=actors,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            **settings,
+        )
+        return
     if server is None:
         # The texts of a file are encoded once without it.
         cache_bytes = None if source == STREAM else 0
