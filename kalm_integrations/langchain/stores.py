@@ -142,7 +142,7 @@ def load_encodings(
 
     Args:
         store: what `write_back_to` takes.
-        rows: with an id, `kalm_encoding` and `kalm_fp`, such as `kalm encode` writes.
+        rows: with an id, `kalm_encoding` and `kalm_fp`, such as `kalm encode` writes and `bulk.read_encoded` reads.
         id_field: field of the rows that has the store's id; a number is taken for its digits where ids are strings.
         encoding_key: metadata key under which the encodings are to lie.
         batch_size: documents read and written at a time.
