@@ -153,17 +153,19 @@ def scores(response: Any) -> dict[str, float]:
 def change(store: Any) -> None:
     """What another client does: one node gets another text under its old id, one is deleted."""
     new = TextNode(id_=node_id(0), text="a new text", metadata={"page": 7}, embedding=[1.0, 0.0, 0.0])
+    delete(store, node_id(0), node_id(1))
     if isinstance(store, BaseDocumentStore):
         store.add_documents([new])
-        store.delete_document(node_id(1))
     else:
-        delete(store, node_id(0), node_id(1))
         store.add([new])
 
 
 def delete(store: Any, *ids: str) -> None:
-    """Delete from a vector store."""
-    if isinstance(store, LanceDBVectorStore):
+    """Delete nodes."""
+    if isinstance(store, BaseDocumentStore):
+        for document_id in ids:
+            store.delete_document(document_id)
+    elif isinstance(store, LanceDBVectorStore):
         # Its own delete_nodes quotes ids as if they were columns.
         store.table.delete(f"id in ({_quoted(ids)})")
     else:
