@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from llama_index.core.schema import BaseNode
@@ -12,6 +12,9 @@ from llama_index.core.schema import BaseNode
 from kalm_integrations.hosting import qdrant
 from kalm_integrations.hosting.stores import PAGE_SIZE, Changes, DocumentAccess, DocumentId, Label, PagedIds, merged
 from kalm_integrations.llama_index.held import CONTENT, change_payload, ids_in_table, known
+
+_CONTENTS = 100
+"""Whole nodes that are asked for at a time."""
 
 
 def vector_store_access(store: object) -> DocumentAccess[BaseNode] | None:
@@ -97,40 +100,36 @@ class _LanceDB(AnyVectorStore):
     """
 
     def find_ids(self, without: Label | None) -> Iterable[DocumentId]:
-        return PagedIds(self._pages(without), self._table().count_rows() if without is None else None)
-
-    def _pages(self, without: Label | None) -> Iterator[list[DocumentId]]:
-        # One query sees one version of the table, whatever is written meanwhile.
         table = self._table()
-        query = table.search()
+        # One query sees one version of the table, whatever is written meanwhile.
         if without is None:
-            query = query.select(["id"])
-        elif without.key in _payload_fields(table.schema):
-            field = f"metadata.`{without.key}`"
-            query = query.select(["id"]).where(f"{field} is null or {field} != {_literal(without.fingerprint)}")
-        else:
-            query = query.select({"id": "id", "content": f"metadata.{CONTENT}"})
-        for batch in query.to_batches(PAGE_SIZE):
-            contents = batch.to_pydict().get("content")
-            ids = batch["id"].to_pylist()
-            if contents is not None and without is not None:
-                held = zip(ids, contents, strict=True)
-                ids = [i for i, content in held if not without.is_on(json.loads(content)["metadata"])]
-            yield ids
+            batches = table.search().select(["id"]).to_batches(PAGE_SIZE)
+            return PagedIds((batch["id"].to_pylist() for batch in batches), table.count_rows())
+        # All metadata, because LanceDB picks no field where rows were added that lack some.
+        batches = table.search().select(["id", "metadata"]).to_batches(_CONTENTS)
+        return PagedIds([row["id"] for row in batch.to_pylist() if not _is_on(row, without)] for batch in batches)
 
     def add_metadata(self, changes: Changes) -> None:
-        added, table = _by_text(changes), self._table()
-        found = table.search().where(_among("id", added)).select(["id", "metadata"]).to_arrow()
-        fields = _payload_fields(found.schema)
-        rows = {row["id"]: row["metadata"] for row in found.to_pylist()}
-        contents = [payload[CONTENT] for payload in rows.values()]
-        changed = {i: merged(payload, change_payload(payload, added[i])) for i, payload in rows.items()}
-        written = [{"id": i, "metadata": {key: p.get(key) for key in fields}} for i, p in changed.items()]
-        if written:
-            # What is written holds the whole node: it must still be the one that was read.
-            unchanged = _among(f"target.metadata.{CONTENT}", contents)
-            merge = table.merge_insert("id").when_matched_update_all(where=unchanged)
-            merge.execute(type(found).from_pylist(written, schema=found.schema))
+        added = _by_text(changes)
+        condition = _among("id", added)
+        while True:
+            table = self._table()
+            found = table.search().where(condition).select(["id", "metadata", "_rowaddr"]).to_arrow()
+            rows = {row["id"]: row for row in found.to_pylist()}
+            if not rows:
+                return
+            schema = found.schema.remove(found.schema.get_field_index("_rowaddr"))
+            names = [field.name for field in schema.field("metadata").type]
+            written = []
+            for i, row in rows.items():
+                payload = merged(row["metadata"], change_payload(row["metadata"], added[i]))
+                written.append({"id": i, "metadata": {name: payload.get(name) for name in names}})
+            # What is written holds the whole node: it takes the place of the very row that was read. A row that others have
+            # written anew meanwhile is read again.
+            addresses = ", ".join(str(row["_rowaddr"]) for row in rows.values())
+            merge = table.merge_insert("id").when_matched_update_all(where=f"target._rowaddr in ({addresses})")
+            if merge.execute(type(found).from_pylist(written, schema=schema)).num_updated_rows == len(rows):
+                return
 
     def _get(self, ids: list[str]) -> list[BaseNode]:
         self._table()
@@ -145,17 +144,13 @@ class _LanceDB(AnyVectorStore):
         return table
 
 
-def _payload_fields(schema: Any) -> list[str]:
-    return [field.name for field in schema.field("metadata").type]
-
-
-def _literal(text: str) -> str:
-    quoted = text.replace("'", "''")
-    return f"'{quoted}'"
+def _is_on(row: Mapping[str, Any], label: Label) -> bool:
+    return label.is_on(json.loads(row["metadata"][CONTENT])["metadata"])
 
 
 def _among(field: str, texts: Iterable[str]) -> str:
-    return f"{field} in ({', '.join(map(_literal, texts))})"
+    quoted = [text.replace("'", "''") for text in texts]
+    return "{} in ('{}')".format(field, "', '".join(quoted))
 
 
 def _by_text(changes: Changes) -> dict[str, Any]:

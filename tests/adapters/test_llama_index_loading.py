@@ -219,3 +219,18 @@ def test_ids_and_texts_with_quotes_are_safe_in_lancedb(opened, quoted):
     assert backfill(store, encoder, **QUIET) == BackfillReport(n_checked=2, n_missing=2, n_stale=0)
     assert backfill(store, encoder, **QUIET) == BackfillReport(n_checked=2, n_missing=0, n_stale=0)
     assert list(access_to(store).read([node.node_id])) == [node.node_id]
+
+
+@pytest.mark.parametrize("opened", ["lancedb"], indirect=True)
+def test_nodes_that_were_added_without_the_fields_of_others_are_found_in_lancedb(opened):
+    """The fields beside a node are those of the first nodes, here encodings, and may be missing in later ones."""
+    _, store = opened
+    encoder = KalmPassageEncoder(FakeReranker())
+    nodes = [TextNode(id_=node_id(i), text=f"text {i}", metadata={"page": i}, embedding=[1.0, 0.0, 0.0]) for i in range(4)]
+    store.add(encoder(nodes[:2]))
+    store.add(nodes[2:3])
+    store.add([nodes[3].model_copy(update={"metadata": {}})])
+    assert backfill(store, encoder, check_texts=False, **QUIET) == BackfillReport(2, 2, 0)
+    assert backfill(store, encoder, **QUIET) == BackfillReport(4, 0, 0)
+    assert drop_encodings(store, **QUIET) == Written(n_written=4)
+    assert [node.metadata for node in read(store, *range(4))] == [{"page": 0}, {"page": 1}, {"page": 2}, {}]
