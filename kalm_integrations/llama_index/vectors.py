@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from llama_index.core.schema import BaseNode
+from llama_index.core.vector_stores.utils import metadata_dict_to_node
 
 from kalm_integrations.hosting import qdrant
 from kalm_integrations.hosting.stores import PAGE_SIZE, Changes, DocumentAccess, DocumentId, Label, PagedIds, merged
@@ -111,10 +112,9 @@ class _LanceDB(AnyVectorStore):
 
     def add_metadata(self, changes: Changes) -> None:
         added = _by_text(changes)
-        condition = _among("id", added)
         while True:
             table = self._table()
-            found = table.search().where(condition).select(["id", "metadata", "_rowaddr"]).to_arrow()
+            found = self._rows(table, list(added))
             rows = {row["id"]: row for row in found.to_pylist()}
             if not rows:
                 return
@@ -132,10 +132,15 @@ class _LanceDB(AnyVectorStore):
                 return
 
     def _get(self, ids: list[str]) -> list[BaseNode]:
-        self._table()
-        # Its own condition for ids has quotes that LanceDB takes for those of a column.
-        found: list[BaseNode] = self._store.get_nodes(where=_among("id", ids))
-        return found
+        # Not by the store's get_nodes, whose condition has quotes that LanceDB takes for those of a column.
+        return [metadata_dict_to_node(row["metadata"]) for row in self._rows(self._table(), ids).to_pylist()]
+
+    @staticmethod
+    def _rows(table: Any, ids: list[str]) -> Any:
+        # In two steps: where rows were added that lack a field of the metadata, LanceDB answers no query with a condition.
+        quoted = "', '".join(i.replace("'", "''") for i in ids)
+        found = table.search().where(f"id in ('{quoted}')").select(["id"]).with_row_id(True).to_arrow()
+        return table.take_row_ids(found["_rowid"].to_pylist()).select(["id", "metadata", "_rowaddr"]).to_arrow()
 
     def _table(self) -> Any:
         table = self._store.table
@@ -146,11 +151,6 @@ class _LanceDB(AnyVectorStore):
 
 def _is_on(row: Mapping[str, Any], label: Label) -> bool:
     return label.is_on(json.loads(row["metadata"][CONTENT])["metadata"])
-
-
-def _among(field: str, texts: Iterable[str]) -> str:
-    quoted = [text.replace("'", "''") for text in texts]
-    return "{} in ('{}')".format(field, "', '".join(quoted))
 
 
 def _by_text(changes: Changes) -> dict[str, Any]:

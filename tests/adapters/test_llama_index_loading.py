@@ -233,4 +233,5 @@ def test_nodes_that_were_added_without_the_fields_of_others_are_found_in_lancedb
     assert backfill(store, encoder, check_texts=False, **QUIET) == BackfillReport(2, 2, 0)
     assert backfill(store, encoder, **QUIET) == BackfillReport(4, 0, 0)
     assert drop_encodings(store, **QUIET) == Written(n_written=4)
-    assert [node.metadata for node in read(store, *range(4))] == [{"page": 0}, {"page": 1}, {"page": 2}, {}]
+    held_now = access_to(store).read([node_id(i) for i in range(4)])
+    assert [held_now[node_id(i)].metadata for i in range(4)] == [{"page": 0}, {"page": 1}, {"page": 2}, {}]

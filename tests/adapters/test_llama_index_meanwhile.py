@@ -30,6 +30,7 @@ from kalm_integrations.llama_index import (
     wait_for_write_back,
     write_back_to,
 )
+from kalm_integrations.llama_index.stores import access_to
 from kalm_integrations.testing import FakeReranker
 
 
@@ -56,7 +57,8 @@ def test_backfill_undoes_nothing_that_happens_after_its_last_look_at_the_texts(r
     """The encoding that the new text may get then is known to be of another one."""
     context, store = reopen()
     make_index(context, make_nodes())
-    monkeypatch.setattr(type(store), "get_nodes", then(type(store).get_nodes, 2, lambda: change(store)))
+    access = type(access_to(store))
+    monkeypatch.setattr(access, "read", then(access.read, 2, lambda: change(store)))
     encoder = KalmPassageEncoder(FakeReranker())
     backfill(store, encoder, show_progress=False)
     assert is_as_changed(store)
