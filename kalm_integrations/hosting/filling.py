@@ -248,8 +248,9 @@ def _ids(access: DocumentAccess[Any], without: Label | None) -> Iterable[Documen
 
 
 def _read(access: DocumentAccess[Doc], ids: list[DocumentId]) -> dict[DocumentId, Doc]:
+    # A batch of bad rows leaves none to ask for, which some stores refuse.
     with _readable():
-        return access.read(ids)
+        return access.read(ids) if ids else {}
 
 
 @contextmanager

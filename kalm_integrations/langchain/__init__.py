@@ -18,15 +18,23 @@ except ModuleNotFoundError as error:
     _message = 'kalm_integrations.langchain needs langchain-core; pip install "kalm-integrations[langchain]"'
     raise MissingExtraError(_message) from error
 
-from kalm_integrations.hosting.filling import BackfillReport
+from kalm_integrations.hosting.filling import BackfillReport, LoadReport
 from kalm_integrations.hosting.qdrant import LeanQdrantClient
+from kalm_integrations.hosting.stores import Written
 from kalm_integrations.hosting.write_back import WriteBackStats, wait_for_write_back, write_back_stats
 from kalm_integrations.langchain.cross_encoder import KalmCrossEncoder
 from kalm_integrations.langchain.encode import KalmPassageEncoder, kalm_key_encoder
 from kalm_integrations.langchain.payloads import ByteStorePayloads
 from kalm_integrations.langchain.rerank import KalmRerank
 from kalm_integrations.langchain.retriever import KalmRetriever
-from kalm_integrations.langchain.stores import DocumentAccess, backfill, fetch_from, write_back_to
+from kalm_integrations.langchain.stores import (
+    DocumentAccess,
+    backfill,
+    drop_encodings,
+    fetch_from,
+    load_encodings,
+    write_back_to,
+)
 
 __all__ = [
     "BackfillReport",
@@ -37,10 +45,14 @@ __all__ = [
     "KalmRerank",
     "KalmRetriever",
     "LeanQdrantClient",
+    "LoadReport",
     "WriteBackStats",
+    "Written",
     "backfill",
+    "drop_encodings",
     "fetch_from",
     "kalm_key_encoder",
+    "load_encodings",
     "wait_for_write_back",
     "write_back_stats",
     "write_back_to",

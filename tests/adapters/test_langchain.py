@@ -407,7 +407,7 @@ def test_an_encoding_that_the_store_would_refuse_is_an_error_before_it_is_asked(
     fits = KalmPassageEncoder(model=make_reranker(**settings, max_inline_bytes=65_535), store=store)
     [document] = fits.transform_documents(long)
     assert len(document.metadata["kalm_encoding"]) <= 65_535
-    store.enable_dynamic_field = True
+    store.enable_dynamic_field, store._connection_args = True, {"uri": "pages.db"}
     KalmPassageEncoder(model=make_reranker(**settings), store=store).transform_documents(long)
 
 

@@ -1,6 +1,8 @@
 """Calls of the LangChain adapter as the documentation shows them: type-checked, never run."""
 
+from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
 from langchain_core.documents import Document
 from langchain_core.vectorstores import VectorStore
@@ -12,8 +14,12 @@ from kalm_integrations.langchain import (
     KalmPassageEncoder,
     KalmRerank,
     KalmRetriever,
+    LoadReport,
+    Written,
     backfill,
+    drop_encodings,
     kalm_key_encoder,
+    load_encodings,
     write_back_to,
 )
 
@@ -32,6 +38,12 @@ def use(store: VectorStore, documents: list[Document]) -> list[Document]:
     chained: list[Document] = rerank.as_runnable().invoke({"query": "query", "documents": documents})
     compressed: list[Document] = rerank.compress_documents(documents, "query", instruction="Find it.", top_n=2)
     return [*retriever.invoke("query", k=1), *chained, *compressed]
+
+
+def move(store: VectorStore, rows: Iterable[Mapping[str, Any]]) -> int:
+    loaded: LoadReport = load_encodings(store, rows, id_field="_id", encoding_key="kalm_encoding_2", documents_per_second=50)
+    dropped: Written = drop_encodings(store, batch_size=8, show_progress=False)
+    return loaded.n_written + dropped.n_written
 
 
 async def use_async(rerank: KalmRerank, documents: list[Document]) -> list[Document]:

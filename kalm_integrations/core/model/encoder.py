@@ -50,10 +50,12 @@ def encode(
     lengths = [n_tokens[index] for index in order]
     x = embedding.embed(token_ids[None], config, weights.dtype)
     positions = torch.cat([torch.arange(length) for length in lengths]).to(x.device)
-    tables = {kind: rope.table(0, lengths[0], x.device) for kind, rope in config.ropes.items()}
-    ropes = {kind: tuple(part[positions].to(weights.dtype) for part in table) for kind, table in tables.items()}
-    # A query's factor on the scores is that of its rotation.
-    scaled = {kind: tuple(part * config.attention_scale for part in rope) for kind, rope in ropes.items()}
+    ropes, scaled = {}, {}
+    for kind, rope in config.ropes.items():
+        cos, sin = (part[positions].to(weights.dtype) for part in rope.table(0, lengths[0], x.device))
+        ropes[kind] = cos, sin
+        # The factor on the scores is one on the queries.
+        scaled[kind] = cos * config.attention_scale, sin * config.attention_scale
     groups = {kind: group_passages(lengths, kind, weights, config) for kind in config.ropes}
     for layer, kind in zip(weights.layers, config.layer_types, strict=True):
         normed = rms_norm(x, layer.pre_attention_norm, config.norm_epsilon, weights.dtype)

@@ -137,7 +137,8 @@ def _laid_out(states: torch.Tensor, group: Group) -> torch.Tensor:
     states = states[group.tokens]
     if group.padded is not None:
         return states[group.padded]
-    return states.unflatten(0, (group.n_passages, -1))
+    rows: torch.Tensor = states.unflatten(0, (group.n_passages, -1))
+    return rows
 
 
 def _attend(
