@@ -11,13 +11,13 @@ except ImportError as error:
     msg = 'kalm_integrations.llama_index needs llama-index-core; run: pip install "kalm-integrations[llama-index]"'
     raise MissingExtraError(msg) from error
 
-from kalm_integrations.hosting.filling import BackfillReport
-from kalm_integrations.hosting.stores import DocumentAccess
+from kalm_integrations.hosting.filling import BackfillReport, LoadReport
+from kalm_integrations.hosting.stores import DocumentAccess, Written
 from kalm_integrations.hosting.write_back import WriteBackStats, wait_for_write_back, write_back_stats
 from kalm_integrations.llama_index.encode import KalmPassageEncoder
 from kalm_integrations.llama_index.payloads import KVPayloadStore
 from kalm_integrations.llama_index.rerank import Fetch, KalmRerank, WriteBack
-from kalm_integrations.llama_index.stores import backfill, fetch_from, write_back_to
+from kalm_integrations.llama_index.stores import backfill, drop_encodings, fetch_from, load_encodings, write_back_to
 
 __all__ = [
     "BackfillReport",
@@ -26,10 +26,14 @@ __all__ = [
     "KVPayloadStore",
     "KalmPassageEncoder",
     "KalmRerank",
+    "LoadReport",
     "WriteBack",
     "WriteBackStats",
+    "Written",
     "backfill",
+    "drop_encodings",
     "fetch_from",
+    "load_encodings",
     "wait_for_write_back",
     "write_back_stats",
     "write_back_to",

@@ -8,127 +8,49 @@ import logging
 import os
 import subprocess
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from haystack import Document, Pipeline, component
-from haystack.components.preprocessors import DocumentSplitter
-from haystack.components.retrievers.in_memory import InMemoryEmbeddingRetriever
-from haystack.components.writers import DocumentWriter
+from haystack import Document
 from haystack.document_stores.in_memory import InMemoryDocumentStore
 from haystack.document_stores.types import DuplicatePolicy
-from haystack.utils import Secret
 from haystack_integrations.components.rankers.sentence_transformers import SentenceTransformersSimilarityRanker
 from haystack_integrations.components.retrievers.chroma import ChromaEmbeddingRetriever
-from haystack_integrations.components.retrievers.pgvector import PgvectorEmbeddingRetriever
-from haystack_integrations.components.retrievers.qdrant import QdrantEmbeddingRetriever
 from haystack_integrations.document_stores.chroma import ChromaDocumentStore
-from haystack_integrations.document_stores.pgvector import PgvectorDocumentStore
 from haystack_integrations.document_stores.qdrant import QdrantDocumentStore
+from tools.haystack_helpers import (
+    QUERY,
+    STORES,
+    TEXTS,
+    Backend,
+    MakeReranker,
+    ask,
+    assert_all_stored,
+    by_text,
+    chroma,
+    documents,
+    embed,
+    encoded,
+    indexing_pipeline,
+    open_backend,
+    query_pipeline,
+    question,
+)
 
 from haystack_integrations.common.kalm.stores import access_to
 from kalm_integrations import KalmReranker
-from kalm_integrations.errors import SettingsError
 from kalm_integrations.haystack import BackfillReport, KalmDocumentEncoder, KalmRanker, backfill, wait_for_write_back
 from kalm_integrations.sentence_transformers import KalmCrossEncoder
 from kalm_integrations.testing import FakeReranker
 
-QUERY = "capital of Bosnia"
-TEXTS = ["Berlin is large", "Belgrade lies on the Danube", "Sarajevo is the capital of Bosnia"]
-DIMENSION = 8
 
-MakeReranker = Callable[..., KalmReranker]
-
-
-def embed(text: str) -> list[float]:
-    vector = [1.0] * DIMENSION
-    for word in text.lower().split():
-        vector[sum(word.encode()) % DIMENSION] += 1
-    return vector
-
-
-@component
-class WordEmbedder:
-    """Stands for the embedding model of an indexing pipeline."""
-
-    @component.output_types(documents=list[Document])
-    def run(self, documents: list[Document]) -> dict[str, list[Document]]:
-        return {"documents": [replace(d, embedding=embed(d.content)) for d in documents]}
-
-
-@dataclass
-class Backend:
-    """A store that survives its process."""
-
-    open: Callable[[], Any]
-    """Opens it, as a new process would."""
-    close: Callable[[Any], None]
-    make_retriever: Callable[..., Any]
-
-    def reopen(self, store: Any) -> Any:
-        self.close(store)
-        return self.open()
-
-
-class AnyStore(InMemoryDocumentStore):
-    """Stands for a store of which nothing is known but the methods that it must have."""
-
-
-def in_memory(folder: Path, kind: type[InMemoryDocumentStore] = InMemoryDocumentStore) -> Backend:
-    path = str(folder / "store.json")
-
-    def open_store() -> InMemoryDocumentStore:
-        return kind.load_from_disk(path) if Path(path).exists() else kind(embedding_similarity_function="cosine")
-
-    return Backend(open_store, lambda store: store.save_to_disk(path), InMemoryEmbeddingRetriever)
-
-
-def chroma(folder: Path) -> Backend:
-    def open_store() -> ChromaDocumentStore:
-        return ChromaDocumentStore(persist_path=str(folder / "chroma"), client_settings={"anonymized_telemetry": False})
-
-    return Backend(open_store, lambda store: store.close(), ChromaEmbeddingRetriever)
-
-
-def qdrant(folder: Path) -> Backend:
-    def open_store() -> QdrantDocumentStore:
-        return QdrantDocumentStore(
-            path=str(folder / "qdrant"),
-            embedding_dim=DIMENSION,
-            return_embedding=True,
-            progress_bar=False,
-        )
-
-    return Backend(open_store, lambda store: store.close(), QdrantEmbeddingRetriever)
-
-
-def pgvector(uri: str) -> Backend:
-    name = f"haystack_{uuid.uuid4().hex}"
-
-    def open_store() -> PgvectorDocumentStore:
-        return PgvectorDocumentStore(
-            connection_string=Secret.from_token(uri),
-            table_name=name,
-            # An index belongs to the schema: a second table needs a name of its own.
-            keyword_index_name=f"{name}_keywords",
-            embedding_dimension=DIMENSION,
-        )
-
-    return Backend(open_store, lambda store: store.close(), PgvectorEmbeddingRetriever)
-
-
-@pytest.fixture(params=["in_memory", "chroma", "qdrant", "pgvector", "any"])
+@pytest.fixture(params=STORES)
 def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
-    if request.param == "pgvector":
-        return pgvector(request.getfixturevalue("postgres_uri"))
-    if request.param == "any":
-        return in_memory(tmp_path, AnyStore)
-    return {"in_memory": in_memory, "chroma": chroma, "qdrant": qdrant}[request.param](tmp_path)
+    return open_backend(request, tmp_path, request.param)
 
 
 @pytest.fixture
@@ -136,55 +58,6 @@ def store(backend: Backend) -> Iterator[Any]:
     store = backend.open()
     yield store
     backend.close(store)
-
-
-def documents(*texts: str, **meta: object) -> list[Document]:
-    return [Document(content=text, meta=dict(meta), embedding=embed(text)) for text in texts or TEXTS]
-
-
-def encoded(reranker: object, given: list[Document]) -> list[Document]:
-    return KalmDocumentEncoder(model=reranker, progress_bar=False).run(given)["documents"]
-
-
-def indexing_pipeline(store: Any, reranker: object) -> Pipeline:
-    pipeline = Pipeline()
-    pipeline.add_component("splitter", DocumentSplitter(split_by="word", split_length=6))
-    pipeline.add_component("embedder", WordEmbedder())
-    pipeline.add_component("encoder", KalmDocumentEncoder(model=reranker, progress_bar=False))
-    pipeline.add_component("writer", DocumentWriter(store, policy=DuplicatePolicy.OVERWRITE))
-    pipeline.connect("splitter", "embedder")
-    pipeline.connect("embedder", "encoder")
-    pipeline.connect("encoder", "writer")
-    return pipeline
-
-
-def query_pipeline(retriever: Any, ranker: KalmRanker) -> Pipeline:
-    pipeline = Pipeline()
-    pipeline.add_component("retriever", retriever)
-    pipeline.add_component("ranker", ranker)
-    pipeline.connect("retriever", "ranker.documents")
-    return pipeline
-
-
-def ask(pipeline: Pipeline, query: str = QUERY) -> list[Document]:
-    return pipeline.run(question(query))["ranker"]["documents"]
-
-
-def question(query: str) -> dict[str, Any]:
-    return {"retriever": {"query_embedding": embed(query)}, "ranker": {"query": query}}
-
-
-def by_text(found: list[Document]) -> dict[str, Document]:
-    return {document.content: document for document in found}
-
-
-def assert_all_stored(store: Any, reranker: KalmReranker, texts: list[str]) -> None:
-    """Each text is in the store, and a ranker that must not encode can rank it."""
-    found = store.filter_documents()
-    assert sorted(document.content for document in found) == sorted(texts)
-    KalmRanker(model=reranker, on_missing="error").run(query=QUERY, documents=found)
-    assert reranker.stats.passages_encoded == 0
-    assert {document.meta["kalm_fp"] for document in found} == {reranker.fingerprint}
 
 
 def test_ingest_query_restart_query(backend: Backend, make_reranker: MakeReranker) -> None:
@@ -376,80 +249,6 @@ def test_metadata_that_others_change_after_every_read_survive(
     assert (held["page"], "kalm_fp" in held) == (page, True)
 
 
-class TestBackfill:
-    def test_missing_and_stale_documents_are_encoded(
-        self, store: Any, make_reranker: MakeReranker, other_checkpoint: Path
-    ) -> None:
-        """A second run has nothing to do; who believes `kalm_fp` fetches only documents without the current one."""
-        missing, stale, current = documents("missing"), documents("stale"), documents("current")
-        stale = encoded(make_reranker(other_checkpoint), stale)
-        store.write_documents([*missing, *stale, *encoded(make_reranker(), current)])
-        encoder = KalmDocumentEncoder(model=make_reranker(), progress_bar=False)
-        believing = {"check_texts": False, "progress_bar": False}
-        assert backfill(store, encoder, **believing) == BackfillReport(n_checked=2, n_missing=1, n_stale=1)
-        assert backfill(store, encoder, **believing) == BackfillReport(0, 0, 0)
-        assert backfill(store, encoder, progress_bar=False) == BackfillReport(3, 0, 0)
-        assert_all_stored(store, make_reranker(), ["missing", "stale", "current"])
-
-    def test_filters_restrict_the_work(self, store: Any, make_reranker: MakeReranker) -> None:
-        store.write_documents([*documents("a", language="en"), *documents("b", language="de")])
-        encoder = KalmDocumentEncoder(model=make_reranker(), progress_bar=False)
-        english = {"field": "meta.language", "operator": "==", "value": "en"}
-        assert backfill(store, encoder, filters=english, progress_bar=False).n_missing == 1
-        assert backfill(store, encoder, filters=english, progress_bar=False).n_checked == 1
-        assert backfill(store, encoder, filters=english, check_texts=False, progress_bar=False).n_checked == 0
-        assert "kalm_fp" not in by_text(store.filter_documents())["b"].meta
-
-    def test_metadata_that_claim_too_much_are_found(self, store: Any, make_reranker: MakeReranker) -> None:
-        """The current fingerprint beside an encoding of another text, or beside none, unless it is to be believed."""
-        stale = [replace(document, content="new text") for document in encoded(make_reranker(), documents("old text"))]
-        bare = documents("bare", kalm_fp=make_reranker().fingerprint)
-        store.write_documents([*stale, *bare, *encoded(make_reranker(), documents("valid"))])
-        encoder = KalmDocumentEncoder(model=make_reranker(), progress_bar=False)
-        assert backfill(store, encoder, check_texts=False, progress_bar=False).n_checked == 0
-        assert backfill(store, encoder, progress_bar=False) == BackfillReport(n_checked=3, n_missing=1, n_stale=1)
-        assert_all_stored(store, make_reranker(), ["new text", "bare", "valid"])
-
-    def test_documents_without_content_are_encoded(self, store: Any) -> None:
-        """Their passage is their meta fields; Chroma holds no such documents."""
-        store.write_documents([Document(id="image", content=None, meta={"title": "A map"}, embedding=embed("map"))])
-        encoder = KalmDocumentEncoder(model=FakeReranker(), meta_fields_to_embed=["title"], progress_bar=False)
-        n_held = store.count_documents()
-        assert n_held == (0 if isinstance(store, ChromaDocumentStore) else 1)
-        assert backfill(store, encoder, progress_bar=False).n_missing == n_held
-        assert backfill(store, encoder, progress_bar=False) == BackfillReport(n_held, 0, 0)
-
-    def test_it_goes_in_batches_under_one_bar(self, make_reranker: MakeReranker, capsys: pytest.CaptureFixture[str]) -> None:
-        store = InMemoryDocumentStore()
-        store.write_documents([Document(content=f"text {n}") for n in range(5)])
-        encoder = KalmDocumentEncoder(model=make_reranker())
-        assert backfill(store, encoder, batch_size=2).n_missing == 5
-        shown = capsys.readouterr().err
-        assert "5/5" in shown
-        assert "2/2" not in shown
-
-    def test_a_failing_store_is_counted(self, caplog: pytest.LogCaptureFixture) -> None:
-        class Failing(InMemoryDocumentStore):
-            def update_by_filter(self, filters: dict[str, Any], meta: dict[str, Any]) -> int:
-                if filters["value"] == "bad":
-                    msg = "disk full"
-                    raise OSError(msg)
-                return super().update_by_filter(filters, meta)
-
-        store = Failing()
-        store.write_documents([Document(id="bad", content="a"), Document(id="good", content="b")])
-        encoder = KalmDocumentEncoder(model=FakeReranker(), progress_bar=False)
-        assert backfill(store, encoder, progress_bar=False) == BackfillReport(n_checked=2, n_missing=2, n_stale=0, n_failed=1)
-        assert "a store did not take 1 of 2 encodings, the first being that of bad" in caplog.text
-        assert "disk full" in caplog.text
-
-    def test_what_cannot_work_is_refused(self) -> None:
-        with pytest.raises(SettingsError, match="must have update_by_filter"):
-            backfill(object(), KalmDocumentEncoder(model=FakeReranker()))
-        with pytest.raises(SettingsError, match="batch_size must be a positive whole number, but got 0"):
-            backfill(InMemoryDocumentStore(), KalmDocumentEncoder(model=FakeReranker()), batch_size=0)
-
-
 class TestPolicies:
     def test_skip_keeps_encodings(self, store: Any, make_reranker: MakeReranker) -> None:
         """Ingesting an unchanged corpus again without the encoder loses nothing under SKIP."""
@@ -478,6 +277,7 @@ class TestPolicies:
         assert found[0].meta.get("kalm_encoding") == (old.meta["kalm_encoding"] if keeps_old else None)
         reranker = make_reranker()
         ranked = KalmRanker(model=reranker, document_store=store).run(query=QUERY, documents=found)["documents"]
+        assert wait_for_write_back(10)
         assert ranked[0].score == make_reranker().score(QUERY, ["new text"])[0]
         assert (reranker.stats.passages_encoded, reranker.stats.stale) == (1, int(keeps_old))
         assert_all_stored(store, make_reranker(), ["new text"])

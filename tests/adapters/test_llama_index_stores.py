@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import subprocess
@@ -12,139 +11,53 @@ from datetime import datetime
 
 import chromadb
 import pytest
-from llama_index.core import Document, StorageContext, VectorStoreIndex, load_index_from_storage
+from llama_index.core import Document, StorageContext, VectorStoreIndex
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.llms import MockLLM
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.postprocessor import MetadataReplacementPostProcessor
-from llama_index.core.schema import MetadataMode, NodeRelationship, NodeWithScore, RelatedNodeInfo, TextNode
+from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.storage.docstore.keyval_docstore import KVDocumentStore
-from llama_index.core.storage.docstore.types import BaseDocumentStore
-from llama_index.core.storage.kvstore import SimpleKVStore
 from llama_index.core.storage.kvstore.types import MutableMappingKVStore
 from llama_index.core.vector_stores import SimpleVectorStore
 from llama_index.storage.docstore.postgres import PostgresDocumentStore
-from llama_index.storage.docstore.redis import RedisDocumentStore
-from llama_index.storage.kvstore.postgres import PostgresKVStore
-from llama_index.storage.kvstore.redis import RedisKVStore
 from llama_index.vector_stores.chroma import ChromaVectorStore
-from llama_index.vector_stores.qdrant import QdrantVectorStore
-from qdrant_client import QdrantClient
-from sqlalchemy import create_engine, event
-from sqlalchemy.ext.asyncio import create_async_engine
+from tools.llama_index_helpers import (
+    QUERY,
+    STORES,
+    TEXTS,
+    CountingEmbedding,
+    change,
+    is_as_changed,
+    load_index,
+    make_index,
+    make_nodes,
+    make_postgres_kvstore,
+    opener,
+    query,
+    scores,
+)
 
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
-from kalm_integrations.errors import EncodingTooLargeError, SettingsError, StoreError
+from kalm_integrations.errors import SettingsError
 from kalm_integrations.llama_index import (
     BackfillReport,
     KalmPassageEncoder,
     KalmRerank,
-    KVPayloadStore,
     backfill,
     wait_for_write_back,
     write_back_to,
 )
 from kalm_integrations.testing import FakeReranker
 
-TEXTS = ["the panthers won", "rain is wet", "who lost the game", "who knows", "a wing in a slipstream"]
-QUERY = "who won the game"
 
-
-class CountingEmbedding(MockEmbedding):
-    """Counts the texts that were embedded."""
-
-    _count: int = 0
-
-    def _get_text_embedding(self, text: str) -> list[float]:
-        self._count += 1
-        return super()._get_text_embedding(text)
-
-
-def make_postgres_kvstore(uri, table, **settings):
-    # from_uri would drop the query part of the URI, which says where the socket is.
-    return PostgresKVStore(
-        table,
-        engine=create_engine(uri),
-        async_engine=create_async_engine(uri.replace("postgresql://", "postgresql+asyncpg://")),
-        **settings,
-    )
-
-
-@pytest.fixture(params=["simple", "redis", "postgres", "chroma", "qdrant"])
+@pytest.fixture(params=STORES)
 def reopen(request, tmp_path):
     """Returns what closes a store and opens it again: a storage context, and where its nodes are."""
-    name = f"kalm_{uuid.uuid4().hex}"
-    folder = tmp_path / "store"
-    opened = {}
-
-    def simple():
-        if "context" in opened:
-            opened["context"].persist(folder)
-        opened["context"] = StorageContext.from_defaults(persist_dir=folder if folder.exists() else None)
-        return opened["context"], opened["context"].docstore
-
-    def docstore_backed(docstore):
-        vector_store = opened.setdefault("vectors", SimpleVectorStore())
-        index_store = opened.setdefault("indices", StorageContext.from_defaults().index_store)
-        return StorageContext.from_defaults(docstore, index_store, vector_store), docstore
-
-    def redis():
-        kvstore = RedisKVStore(redis_uri=request.getfixturevalue("redis_url"))
-        return docstore_backed(RedisDocumentStore(kvstore, namespace=name))
-
-    def postgres():
-        kvstore = make_postgres_kvstore(request.getfixturevalue("postgres_uri"), name)
-        return docstore_backed(PostgresDocumentStore(kvstore))
-
-    def chroma():
-        collection = chromadb.PersistentClient(str(folder)).get_or_create_collection(name)
-        store = ChromaVectorStore(chroma_collection=collection)
-        return StorageContext.from_defaults(vector_store=store), store
-
-    def qdrant():
-        if "client" in opened:
-            opened["client"].close()
-        opened["client"] = QdrantClient(path=str(folder))
-        store = QdrantVectorStore(name, client=opened["client"])
-        return StorageContext.from_defaults(vector_store=store), store
-
-    yield locals()[request.param]
-    if "client" in opened:
-        opened["client"].close()
-
-
-def node_id(i):
-    return str(uuid.UUID(int=i))
-
-
-def make_nodes():
-    source = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id="book")}
-    return [
-        TextNode(id_=node_id(i), text=text, metadata={"page": i, "author": None}, relationships=source)
-        for i, text in enumerate(TEXTS)
-    ]
-
-
-def make_index(context, nodes, embedding=None):
-    return VectorStoreIndex(nodes, storage_context=context, embed_model=embedding or CountingEmbedding(embed_dim=3))
-
-
-def load_index(context, embedding=None):
-    embedding = embedding or CountingEmbedding(embed_dim=3)
-    if context.vector_store.stores_text:
-        return VectorStoreIndex.from_vector_store(context.vector_store, embed_model=embedding)
-    return load_index_from_storage(context, embed_model=embedding)
-
-
-def query(index, **settings):
-    postprocessor = KalmRerank(top_n=None, **settings)
-    return index.as_query_engine(llm=MockLLM(), similarity_top_k=5, node_postprocessors=[postprocessor]).query(QUERY)
-
-
-def scores(response):
-    return {node.node_id: node.score for node in response.source_nodes}
+    with opener(request, tmp_path / "store", request.param) as open_again:
+        yield open_again
 
 
 def test_encodings_outlive_a_restart(reopen, make_reranker):
@@ -237,129 +150,6 @@ def test_backfill_finds_damage_behind_a_good_fingerprint_unless_told_to_believe_
     assert backfill(store, encoder, check_texts=False, show_progress=False) == BackfillReport(0, 0, 0)
     assert backfill(store, encoder, show_progress=False) == BackfillReport(n_checked=5, n_missing=0, n_stale=1)
     assert backfill(store, encoder, show_progress=False) == BackfillReport(n_checked=5, n_missing=0, n_stale=0)
-
-
-# What others write meanwhile.
-
-
-def change(store):
-    """What another client does: one node gets another text under its old id, one is deleted."""
-    new = TextNode(id_=node_id(0), text="a new text", metadata={"page": "new"}, embedding=[1.0, 0.0, 0.0])
-    if isinstance(store, BaseDocumentStore):
-        store.add_documents([new])
-        store.delete_document(node_id(1))
-    else:
-        store.delete_nodes([node_id(0), node_id(1)])
-        store.add([new])
-
-
-def read(store, *numbers):
-    settings = {"raise_error": False} if isinstance(store, BaseDocumentStore) else {}
-    return sorted(store.get_nodes([node_id(i) for i in numbers], **settings), key=lambda node: node.node_id)
-
-
-def is_as_changed(store):
-    """Whether all of what the other client wrote is there still."""
-    [new] = read(store, 0, 1)
-    others = {key: value for key, value in new.metadata.items() if key not in (ENCODING_KEY, FINGERPRINT_KEY)}
-    return (new.node_id, new.text, others) == (node_id(0), "a new text", {"page": "new"})
-
-
-def then(function, nth, what):
-    """Return a function after which, when it has returned the nth time, something else happens at once."""
-    calls = itertools.count(1)
-
-    def call(*args, **kwargs):
-        result = function(*args, **kwargs)
-        if next(calls) == nth:
-            what()
-        return result
-
-    return call
-
-
-def test_backfill_passes_over_what_others_changed_while_it_encoded(reopen):
-    context, store = reopen()
-    make_index(context, make_nodes())
-    fake = FakeReranker()
-    fake.encode_to_metadata = then(fake.encode_to_metadata, 1, lambda: change(store))
-    report = backfill(store, KalmPassageEncoder(fake), show_progress=False)
-    assert report == BackfillReport(n_checked=5, n_missing=5, n_stale=0, n_gone=1, n_changed=1)
-    assert is_as_changed(store)
-    assert [ENCODING_KEY in node.metadata for node in read(store, 0, 2, 3, 4)] == [False, True, True, True]
-    assert backfill(store, KalmPassageEncoder(fake), show_progress=False) == BackfillReport(4, 1, 0)
-
-
-def test_backfill_undoes_nothing_that_happens_after_its_last_look_at_the_texts(reopen, monkeypatch):
-    """The encoding that the new text may get then is known to be of another one."""
-    context, store = reopen()
-    make_index(context, make_nodes())
-    monkeypatch.setattr(type(store), "get_nodes", then(type(store).get_nodes, 2, lambda: change(store)))
-    encoder = KalmPassageEncoder(FakeReranker())
-    backfill(store, encoder, show_progress=False)
-    assert is_as_changed(store)
-    assert backfill(store, encoder, show_progress=False) == BackfillReport(n_checked=4, n_missing=0, n_stale=1)
-
-
-def test_write_back_passes_over_a_text_that_changed_since_it_was_retrieved(reopen, caplog):
-    context, store = reopen()
-    retrieved = make_index(context, make_nodes()).as_retriever(similarity_top_k=5).retrieve(QUERY)
-    change(store)
-    with caplog.at_level(logging.WARNING, logger="kalm_integrations"):
-        KalmRerank(FakeReranker(), write_back=write_back_to(store)).postprocess_nodes(retrieved, query_str=QUERY)
-        assert wait_for_write_back(10)
-    assert "2 of 5 encodings were not written back: 1 gone, 1 have another text now" in caplog.text
-    assert is_as_changed(store)
-    assert [ENCODING_KEY in node.metadata for node in read(store, 0, 2, 3, 4)] == [False, True, True, True]
-
-
-@pytest.mark.parametrize("reopen", ["simple", "redis", "qdrant"], indirect=True)
-def test_nothing_is_undone_that_happens_between_reading_and_writing_an_entry(reopen, monkeypatch):
-    """Where the store can write on a condition, or the entry itself can be changed."""
-    context, store = reopen()
-    make_index(context, make_nodes())
-    encoded = KalmPassageEncoder(FakeReranker())(make_nodes()[:2])
-    # Document stores read two entries to look at the texts; the third read is for writing the first of them.
-    reader, name, nth = {
-        "SimpleDocumentStore": lambda: (store._kvstore, "get", 3),
-        "RedisDocumentStore": lambda: (store._kvstore._redis_client, "hget", 3),
-        "QdrantVectorStore": lambda: (store.client, "retrieve", 1),
-    }[type(store).__name__]()
-    monkeypatch.setattr(reader, name, then(getattr(reader, name), nth, lambda: change(store)))
-    write_back_to(store)(encoded)
-    assert is_as_changed(store)
-
-
-@pytest.mark.parametrize("reopen", ["postgres"], indirect=True)
-def test_postgres_locks_an_entry_from_reading_to_writing_it(reopen):
-    context, store = reopen()
-    make_index(context, make_nodes())
-    table = store._kvstore._table_class.__table__
-    entries = table.select().where(table.c.namespace == store._node_collection)
-    n_free = []
-
-    def look_from_outside(connection, cursor, statement, *_):
-        if statement.endswith("FOR UPDATE"):
-            with connection.engine.connect() as another:
-                n_free.append(len(another.execute(entries.with_for_update(skip_locked=True)).all()))
-
-    event.listen(store._kvstore._engine, "after_cursor_execute", look_from_outside)
-    write_back_to(store)(KalmPassageEncoder(FakeReranker())(make_nodes()[:1]))
-    assert n_free == [len(TEXTS) - 1]
-
-
-@pytest.mark.parametrize("reopen", ["simple", "redis", "postgres"], indirect=True)
-def test_document_stores_keep_what_they_know_of_sources_and_hashes(reopen):
-    """`add_documents` would write both anew, from nodes that may be old by then."""
-    context, store = reopen()
-    make_index(context, make_nodes())
-
-    def known():
-        return store.get_ref_doc_info("book").to_dict(), [store.get_document_hash(node_id(i)) for i in range(len(TEXTS))]
-
-    before = known()
-    assert backfill(store, KalmPassageEncoder(FakeReranker()), show_progress=False).n_missing == len(TEXTS)
-    assert known() == before
 
 
 def test_document_stores_over_any_key_value_store_are_known():
@@ -537,77 +327,3 @@ def test_dates_come_back_in_another_form_and_backfill_settles_it():
     assert backfill(store, encoder, show_progress=False).n_stale == 1
     retrieved = [NodeWithScore(node=node) for node in store.get_nodes(None)]
     assert KalmRerank(fake, on_missing="error").postprocess_nodes(retrieved, query_str=QUERY)
-
-
-@pytest.mark.parametrize("kind", ["simple", "redis", "postgres"])
-def test_payloads_live_in_a_key_value_store(request, kind, make_reranker):
-    name = f"kalm_{uuid.uuid4().hex}"
-    if kind == "simple":
-        kvstore = SimpleKVStore()
-    elif kind == "redis":
-        kvstore = RedisKVStore(redis_uri=request.getfixturevalue("redis_url"))
-    else:
-        kvstore = make_postgres_kvstore(request.getfixturevalue("postgres_uri"), name)
-    payloads = KVPayloadStore(kvstore, collection=name)
-    reference = {"storage_mode": "reference", "payload_store": payloads}
-    nodes = make_nodes()
-    encoded = KalmPassageEncoder(make_reranker(**reference))(nodes)
-    assert max(len(node.metadata[ENCODING_KEY]) for node in encoded) < 512
-    assert len(payloads) == len(list(payloads)) == len(nodes)
-
-    reranker = make_reranker(payload_store=KVPayloadStore(kvstore, collection=name))
-    retrieved = [NodeWithScore(node=node) for node in encoded]
-    assert KalmRerank(reranker, on_missing="error").postprocess_nodes(retrieved, query_str=QUERY)
-    assert reranker.stats.passages_encoded == 0
-
-    key = next(iter(payloads))
-    del payloads[key]
-    assert key not in payloads
-    with pytest.raises(KeyError):
-        del payloads[key]
-    kvstore.put(key, {"payload": "nö base64"}, collection=name)
-    assert payloads.get(key) is None
-    lost = make_reranker(payload_store=payloads)
-    KalmRerank(lost).postprocess_nodes(retrieved, query_str=QUERY)
-    assert lost.stats.corrupt == lost.stats.passages_encoded == 1
-
-
-def test_a_server_that_dies_fails_no_query(mortal_redis, make_reranker):
-    """Its payloads are computed, at the price of one failed call; what is to be written there is refused."""
-    url, server = mortal_redis
-    settings = {"storage_mode": "reference", "cache_bytes": 0, "prefix_cache_bytes": 0}
-    reranker = make_reranker(payload_store=KVPayloadStore(RedisKVStore(redis_uri=url)), **settings)
-    retrieved = [NodeWithScore(node=node) for node in KalmPassageEncoder(reranker)(make_nodes())]
-    before = KalmRerank(reranker, on_missing="error").postprocess_nodes(retrieved, query_str=QUERY)
-    assert reranker.stats.store_failures == 0
-    server.kill()
-    server.wait(10)
-    n_encoded = reranker.stats.passages_encoded
-    for _ in range(2):
-        after = KalmRerank(reranker).postprocess_nodes(retrieved, query_str=QUERY)
-        assert [node.node.node_id for node in after] == [node.node.node_id for node in before]
-        assert [node.score for node in after] == pytest.approx([node.score for node in before], abs=1e-3)
-    assert reranker.stats.store_failures == 1
-    assert reranker.stats.passages_encoded == n_encoded + 2 * len(retrieved)
-    with pytest.raises(StoreError, match=r"payload_store cannot be used: KVPayloadStore raised ConnectionError"):
-        KalmPassageEncoder(reranker)(make_nodes())
-
-
-def test_max_inline_bytes_is_kept_or_refused_before_anything_is_stored(tiny_checkpoint):
-    docstore = SimpleDocumentStore()
-    nodes = [TextNode(text=" ".join(TEXTS * 3))]
-    whole = KalmPassageEncoder(tiny_checkpoint)(nodes)[0].metadata[ENCODING_KEY]
-    [node] = KalmPassageEncoder(tiny_checkpoint, max_inline_bytes=len(whole) // 2)(nodes)
-    assert len(node.metadata[ENCODING_KEY]) <= len(whole) // 2
-    with pytest.raises(EncodingTooLargeError, match="max_inline_bytes=100"):
-        docstore.add_documents(KalmPassageEncoder(tiny_checkpoint, max_inline_bytes=100)(nodes))
-    assert not docstore.docs
-
-
-def test_a_payload_store_may_come_with_the_other_settings(tiny_checkpoint):
-    payloads = KVPayloadStore(SimpleKVStore())
-    settings = {"storage_mode": "reference", "payload_store": payloads}
-    encoder = KalmPassageEncoder(tiny_checkpoint, model_kwargs=settings)
-    IngestionPipeline(transformations=[encoder]).run(nodes=make_nodes())
-    assert len(payloads) == len(TEXTS)
-    assert encoder.to_dict()["model_kwargs"] == {"storage_mode": "reference"}

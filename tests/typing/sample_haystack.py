@@ -7,7 +7,7 @@ from haystack.utils import ComponentDevice, Secret
 from haystack_integrations.components.embedders.kalm import KalmDocumentEncoder
 from haystack_integrations.components.rankers.kalm import KalmRanker
 from kalm_integrations import KalmReranker
-from kalm_integrations.haystack import BackfillReport, backfill
+from kalm_integrations.haystack import BackfillReport, LoadReport, Written, backfill, drop_encodings, load_encodings
 
 
 def use(documents: list[Document]) -> list[Document]:
@@ -21,6 +21,10 @@ def use(documents: list[Document]) -> list[Document]:
     pipeline = Pipeline()
     pipeline.add_component("ranker", ranker)
     report: BackfillReport = backfill(store, encoder, batch_size=8, check_texts=False)
+    rows = [{"id": document.id, **document.meta} for document in documents]
+    loaded: LoadReport = load_encodings(store, rows, meta_fields_to_embed=["title"], documents_per_second=0.5)
+    dropped: Written = drop_encodings(store, encoding_key="kalm_old", progress_bar=False)
+    print(loaded.n_written, dropped.n_written)
     print(report.n_missing, pipeline.run({"ranker": {"query": "query", "documents": documents}}))
     return other.run(query="query", documents=documents, top_k=3, instruction="Find it.")["documents"]
 

@@ -8,7 +8,17 @@ from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle, TextNode
 
 from kalm_integrations import KalmReranker
-from kalm_integrations.llama_index import BackfillReport, KalmPassageEncoder, KalmRerank, backfill, write_back_to
+from kalm_integrations.llama_index import (
+    BackfillReport,
+    KalmPassageEncoder,
+    KalmRerank,
+    LoadReport,
+    Written,
+    backfill,
+    drop_encodings,
+    load_encodings,
+    write_back_to,
+)
 
 
 def use(index: VectorStoreIndex, nodes: list[BaseNode]) -> list[NodeWithScore]:
@@ -20,6 +30,9 @@ def use(index: VectorStoreIndex, nodes: list[BaseNode]) -> list[NodeWithScore]:
     rerank.top_n = 7
     report: BackfillReport = backfill(index.docstore, encoder, batch_size=8)
     engine = index.as_query_engine(similarity_top_k=50, node_postprocessors=[KalmRerank("pico", top_n=5), rerank])
-    print(report.n_missing, engine.query("query"))
+    rows = ({"key": n, "kalm_encoding": "kalm1", "kalm_fp": "a"} for n in range(2))
+    loaded: LoadReport = load_encodings(index.docstore, rows, id_field="key", metadata_mode=MetadataMode.NONE)
+    dropped: Written = drop_encodings(index.docstore, encoding_key="kalm_old", documents_per_second=50)
+    print(report.n_missing, loaded.n_written, dropped.n_written, engine.query("query"))
     scored = [NodeWithScore(node=node) for node in encoded]
     return [*rerank.postprocess_nodes(scored, query_str="query"), *rerank.postprocess_nodes(scored, QueryBundle("query"))]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib import import_module
@@ -18,9 +19,19 @@ from kalm_integrations.core.types import ENCODING_KEY
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting import qdrant
 from kalm_integrations.hosting.documents import check_encoding_key
-from kalm_integrations.hosting.stores import Changes, DocumentAccess, DocumentId, Label, encodings_of
+from kalm_integrations.hosting.stores import (
+    PAGE_SIZE,
+    Changes,
+    DocumentAccess,
+    DocumentId,
+    Label,
+    PagedIds,
+    encodings_of,
+    merged,
+)
 
 Filters = dict[str, Any]
+_Changes = Mapping[str, Mapping[str, "str | None"]]
 
 # One lock for each store that has a connection of its own: see `_OneAtATime`. Nothing that may hang is done under the lock of
 # the locks.
@@ -93,55 +104,64 @@ def _kind_of(document_store: Any) -> Callable[[Any, Filters | None], DocumentAcc
 class _AnyStore:
     """By `filter_documents` and `update_by_filter`, document by document: a filter by id is all that every store understands.
 
-    What is added goes to documents that still have the content that was last read.
+    There are no pages: to find ids, all documents that match are read at once. What is added goes to documents that still
+    have the content that was last read; what is to be taken away becomes null.
     """
 
     def __init__(self, store: Any, filters: Filters | None) -> None:
         self._store = store
         self._filters = filters
-        self._contents: dict[DocumentId, str | None] = {}
+        self._contents: dict[str, str | None] = {}
         self._turn: AbstractContextManager[Any] = nullcontext()
 
     def find_ids(self, without: Label | None) -> Iterable[DocumentId]:
-        filters = self._filters
-        if without is not None:
-            outdated = {"field": f"meta.{without.key}", "operator": "!=", "value": without.fingerprint}
-            # Chroma refuses an AND of one.
-            filters = _all_of(filters, outdated) if filters else outdated
         with self._turn:
-            return [document.id for document in self._store.filter_documents(filters)]
+            return [document.id for document in self._store.filter_documents(self._filters_for(without))]
 
     def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, Document]:
+        # Numbers come from rows that are loaded.
+        given = {str(i): i for i in ids}
         with self._turn:
-            held: dict[DocumentId, Document] = {document.id: document for document in self._find(ids)}
-        self._contents = {document_id: document.content for document_id, document in held.items()}
-        return held
+            held = self._find(list(given)) if given else []
+        self._contents = {document.id: document.content for document in held}
+        return {given[document.id]: document for document in held}
 
     def add_metadata(self, changes: Changes) -> None:
         with self._turn:
-            self._add(changes)
+            self._add({str(document_id): added for document_id, added in changes.items()})
 
-    def _find(self, ids: Sequence[DocumentId]) -> list[Document]:
+    def _filters_for(self, without: Label | None) -> Filters | None:
+        if without is None:
+            return self._filters
+        outdated = {"field": f"meta.{without.key}", "operator": "!=", "value": without.fingerprint}
+        # Chroma refuses an AND of one.
+        return _all_of(self._filters, outdated) if self._filters else outdated
+
+    def _find(self, ids: Sequence[str]) -> list[Document]:
         return [document for document_id in ids for document in self._store.filter_documents(_same("id", document_id))]
 
-    def _find_unchanged(self, ids: Iterable[DocumentId]) -> list[Document]:
+    def _find_unchanged(self, ids: Iterable[str]) -> list[Document]:
         return [document for document in self._find(list(ids)) if document.content == self._contents[document.id]]
 
-    def _add(self, changes: Changes) -> None:
+    def _add(self, changes: _Changes) -> None:
         for document_id, added in changes.items():
             if self._find_unchanged([document_id]):
                 self._store.update_by_filter(_same("id", document_id), dict(added))
 
 
 class _InMemory(_AnyStore):
-    def _find(self, ids: Sequence[DocumentId]) -> list[Document]:
+    def find_ids(self, without: Label | None) -> Iterable[DocumentId]:
+        # By filters the store copies every document that matches.
+        return super().find_ids(without) if self._filters_for(without) else list(self._store.storage)
+
+    def _find(self, ids: Sequence[str]) -> list[Document]:
         found = (self._store.storage.get(document_id) for document_id in ids)
         return [document for document in found if document is not None]
 
-    def _add(self, changes: Changes) -> None:
+    def _add(self, changes: _Changes) -> None:
         # A copy takes its place: the store hands out the very object that it holds, which is the one that it was given.
         for document in self._find_unchanged(changes):
-            changed = replace(document, meta={**document.meta, **changes[document.id]})
+            changed = replace(document, meta=merged(document.meta, changes[document.id]))
             if self._store.storage.get(document.id) is document:
                 self._store.storage[document.id] = changed
 
@@ -156,30 +176,81 @@ class _OneAtATime(_AnyStore):
 
 
 class _Pgvector(_OneAtATime):
-    """It has one cursor."""
+    """In SQL, by the store's one cursor: `filter_documents` has no pages, and `update_by_filter` takes nothing away."""
 
-    def _find(self, ids: Sequence[DocumentId]) -> list[Document]:
+    def find_ids(self, without: Label | None) -> Iterable[DocumentId]:
+        filters = self._filters_for(without)
+        where, values = self._condition(filters)
+        query = f"SELECT id FROM {{}} WHERE id > %s{{}} ORDER BY id LIMIT {PAGE_SIZE}"
+
+        def pages() -> Iterator[list[DocumentId]]:
+            # By the primary key: no document is skipped while others come, go or change.
+            last = ""
+            while True:
+                with self._turn:
+                    page = [row[0] for row in self._cursor().execute(self._sql(query, where), (last, *values)).fetchall()]
+                if not page:
+                    return
+                yield page
+                last = page[-1]
+
+        if filters:
+            # To count, every document's meta would have to be read once more.
+            return PagedIds(pages())
+        with self._turn:
+            return PagedIds(pages(), self._store.count_documents())
+
+    def _find(self, ids: Sequence[str]) -> list[Document]:
         found: list[Document] = self._store.filter_documents({"field": "id", "operator": "in", "value": list(ids)})
         return found
 
-    def _add(self, changes: Changes) -> None:
+    def _add(self, changes: _Changes) -> None:
         # The condition and the change are one UPDATE: nothing comes between them.
+        statement = self._sql(
+            "UPDATE {} SET meta = (COALESCE(meta, '{{}}'::jsonb) - %s::text[]) || %s::jsonb "
+            "WHERE id = %s AND content IS NOT DISTINCT FROM %s"
+        )
+        rows = []
         for document_id, added in changes.items():
-            same_text = _same("content", self._contents[document_id])
-            self._store.update_by_filter(_all_of(_same("id", document_id), same_text), dict(added))
+            removed = [key for key, value in added.items() if value is None]
+            kept = json.dumps({key: value for key, value in added.items() if value is not None})
+            rows.append((removed, kept, document_id, self._contents[document_id]))
+        self._cursor().executemany(statement, rows)
+
+    def _condition(self, filters: Filters | None) -> tuple[Any, tuple[Any, ...]]:
+        if not filters:
+            return self._sql(""), ()
+        translation = import_module("haystack_integrations.document_stores.pgvector.filters")
+        translation._validate_filters(filters)  # noqa: SLF001
+        where, values = translation._convert_filters_to_where_clause_and_params(filters, "AND")  # noqa: SLF001
+        return where, values
+
+    def _sql(self, text: str, *parts: Any) -> Any:
+        sql = import_module("psycopg.sql")
+        return sql.SQL(text).format(sql.Identifier(self._store.schema_name, self._store.table_name), *parts)
+
+    def _cursor(self) -> Any:
+        self._store._ensure_db_setup()  # noqa: SLF001
+        return self._store._cursor  # noqa: SLF001
 
 
 class _Chroma(_AnyStore):
     """By the collection, which merges what is added: `update_by_filter` writes all metadata that it has read before."""
 
-    def _find(self, ids: Sequence[DocumentId]) -> list[Document]:
+    def find_ids(self, without: Label | None) -> Iterable[DocumentId]:
+        # All at once, and nothing but ids: pages by offset would skip documents when others delete some, or get a label.
+        matching = self._store._prepare_get_kwargs(self._filters_for(without))  # noqa: SLF001
+        return list(self._collection().get(**{**matching, "include": []})["ids"])
+
+    def _find(self, ids: Sequence[str]) -> list[Document]:
         found = self._collection().get(ids=list(ids), include=["documents", "metadatas"])
         rows = zip(found["ids"], found["documents"], found["metadatas"], strict=True)
         return [Document(id=document_id, content=text, meta=dict(meta or {})) for document_id, text, meta in rows]
 
-    def _add(self, changes: Changes) -> None:
+    def _add(self, changes: _Changes) -> None:
         ids = [document.id for document in self._find_unchanged(changes)]
         if ids:
+            # It takes a key away whose value is None.
             self._collection().update(ids=ids, metadatas=[dict(changes[document_id]) for document_id in ids])
 
     def _collection(self) -> Any:
@@ -193,18 +264,40 @@ class _Qdrant(_OneAtATime):
     Its local mode is not made for threads.
     """
 
-    def _find(self, ids: Sequence[DocumentId]) -> list[Document]:
+    def find_ids(self, without: Label | None) -> Iterable[DocumentId]:
+        translation = import_module("haystack_integrations.document_stores.qdrant.filters")
+        matching, index = translation.convert_filters_to_qdrant(self._filters_for(without)), self._store.index
+
+        def pages() -> Iterator[list[DocumentId]]:
+            offset = None
+            while True:
+                with self._turn:
+                    points, offset = self._client().scroll(
+                        index, matching, limit=PAGE_SIZE, offset=offset, with_payload=["id"]
+                    )
+                yield [point.payload["id"] for point in points]
+                if offset is None:
+                    return
+
+        with self._turn:
+            return PagedIds(pages(), self._client().count(index, matching).count)
+
+    def _find(self, ids: Sequence[str]) -> list[Document]:
         found: list[Document] = self._store.get_documents_by_id(list(ids))
         return found
 
-    def _add(self, changes: Changes) -> None:
+    def _add(self, changes: _Changes) -> None:
         to_point_id = import_module("haystack_integrations.document_stores.qdrant.converters").convert_id
         written = []
         for document_id, added in changes.items():
             content = self._contents[document_id]
             unchanged = None if content is None else ("content", content)
             written.append(qdrant.PayloadChange(to_point_id(document_id), added, unchanged))
-        qdrant.add_payloads(self._store._client, self._store.index, written, "meta")  # noqa: SLF001
+        qdrant.add_payloads(self._client(), self._store.index, written, "meta")
+
+    def _client(self) -> Any:
+        self._store._initialize_client()  # noqa: SLF001
+        return self._store._client  # noqa: SLF001
 
 
 def _same(field: str, value: object) -> Filters:
