@@ -13,6 +13,7 @@ from kalm_integrations.cli.terminal import format_bytes, format_seconds, make_ta
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from kalm_integrations.planning.migration import Migration
     from kalm_integrations.planning.plans import Plan
 
 
@@ -39,6 +40,14 @@ def plan(
             show_default="this machine's CPU, measured for a second",
         ),
     ] = None,
+    migrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="What the collection is encoded with now; says what changing over to --model takes.",
+            show_default="none",
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what a collection will take.
@@ -46,14 +55,17 @@ def plan(
     Characters of metadata, bytes in stores and in memory, what stores with a limit allow, and time on a CPU. Bytes are of the
     encodings: text, vectors and other metadata come on top.
     """
+    from kalm_integrations.planning.migration import plan_migration
     from kalm_integrations.planning.plans import make_plan
 
     made = make_plan(model, passages, tokens, ratio=ratio, codec=codec, prefix_dtype=prefix_dtype, dtype=dtype, speed=speed)
+    migration = None if migrate is None else plan_migration(migrate, made)
     if as_json:
-        print_json(asdict(made))
+        print_json(asdict(made) | ({} if migration is None else {"migration": asdict(migration)}))
         return
     print_facts(_facts(made))
-    for table in (_lengths(made), _stores(made), _limits(made), _seconds(made)):
+    changed = () if migration is None else (_migration(migration, made),)
+    for table in (_lengths(made), _stores(made), _limits(made), _seconds(made), *changed):
         print()
         print_table(table)
 
@@ -108,4 +120,13 @@ def _seconds(made: Plan) -> Table:
     table.add_row("encode the collection", format_seconds(seconds.encoding))
     for kept, value in seconds.query.items():
         table.add_row(f"query of 100 candidates, {kept} kept", format_seconds(value))
+    return table
+
+
+def _migration(migration: Migration, made: Plan) -> Table:
+    table = _table(f"bytes, {migration.model} to {made.model}", "before", "both", "after")
+    for name in migration.before:
+        table.add_row(name, *(format_bytes(stage[name]) for stage in (migration.before, migration.both, migration.after)))
+    table.add_row("time to encode again", "", format_seconds(migration.seconds))
+    table.add_row("documents a second", "", f"{migration.documents_per_second:,.1f}")
     return table

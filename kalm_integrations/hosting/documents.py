@@ -30,6 +30,9 @@ RERANKED_KEY = "reranked"
 RESERVED_KEYS = (FINGERPRINT_KEY, FUSED_SCORE_KEY, RELEVANCE_SCORE_KEY, RERANKED_KEY, RETRIEVAL_SCORE_KEY)
 """Metadata keys of ours that hold something else than an encoding."""
 
+_PREFIXES = ("kalm1.", "kalm1r.")
+"""What every encoding begins with; see docs/format.md."""
+
 Doc = TypeVar("Doc")
 
 
@@ -46,25 +49,40 @@ def check_encoding_key(encoding_key: object) -> str:
     return encoding_key
 
 
-def encoding_keys(encoding_key: str) -> frozenset[str]:
-    """Return the metadata keys that are stripped, exactly these; another component may have used the default one."""
-    return frozenset((encoding_key, ENCODING_KEY, FINGERPRINT_KEY))
+def fingerprint_key(encoding_key: str) -> str:
+    """Return the metadata key of an encoding's fingerprint: `kalm_fp` beside `kalm_encoding`, otherwise `<encoding_key>_fp`.
+
+    So a document may carry encodings of two checkpoints, and a store can be asked for those that lack either.
+    """
+    return FINGERPRINT_KEY if encoding_key == ENCODING_KEY else f"{encoding_key}_fp"
+
+
+def encoding_keys(encoding_key: str, metadata: Mapping[Any, Any]) -> frozenset[Any]:
+    """Return the keys of metadata that are stripped: those of this component, the default ones, and of other encodings.
+
+    Other components may use keys of their own, as while a store changes its checkpoint; an encoding is known by its value.
+    """
+    named = {encoding_key, ENCODING_KEY}
+    named |= {key for key, value in metadata.items() if isinstance(value, str) and value.startswith(_PREFIXES)}
+    return frozenset(named | {fingerprint_key(key) for key in named})
 
 
 def without_encodings(metadata: Mapping[Any, Any], encoding_key: str) -> dict[Any, Any]:
     """Return a document's metadata without encodings; it shares no nested value with the original."""
-    ours = encoding_keys(encoding_key)
-    return {key: value for key, value in copied(metadata).items() if key not in ours}
+    kept = copied(metadata)
+    ours = encoding_keys(encoding_key, kept)
+    return {key: value for key, value in kept.items() if key not in ours}
 
 
 def with_encoding(metadata: Mapping[Any, Any], encoding: Metadata, encoding_key: str) -> dict[Any, Any]:
-    """Return a document's metadata with what `Reranker.encode_to_metadata` made of it, and no other encoding."""
-    return {**without_encodings(metadata, encoding_key), **under_key(encoding, encoding_key)}
+    """Return a document's metadata with what `Reranker.encode_to_metadata` made of it, in place of what it has there."""
+    added = under_key(encoding, encoding_key)
+    return {key: value for key, value in copied(metadata).items() if key not in added} | added
 
 
 def under_key(encoding: Metadata, encoding_key: str) -> Metadata:
-    """Return an encoding's metadata with the encoding under another key."""
-    return {encoding_key: encoding[ENCODING_KEY], FINGERPRINT_KEY: encoding[FINGERPRINT_KEY]}
+    """Return an encoding's metadata with encoding and fingerprint under other keys."""
+    return {encoding_key: encoding[ENCODING_KEY], fingerprint_key(encoding_key): encoding[FINGERPRINT_KEY]}
 
 
 def ranked_metadata(metadata: Mapping[Any, Any], place: RankedPassage, encoding_key: str, *, strip: bool) -> dict[Any, Any]:

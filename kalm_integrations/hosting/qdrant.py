@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from kalm_integrations.core.types import ENCODING_KEY
 from kalm_integrations.hosting.documents import check_encoding_key
-
-_IDS_AT_A_TIME = 1000
+from kalm_integrations.hosting.stores import PAGE_SIZE, DocumentId, Label, PagedIds
 
 
 @dataclass(frozen=True)
@@ -55,17 +54,30 @@ class LeanQdrantClient:
         return self._client.query_points(*args, with_payload=self._payload if with_payload is True else with_payload, **kwargs)
 
 
-def find_ids(client: Any, collection: str, field: str, fingerprint: str | None) -> list[str | int]:
-    """Return the ids of the points whose `field` is not the fingerprint; of all points for None."""
+def find_ids(client: Any, collection: str, key: str | None, without: Label | None) -> PagedIds:
+    """Return the ids of the points that do not have a label, page by page; of all points for None.
+
+    Args:
+        client: a `QdrantClient`.
+        collection: its name.
+        key: the payload's field that holds the metadata; None if it is the payload itself.
+        without: the label.
+    """
     models = import_module("qdrant_client.models")
-    outdated = None if fingerprint is None else models.Filter(must_not=[_holds(models, field, fingerprint)])
-    ids: list[str | int] = []
-    offset = None
-    while True:
-        points, offset = client.scroll(collection, outdated, limit=_IDS_AT_A_TIME, offset=offset, with_payload=False)
-        ids += [point.id for point in points]
-        if offset is None:
-            return ids
+    outdated = None
+    if without is not None:
+        field = without.key if key is None else f"{key}.{without.key}"
+        outdated = models.Filter(must_not=[_holds(models, field, without.fingerprint)])
+
+    def pages() -> Iterator[list[DocumentId]]:
+        offset = None
+        while True:
+            points, offset = client.scroll(collection, outdated, limit=PAGE_SIZE, offset=offset, with_payload=False)
+            yield [point.id for point in points]
+            if offset is None:
+                return
+
+    return PagedIds(pages(), client.count(collection, outdated).count)
 
 
 def add_payloads(client: Any, collection: str, changes: Sequence[PayloadChange], key: str | None = None) -> None:

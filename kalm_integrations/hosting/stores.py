@@ -1,4 +1,4 @@
-"""Encodings into documents that a store has already, without embedding them again: write-back and backfill. And out of them.
+"""Encodings into documents that a store has already, without embedding them again, and out of them.
 
 What others write meanwhile is never undone: two keys are added to what the store holds now, and documents that are gone or
 have another text are passed over and counted.
@@ -7,28 +7,61 @@ have another text are passed over and counted.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
-from tqdm.auto import tqdm
-
-from kalm_integrations.core.base import Reranker
-from kalm_integrations.core.types import FINGERPRINT_KEY, Passage
-from kalm_integrations.errors import SettingsError
-from kalm_integrations.hosting.documents import under_key
-from kalm_integrations.hosting.ranking import encode_missing
+from kalm_integrations.core.types import Passage
+from kalm_integrations.hosting.documents import fingerprint_key
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BATCH_SIZE = 64
-"""Documents that a backfill reads, encodes and writes at a time."""
+PAGE_SIZE = 1000
+"""Ids that are asked for at a time."""
 
 DocumentId: TypeAlias = "str | int"
 Doc = TypeVar("Doc")
 
-Changes: TypeAlias = Mapping[DocumentId, Mapping[str, str]]
-"""Metadata to add, by document."""
+Changes: TypeAlias = Mapping[DocumentId, Mapping[str, "str | None"]]
+"""Metadata to add, by document; None takes a key away."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """What tells, without the encoding being read, whether a document has one of a reranker."""
+
+    key: str
+    """Of the metadata: `kalm_fp`, or `<encoding_key>_fp`."""
+    fingerprint: str
+    """The reranker's."""
+
+    def is_on(self, metadata: Mapping[str, Any]) -> bool:
+        """Return whether a document's metadata has it."""
+        return metadata.get(self.key) == self.fingerprint
+
+
+class PagedIds(Iterable[DocumentId]):
+    """Ids that are fetched page by page, once."""
+
+    def __init__(self, pages: Iterable[Sequence[DocumentId]], count: int | None = None) -> None:
+        """Take pages, and how many ids there are in all of them, if that is known."""
+        self._pages = pages
+        self._count = count
+
+    def __iter__(self) -> Iterator[DocumentId]:
+        """Return an iterator over the ids."""
+        return chain.from_iterable(self._pages)
+
+    def __length_hint__(self) -> int:
+        """Return how many there are, for a progress bar; unknown, NotImplemented."""
+        return NotImplemented if self._count is None else self._count
+
+
+def merged(metadata: Mapping[Any, Any], added: Mapping[str, str | None]) -> dict[Any, Any]:
+    """Return metadata with what is added, and without the keys that are taken away; see `Changes`."""
+    kept = {key: value for key, value in metadata.items() if key not in added}
+    return kept | {key: value for key, value in added.items() if value is not None}
 
 
 class Readable(Protocol[Doc]):
@@ -42,13 +75,17 @@ class Readable(Protocol[Doc]):
 class DocumentAccess(Readable[Doc], Protocol[Doc]):
     """What write-back and backfill need of a store; implement it for a store that is not known here."""
 
-    def find_ids(self, fingerprint: str | None) -> Sequence[DocumentId]:
-        """Return the ids of the documents whose `kalm_fp` is missing or another; of all documents for None."""
+    def find_ids(self, without: Label | None) -> Iterable[DocumentId]:
+        """Return the ids of the documents that do not have a label; of all documents for None.
+
+        Each comes once, also while metadata is added to documents whose ids have come already. `PagedIds` says how many there
+        are, for a progress bar, and needs no memory for all of them.
+        """
 
     def add_metadata(self, changes: Changes) -> None:
         """Add to the metadata of one or more documents as the store holds them now, leaving all else as it is.
 
-        Ids that are gone are passed over.
+        A value of None takes a key away, or becomes null where the store cannot do that. Ids that are gone are passed over.
         """
 
 
@@ -63,6 +100,10 @@ class DocumentKind(Generic[Doc]):
     """Whether what a store holds (first) still has the text of the document that was encoded (second)."""
     encoding_key: str
 
+    def label(self, fingerprint: str) -> Label:
+        """Return what tells whether a document has an encoding of a fingerprint."""
+        return Label(fingerprint_key(self.encoding_key), fingerprint)
+
 
 def encodings_of(access: Readable[Doc], kind: DocumentKind[Doc], ids: Sequence[DocumentId | None]) -> list[Any]:
     """Return what a store has under the encoding's key of documents, in order, by one call for all; None where it has none.
@@ -76,24 +117,6 @@ def encodings_of(access: Readable[Doc], kind: DocumentKind[Doc], ids: Sequence[D
     held = access.read(wanted) if wanted else {}
     found = {document_id: kind.metadata(document).get(kind.encoding_key) for document_id, document in held.items()}
     return [None if document_id is None else found.get(document_id) for document_id in ids]
-
-
-@dataclass(frozen=True)
-class BackfillReport:
-    """What a `backfill` found in a store, and did, in documents."""
-
-    n_checked: int
-    """Read from the store."""
-    n_missing: int
-    """Had no encoding."""
-    n_stale: int
-    """Had one of another checkpoint, setting or text, or a damaged one."""
-    n_failed: int = 0
-    """Of the missing and the stale, those that the store did not take; why is in the log."""
-    n_gone: int = 0
-    """Deleted by others before their encoding could be written."""
-    n_changed: int = 0
-    """Given another text by others before their encoding could be written; the next run finds them."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +144,7 @@ class Addition(Generic[Doc]):
 
     document: Doc
     """As it was when its text was encoded."""
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, str | None]
 
 
 def add_encodings(
@@ -180,7 +203,7 @@ def write_encodings(
         documents: with encodings, by the store's ids.
         n_without_id: documents that have none, for the log.
     """
-    keys = (kind.encoding_key, FINGERPRINT_KEY)
+    keys = (kind.encoding_key, fingerprint_key(kind.encoding_key))
     additions = {
         document_id: Addition(document, {key: kind.metadata(document)[key] for key in keys})
         for document_id, document in documents.items()
@@ -197,60 +220,3 @@ def write_encodings(
         n_lost, n_all = written.n_passed_over + n_without_id, len(documents) + n_without_id
         logger.warning("%d of %d encodings were not written back: %s", n_lost, n_all, shown)
     return written
-
-
-def backfill(
-    access: DocumentAccess[Doc],
-    kind: DocumentKind[Doc],
-    reranker: Reranker,
-    *,
-    check_texts: bool,
-    batch_size: int,
-    show_progress: bool,
-) -> BackfillReport:
-    """Encode the documents of a store that a query would have to encode: read, encode, write, batch by batch.
-
-    Each batch is written when it is done, so a run that was stopped is continued by the next one.
-
-    Args:
-        access: to the store.
-        kind: how its documents are read.
-        reranker: encodes them.
-        check_texts: read every document; otherwise those whose `kalm_fp` says that they are of this reranker are believed.
-        batch_size: documents read, encoded and written at a time.
-        show_progress: draw a progress bar.
-
-    Raises:
-        SettingsError: `batch_size` is not positive.
-        EncodingTooLargeError: an encoding does not fit `max_inline_bytes`.
-    """
-    if type(batch_size) is not int or batch_size < 1:
-        msg = f"batch_size must be a positive whole number, but got {batch_size!r}"
-        raise SettingsError(msg)
-    fingerprint = reranker.fingerprint
-    ids = access.find_ids(None if check_texts else fingerprint)
-    n_checked = n_missing = n_stale = 0
-    written = Written()
-    with tqdm(total=len(ids), desc="Encoding", unit="document", disable=not show_progress) as progress:
-        for start in range(0, len(ids), batch_size):
-            held = list(access.read(ids[start : start + batch_size]).items())
-            passages = [kind.to_passage(document) for _, document in held]
-            reading, made = encode_missing(reranker, passages)
-            additions = {
-                held[index][0]: Addition(held[index][1], under_key(metadata, kind.encoding_key))
-                for index, metadata in made.items()
-            }
-            # The encoding too: a host may have to hide both keys.
-            labels = {
-                document_id: Addition(document, {kind.encoding_key: passage.encoding or "", FINGERPRINT_KEY: fingerprint})
-                for (document_id, document), passage, status in zip(held, passages, reading, strict=True)
-                if status == "stored" and kind.metadata(document).get(FINGERPRINT_KEY) != fingerprint
-            }
-            written += add_encodings(access, kind, additions)
-            add_encodings(access, kind, labels)
-            counts = reading.counts
-            n_checked += len(held)
-            n_missing += counts["missing"] + counts["cached"] + counts["found"]
-            n_stale += counts["stale"] + counts["corrupt"]
-            progress.update(min(batch_size, len(ids) - start))
-    return BackfillReport(n_checked, n_missing, n_stale, written.n_failed, written.n_gone, written.n_changed)

@@ -18,8 +18,8 @@ except ModuleNotFoundError as error:
     _message = 'kalm_integrations.langchain needs langchain-core; pip install "kalm-integrations[langchain]"'
     raise MissingExtraError(_message) from error
 
+from kalm_integrations.hosting.filling import BackfillReport
 from kalm_integrations.hosting.qdrant import LeanQdrantClient
-from kalm_integrations.hosting.stores import BackfillReport
 from kalm_integrations.hosting.write_back import WriteBackStats, wait_for_write_back, write_back_stats
 from kalm_integrations.langchain.cross_encoder import KalmCrossEncoder
 from kalm_integrations.langchain.encode import KalmPassageEncoder, kalm_key_encoder

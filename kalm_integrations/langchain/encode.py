@@ -14,9 +14,9 @@ from uuid import UUID
 from langchain_core.documents import BaseDocumentTransformer, Document
 from langchain_core.vectorstores import VectorStore
 
-from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata, Passage
+from kalm_integrations.core.types import ENCODING_KEY, Metadata, Passage
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.hosting.documents import check_encoding_key, checked_documents, with_encoding
+from kalm_integrations.hosting.documents import check_encoding_key, checked_documents, fingerprint_key, with_encoding
 from kalm_integrations.hosting.fields import EncodingFields
 from kalm_integrations.hosting.ranking import aencode, encode
 from kalm_integrations.langchain.documents import to_passage, with_metadata
@@ -96,7 +96,7 @@ def kalm_key_encoder(document: Document, encoding_key: str = ENCODING_KEY) -> st
     Raises:
         SettingsError: the metadata holds something that has no lasting text form.
     """
-    added = (check_encoding_key(encoding_key), FINGERPRINT_KEY)
+    added = (check_encoding_key(encoding_key), fingerprint_key(encoding_key))
     metadata = {key: value for key, value in document.metadata.items() if key not in added}
     try:
         facts = json.dumps([document.page_content, metadata], sort_keys=True, default=_as_text)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,12 +13,13 @@ from langchain_core.documents import Document
 from langchain_core.stores import BaseStore
 from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 
-from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
+from kalm_integrations.core.types import ENCODING_KEY
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.hosting import qdrant
+from kalm_integrations.hosting import filling, qdrant
 from kalm_integrations.hosting import stores as hosting
 from kalm_integrations.hosting.documents import check_encoding_key
-from kalm_integrations.hosting.stores import BackfillReport, Changes, DocumentId
+from kalm_integrations.hosting.filling import DEFAULT_BATCH_SIZE, BackfillReport, Pace
+from kalm_integrations.hosting.stores import Changes, DocumentId, Label, merged
 from kalm_integrations.langchain.documents import document_kind, with_metadata
 from kalm_integrations.langchain.encode import KalmPassageEncoder
 
@@ -96,7 +98,8 @@ def backfill(
     encoder: KalmPassageEncoder | None = None,
     *,
     check_texts: bool = True,
-    batch_size: int = hosting.DEFAULT_BATCH_SIZE,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    documents_per_second: float | None = None,
     show_progress: bool = True,
 ) -> BackfillReport:
     """Encode a store's documents that a query would have to encode, in place and without embedding them again.
@@ -109,18 +112,19 @@ def backfill(
         check_texts: read every document. False believes `kalm_fp`: fewer documents are read, but an encoding that is damaged
             or of another text is not found.
         batch_size: documents read, encoded and written at a time.
+        documents_per_second: at most, so that queries have the store and the model; None goes as fast as it can.
         show_progress: draw a progress bar.
 
     Raises:
-        SettingsError: the store is not known, or `batch_size` is not positive.
+        SettingsError: the store is not known, or `batch_size` or `documents_per_second` is not positive.
         EncodingTooLargeError: an encoding does not fit `max_inline_bytes`.
+        StoreError: the store could not be read.
     """
     access = access_to(store)
     encoder = KalmPassageEncoder() if encoder is None else encoder
     kind, reranker = document_kind(encoder.encoding_key), encoder.reranker
-    return hosting.backfill(
-        access, kind, reranker, check_texts=check_texts, batch_size=batch_size, show_progress=show_progress
-    )
+    pace = Pace(batch_size, documents_per_second, show_progress)
+    return filling.backfill(access, kind, reranker, check_texts=check_texts, pace=pace)
 
 
 def access_to(store: object) -> DocumentAccess:
@@ -165,8 +169,8 @@ class _Chroma:
     def __init__(self, store: Any) -> None:
         self._store = store
 
-    def find_ids(self, fingerprint: str | None) -> list[DocumentId]:
-        where = None if fingerprint is None else {FINGERPRINT_KEY: {"$ne": fingerprint}}
+    def find_ids(self, without: Label | None) -> Iterable[DocumentId]:
+        where = None if without is None else {without.key: {"$ne": without.fingerprint}}
         return list(self._store.get(where=where, include=[])["ids"])
 
     def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, Document]:
@@ -186,9 +190,8 @@ class _Qdrant:
     def __init__(self, store: Any) -> None:
         self._store = store
 
-    def find_ids(self, fingerprint: str | None) -> list[DocumentId]:
-        field = f"{self._store.metadata_payload_key}.{FINGERPRINT_KEY}"
-        return qdrant.find_ids(self._store.client, self._store.collection_name, field, fingerprint)
+    def find_ids(self, without: Label | None) -> Iterable[DocumentId]:
+        return qdrant.find_ids(self._store.client, self._store.collection_name, self._store.metadata_payload_key, without)
 
     def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, Document]:
         points = self._store.client.retrieve(self._store.collection_name, list(ids))
@@ -220,10 +223,10 @@ class _PGVector:
         self._text: Any = import_module("sqlalchemy").text
         self._table = store.EmbeddingStore.__tablename__
 
-    def find_ids(self, fingerprint: str | None) -> list[DocumentId]:
-        outdated = "" if fingerprint is None else f"and cmetadata ->> '{FINGERPRINT_KEY}' is distinct from :fingerprint"
+    def find_ids(self, without: Label | None) -> Iterable[DocumentId]:
+        outdated = "" if without is None else "and cmetadata ->> :key is distinct from :fingerprint"
         query = f"select id from {self._table} where collection_id = :collection {outdated}"
-        return [row.id for row in self._select(query, {"fingerprint": fingerprint} if outdated else {})]
+        return [row.id for row in self._select(query, {} if without is None else asdict(without))]
 
     def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, Document]:
         query = (
@@ -263,23 +266,21 @@ class _Replacing(ABC):
     def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, Document]: ...
 
     @abstractmethod
-    def _add(self, document_id: DocumentId, added: dict[str, str]) -> None: ...
+    def _add(self, document_id: DocumentId, added: Mapping[str, str | None]) -> None: ...
 
-    def find_ids(self, fingerprint: str | None) -> list[DocumentId]:
+    def find_ids(self, without: Label | None) -> Iterable[DocumentId]:
         ids = self._all_ids()
-        if fingerprint is None:
+        if without is None:
             return ids
         batches = (self.read(ids[start : start + _READ_BATCH]) for start in range(0, len(ids), _READ_BATCH))
-        return [
-            i for batch in batches for i, document in batch.items() if document.metadata.get(FINGERPRINT_KEY) != fingerprint
-        ]
+        return [i for batch in batches for i, document in batch.items() if not without.is_on(document.metadata)]
 
     def id_of(self, document: Document) -> DocumentId | None:
         return document.id
 
     def add_metadata(self, changes: Changes) -> None:
         for document_id, added in changes.items():
-            self._add(document_id, dict(added))
+            self._add(document_id, added)
 
 
 class _InMemory(_Replacing):
@@ -293,10 +294,10 @@ class _InMemory(_Replacing):
         held = {i: self._entries[str(i)] for i in ids if i in self._entries}
         return {i: Document(entry["text"], id=entry["id"], metadata=entry["metadata"]) for i, entry in held.items()}
 
-    def _add(self, document_id: DocumentId, added: dict[str, str]) -> None:
+    def _add(self, document_id: DocumentId, added: Mapping[str, str | None]) -> None:
         # The entry that is there is changed: one that replaces it meanwhile stays. Its old metadata a query may still hold.
         if entry := self._entries.get(str(document_id)):
-            entry["metadata"] = {**entry["metadata"], **added}
+            entry["metadata"] = merged(entry["metadata"], added)
 
 
 class _Faiss(_Replacing):
@@ -319,10 +320,10 @@ class _Faiss(_Replacing):
     def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, Document]:
         return {i: self._held[i] for i in ids if i in self._held}
 
-    def _add(self, document_id: DocumentId, added: dict[str, str]) -> None:
+    def _add(self, document_id: DocumentId, added: Mapping[str, str | None]) -> None:
         # A copy takes its place: queries are given the very object that is stored.
         if document := self._held.get(document_id):
-            self._held[document_id] = with_metadata(document, {**document.metadata, **added})
+            self._held[document_id] = with_metadata(document, merged(document.metadata, added))
 
 
 class _KeyValue(_Replacing):
@@ -342,9 +343,9 @@ class _KeyValue(_Replacing):
                 raise SettingsError(msg)
         return held
 
-    def _add(self, document_id: DocumentId, added: dict[str, str]) -> None:
+    def _add(self, document_id: DocumentId, added: Mapping[str, str | None]) -> None:
         for document in self.read([document_id]).values():
-            self._store.mset([(str(document_id), with_metadata(document, {**document.metadata, **added}))])
+            self._store.mset([(str(document_id), with_metadata(document, merged(document.metadata, added)))])
 
 
 # By name, so that no store's package is imported.

@@ -11,7 +11,8 @@ except ImportError as error:
     msg = 'kalm_integrations.llama_index needs llama-index-core; run: pip install "kalm-integrations[llama-index]"'
     raise MissingExtraError(msg) from error
 
-from kalm_integrations.hosting.stores import BackfillReport, DocumentAccess
+from kalm_integrations.hosting.filling import BackfillReport
+from kalm_integrations.hosting.stores import DocumentAccess
 from kalm_integrations.hosting.write_back import WriteBackStats, wait_for_write_back, write_back_stats
 from kalm_integrations.llama_index.encode import KalmPassageEncoder
 from kalm_integrations.llama_index.payloads import KVPayloadStore

@@ -46,14 +46,14 @@ def to_passage(node: BaseNode, encoding_key: str, metadata_mode: MetadataMode) -
     The text is that of the node without what rerankers add to it: it is the same before ingest, after retrieval, and behind
     another reranker that keeps the retrieval score or fuses it.
     """
-    added = encoding_keys(encoding_key) | {FUSED_SCORE_KEY, RERANKED_KEY, RETRIEVAL_SCORE_KEY}
+    added = encoding_keys(encoding_key, node.metadata) | {FUSED_SCORE_KEY, RERANKED_KEY, RETRIEVAL_SCORE_KEY}
     plain = node.model_copy(update={"metadata": {key: value for key, value in node.metadata.items() if key not in added}})
     return Passage(plain.get_content(metadata_mode=metadata_mode), node.metadata.get(encoding_key))
 
 
 def stripped(node: BaseNode, encoding_key: str) -> BaseNode:
     """Return a copy without encodings, its own or those of related nodes."""
-    ours = encoding_keys(encoding_key)
+    ours = encoding_keys(encoding_key, node.metadata)
 
     def without(related: RelatedNodeInfo) -> RelatedNodeInfo:
         return related.model_copy(update={"metadata": without_encodings(related.metadata, encoding_key)})
@@ -90,8 +90,13 @@ def without_mark(node: BaseNode) -> BaseNode:
 
 
 def with_encoding(node: BaseNode, encoding: Metadata, encoding_key: str) -> BaseNode:
-    """Return a copy with what `Reranker.encode_to_metadata` made of it, out of sight, and no other encoding."""
-    return with_hidden_metadata(stripped(node, encoding_key), under_key(encoding, encoding_key))
+    """Return a copy with what `Reranker.encode_to_metadata` made of it, out of sight, in place of what it has there.
+
+    Encodings under other keys stay; those of related nodes do not.
+    """
+    ours = encoding_keys(encoding_key, node.metadata)
+    others = {key: value for key, value in node.metadata.items() if key in ours}
+    return with_hidden_metadata(stripped(node, encoding_key), {**others, **under_key(encoding, encoding_key)})
 
 
 def node_kind(encoding_key: str, metadata_mode: MetadataMode = MetadataMode.EMBED) -> DocumentKind[BaseNode]:

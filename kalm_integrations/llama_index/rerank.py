@@ -119,8 +119,8 @@ class KalmRerank(NodeFields, RerankFields, BaseNodePostprocessor):
         if self.strip_encodings:
             outcome.nodes = ranked
             return
-        ours = encoding_keys(key)
-        kept = [{k: v for k, v in given[place.index].metadata.items() if k in ours} for place in outcome.ranking]
+        metadatas = [given[place.index].metadata for place in outcome.ranking]
+        kept = [{k: v for k, v in metadata.items() if k in encoding_keys(key, metadata)} for metadata in metadatas]
         outcome.nodes = [
             node.model_copy(update={"node": with_hidden_metadata(node.node, metadata)})
             for node, metadata in zip(ranked, kept, strict=True)

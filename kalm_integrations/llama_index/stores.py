@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from llama_index.core.constants import DATA_KEY
@@ -11,12 +11,13 @@ from llama_index.core.schema import BaseNode
 from llama_index.core.storage.docstore.keyval_docstore import KVDocumentStore
 from llama_index.core.vector_stores.types import BasePydanticVectorStore
 
-from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
+from kalm_integrations.core.types import ENCODING_KEY
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.hosting import qdrant
+from kalm_integrations.hosting import filling, qdrant
 from kalm_integrations.hosting import stores as hosting
 from kalm_integrations.hosting.documents import check_encoding_key
-from kalm_integrations.hosting.stores import BackfillReport, Changes, DocumentAccess, DocumentId
+from kalm_integrations.hosting.filling import DEFAULT_BATCH_SIZE, BackfillReport, Pace
+from kalm_integrations.hosting.stores import Changes, DocumentAccess, DocumentId, Label, merged
 from kalm_integrations.llama_index.encode import KalmPassageEncoder
 from kalm_integrations.llama_index.nodes import node_kind
 from kalm_integrations.llama_index.rerank import Fetch, WriteBack
@@ -74,7 +75,8 @@ def backfill(
     encoder: KalmPassageEncoder | None = None,
     *,
     check_texts: bool = True,
-    batch_size: int = hosting.DEFAULT_BATCH_SIZE,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    documents_per_second: float | None = None,
     show_progress: bool = True,
 ) -> BackfillReport:
     """Encode the nodes of a store that a query would have to encode, in place and without embedding them again.
@@ -87,18 +89,19 @@ def backfill(
         check_texts: read every node. False believes `kalm_fp`: fewer nodes are read, but an encoding that is damaged or of
             another text is not found.
         batch_size: nodes read, encoded and written at a time.
+        documents_per_second: at most, so that queries have the store and the model; None goes as fast as it can.
         show_progress: draw a progress bar.
 
     Raises:
-        SettingsError: it is another kind of store, or `batch_size` is not positive.
+        SettingsError: it is another kind of store, or `batch_size` or `documents_per_second` is not positive.
         EncodingTooLargeError: an encoding does not fit the encoder's `max_inline_bytes`.
+        StoreError: the store could not be read.
     """
     access = access_to(store)
     encoder = KalmPassageEncoder() if encoder is None else encoder
     kind, reranker = node_kind(encoder.encoding_key, encoder.metadata_mode), encoder.reranker
-    return hosting.backfill(
-        access, kind, reranker, check_texts=check_texts, batch_size=batch_size, show_progress=show_progress
-    )
+    pace = Pace(batch_size, documents_per_second, show_progress)
+    return filling.backfill(access, kind, reranker, check_texts=check_texts, pace=pace)
 
 
 def access_to(store: Any) -> DocumentAccess[BaseNode]:
@@ -133,11 +136,9 @@ class _DocumentStore:
         self._collection = store._node_collection  # noqa: SLF001
         self._change = _known(self._kvstore, _ENTRY_CHANGES) or _change_entry
 
-    def find_ids(self, fingerprint: str | None) -> list[DocumentId]:
+    def find_ids(self, without: Label | None) -> Iterable[DocumentId]:
         entries: dict[str, Any] = self._kvstore.get_all(collection=self._collection)
-        if fingerprint is None:
-            return list(entries)
-        return [i for i, entry in entries.items() if entry[DATA_KEY].get("metadata", {}).get(FINGERPRINT_KEY) != fingerprint]
+        return [i for i, entry in entries.items() if without is None or not without.is_on(entry[DATA_KEY].get("metadata", {}))]
 
     def read(self, ids: Sequence[DocumentId]) -> dict[DocumentId, BaseNode]:
         return {node.node_id: node for node in self._store.get_nodes([str(i) for i in ids], raise_error=False)}
@@ -147,14 +148,14 @@ class _DocumentStore:
             self._change(self._kvstore, self._collection, str(document_id), added)
 
 
-def _change_entry(kvstore: Any, collection: str, key: str, added: Mapping[str, str]) -> None:
+def _change_entry(kvstore: Any, collection: str, key: str, added: Mapping[str, str | None]) -> None:
     # All that the interface of key-value stores offers.
     if entry := kvstore.get(key, collection=collection):
         _add(entry[DATA_KEY], added)
         kvstore.put(key, entry, collection=collection)
 
 
-def _change_in_memory(kvstore: Any, collection: str, key: str, added: Mapping[str, str]) -> None:
+def _change_in_memory(kvstore: Any, collection: str, key: str, added: Mapping[str, str | None]) -> None:
     # `get` returns a new dict with the node that is stored. Nothing is put, so an entry that has taken its place stays.
     if entry := kvstore.get(key, collection=collection):
         _add(entry[DATA_KEY], added)
@@ -167,7 +168,7 @@ return 1
 """
 
 
-def _change_in_redis(kvstore: Any, collection: str, key: str, added: Mapping[str, str]) -> None:
+def _change_in_redis(kvstore: Any, collection: str, key: str, added: Mapping[str, str | None]) -> None:
     client = kvstore._redis_client  # noqa: SLF001
     while (held := client.hget(collection, key)) is not None:
         entry = json.loads(held)
@@ -176,7 +177,7 @@ def _change_in_redis(kvstore: Any, collection: str, key: str, added: Mapping[str
             return
 
 
-def _change_in_postgres(kvstore: Any, collection: str, key: str, added: Mapping[str, str]) -> None:
+def _change_in_postgres(kvstore: Any, collection: str, key: str, added: Mapping[str, str | None]) -> None:
     with kvstore._session() as session, session.begin():  # noqa: SLF001
         rows = session.query(kvstore._table_class).filter_by(namespace=collection, key=key)  # noqa: SLF001
         for row in rows.with_for_update():
@@ -185,7 +186,7 @@ def _change_in_postgres(kvstore: Any, collection: str, key: str, added: Mapping[
             row.value = {**row.value, DATA_KEY: node}
 
 
-_ENTRY_CHANGES: dict[str, Callable[[Any, str, str, Mapping[str, str]], None]] = {
+_ENTRY_CHANGES: dict[str, Callable[[Any, str, str, Mapping[str, str | None]], None]] = {
     "SimpleKVStore": _change_in_memory,
     "RedisKVStore": _change_in_redis,
     "PostgresKVStore": _change_in_postgres,
@@ -201,8 +202,8 @@ class _VectorStore:
 
 
 class _Chroma(_VectorStore):
-    def find_ids(self, fingerprint: str | None) -> list[DocumentId]:
-        where = None if fingerprint is None else {FINGERPRINT_KEY: {"$ne": fingerprint}}
+    def find_ids(self, without: Label | None) -> Iterable[DocumentId]:
+        where = None if without is None else {without.key: {"$ne": without.fingerprint}}
         return list(self._store.client.get(where=where, include=[])["ids"])
 
     def add_metadata(self, changes: Changes) -> None:
@@ -214,9 +215,8 @@ class _Chroma(_VectorStore):
 
 
 class _Qdrant(_VectorStore):
-    def find_ids(self, fingerprint: str | None) -> list[DocumentId]:
-        found = qdrant.find_ids(self._store.client, self._store.collection_name, FINGERPRINT_KEY, fingerprint)
-        return [str(point_id) for point_id in found]
+    def find_ids(self, without: Label | None) -> Iterable[DocumentId]:
+        return map(str, qdrant.find_ids(self._store.client, self._store.collection_name, None, without))
 
     def add_metadata(self, changes: Changes) -> None:
         client, collection = self._store.client, self._store.collection_name
@@ -239,7 +239,7 @@ def _known(store: object, kinds: Mapping[str, T]) -> T | None:
     return next((kinds[base.__name__] for base in type(store).__mro__ if base.__name__ in kinds), None)
 
 
-def _payload(held: Mapping[str, Any], added: Mapping[str, str]) -> dict[str, Any]:
+def _payload(held: Mapping[str, Any], added: Mapping[str, str | None]) -> dict[str, Any]:
     """Return what to merge into a vector store's payload of a node."""
     if _CONTENT not in held:
         # Not written by the framework, which then reads the payload itself as metadata.
@@ -249,9 +249,9 @@ def _payload(held: Mapping[str, Any], added: Mapping[str, str]) -> dict[str, Any
     return {**added, _CONTENT: json.dumps(node, ensure_ascii=False)}
 
 
-def _add(node: dict[str, Any], added: Mapping[str, str]) -> None:
+def _add(node: dict[str, Any], added: Mapping[str, str | None]) -> None:
     """Add metadata to a node's JSON; what is hidden from prompts and embeddings is hidden before it is there."""
     for hidden in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys"):
         node[hidden] = list(dict.fromkeys([*node[hidden], *added]))
     # A new dict: a reader may be going through the old one.
-    node["metadata"] = {**node["metadata"], **added}
+    node["metadata"] = merged(node["metadata"], added)

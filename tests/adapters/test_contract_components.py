@@ -358,7 +358,17 @@ def test_encodings_under_two_keys_are_both_left_out(host):
     [encoded] = host.encode(
         host.encoder(model=FakeReranker(), encoding_key="vec"), [host.document("id-0", TEXTS[0], metadata)]
     )
-    assert host.metadata(encoded).keys() == {"page", "vec", "kalm_fp"}
+    # The other one stays in the store, for the component that reads it.
+    assert host.metadata(encoded).keys() == {"page", "vec", "vec_fp", "kalm_encoding", "kalm_fp"}
+
+
+def test_encodings_of_two_checkpoints_lie_side_by_side_and_neither_comes_out(host):
+    first, second = FakeReranker(), FakeReranker()
+    once = host.encode(host.encoder(model=first), documents(host))
+    twice = host.encode(host.encoder(model=second, encoding_key="kalm_encoding_2"), once)
+    for key in ("kalm_encoding", "kalm_encoding_2"):
+        reranker = host.reranker(model=FakeReranker(), encoding_key=key, on_missing="error")
+        assert all(host.metadata(d).keys() == {"page"} for d in host.use(reranker, QUERY, twice))
 
 
 @pytest.mark.parametrize("strip_encodings", [True, False])

@@ -422,7 +422,7 @@ class TestEncodings:
     def test_another_key(self) -> None:
         encoder = KalmDocumentEncoder(model=FakeReranker(), encoding_key="my_key", progress_bar=False)
         given = encoder.run(documents(TEXTS[0]))["documents"]
-        assert given[0].meta.keys() == {"my_key", "kalm_fp"}
+        assert given[0].meta.keys() == {"my_key", "my_key_fp"}
         ranker = KalmRanker(model=FakeReranker(), encoding_key="my_key", on_missing="error")
         assert ranker.run(QUERY, given)["documents"][0].meta == {}
 

@@ -98,7 +98,7 @@ def test_encodings_stay_in_results_if_asked():
 
 def test_encodings_may_have_another_key():
     documents = KalmPassageEncoder(model=FakeReranker(), encoding_key="kalm_small").transform_documents(make_documents())
-    assert documents[0].metadata.keys() == {"source", "kalm_small", "kalm_fp"}
+    assert documents[0].metadata.keys() == {"source", "kalm_small", "kalm_small_fp"}
     reranker = FakeReranker()
     results = KalmRerank(model=reranker, encoding_key="kalm_small").compress_documents(documents, QUERY)
     assert reranker.stats.passages_encoded == 0

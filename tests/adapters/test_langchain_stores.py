@@ -25,6 +25,7 @@ from tools.langchain_helpers import TEXTS, CountingEmbeddings, make_documents
 
 from kalm_integrations import KalmReranker
 from kalm_integrations.errors import SettingsError
+from kalm_integrations.hosting.stores import Label
 from kalm_integrations.langchain import (
     BackfillReport,
     ByteStorePayloads,
@@ -344,9 +345,8 @@ def test_a_store_of_ones_own_needs_four_methods():
         def __init__(self) -> None:
             self.documents: dict[Any, Document] = {f"row {i}": document for i, document in enumerate(make_documents())}
 
-        def find_ids(self, fingerprint: str | None) -> list[Any]:
-            held = self.documents.items()
-            return [i for i, d in held if fingerprint is None or d.metadata.get("kalm_fp") != fingerprint]
+        def find_ids(self, without: Label | None) -> list[Any]:
+            return [i for i, d in self.documents.items() if without is None or not without.is_on(d.metadata)]
 
         def read(self, ids: Any) -> dict[Any, Document]:
             return {i: self.documents[i] for i in ids}

@@ -388,8 +388,8 @@ def test_an_access_of_the_users_own_is_taken():
         def __init__(self):
             self.nodes = {node.node_id: node for node in make_nodes()}
 
-        def find_ids(self, fingerprint):
-            return [i for i, node in self.nodes.items() if node.metadata.get(FINGERPRINT_KEY, "") != fingerprint]
+        def find_ids(self, without):
+            return [i for i, node in self.nodes.items() if without is None or not without.is_on(node.metadata)]
 
         def read(self, ids):
             return {i: self.nodes[i] for i in ids if i in self.nodes}

@@ -71,9 +71,25 @@ def test_plan_follows_its_options(run: Run) -> None:
     assert (odd["states"], list(odd["lengths"])) == (34, ["1", "2", "3", "4", "8", "16", "32"])
 
 
+def test_plan_says_what_changing_the_checkpoint_takes(run: Run) -> None:
+    options = ("--passages", 1000, "--tokens", 100, "--codec", "int8")
+    new, old = (plan_of(run, "--model", name, *options) for name in ("small", "nano"))
+    changed = plan_of(run, "--model", "small", "--migrate", "nano", *options)
+    migration = changed.pop("migration")
+    assert changed == new, "the plan itself does not depend on what was there before"
+    assert (migration["before"], migration["after"]) == (old["stores"], new["stores"])
+    assert migration["both"] == {name: old["stores"][name] + new["stores"][name] for name in new["stores"]}
+    assert migration["seconds"] == new["seconds"]["encoding"]
+    assert migration["documents_per_second"] * migration["seconds"] == pytest.approx(1000)
+    shown = run("plan", "--speed", 1, "--model", "small", "--migrate", "nano", *options).stdout
+    assert "bytes, nano to small" in shown
+    assert "documents a second" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--migrate", "nobody/knows"), "nobody/knows"),
         (("--codec", "zip"), "storage_codec must be one of"),
         (("--passages", 0), "passages must be a whole number from 1"),
         (("--model", "nobody/knows"), "nobody/knows"),

@@ -26,7 +26,7 @@ class DocumentLayout:
 
     def passage(self, document: Document) -> Passage:
         """Return a document's text and stored encoding."""
-        ours = encoding_keys(self.encoding_key)
+        ours = encoding_keys(self.encoding_key, document.meta)
         values = [document.meta.get(field) for field in self.meta_fields_to_embed if field not in ours]
         texts = [str(value) for value in values if value is not None]
         text = self.embedding_separator.join([*texts, document.content or ""])

@@ -14,11 +14,11 @@ from weakref import WeakValueDictionary
 from haystack import Document
 
 from haystack_integrations.common.kalm.documents import DocumentLayout
-from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
+from kalm_integrations.core.types import ENCODING_KEY
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting import qdrant
 from kalm_integrations.hosting.documents import check_encoding_key
-from kalm_integrations.hosting.stores import Changes, DocumentAccess, DocumentId, encodings_of
+from kalm_integrations.hosting.stores import Changes, DocumentAccess, DocumentId, Label, encodings_of
 
 Filters = dict[str, Any]
 
@@ -102,10 +102,10 @@ class _AnyStore:
         self._contents: dict[DocumentId, str | None] = {}
         self._turn: AbstractContextManager[Any] = nullcontext()
 
-    def find_ids(self, fingerprint: str | None) -> list[DocumentId]:
+    def find_ids(self, without: Label | None) -> Iterable[DocumentId]:
         filters = self._filters
-        if fingerprint is not None:
-            outdated = {"field": f"meta.{FINGERPRINT_KEY}", "operator": "!=", "value": fingerprint}
+        if without is not None:
+            outdated = {"field": f"meta.{without.key}", "operator": "!=", "value": without.fingerprint}
             # Chroma refuses an AND of one.
             filters = _all_of(filters, outdated) if filters else outdated
         with self._turn:
