@@ -1,4 +1,4 @@
-"""Encodings by the hundred thousand: of Nano's size, right for their texts, made by the real codec, without an encoder's work."""
+"""Encodings by the hundred thousand: of Nano's size, right for their texts, by the real codec, without an encoder's work."""
 
 from __future__ import annotations
 

@@ -16,22 +16,25 @@ from tools.paths import TESTS
 
 from kalm_integrations import KalmReranker, Passage
 
-N_PROCESSES = (1, 2, 4, 8)
 K = 100
 """Passages of a query."""
 
 
-def measure_processes(checkpoint: Path, payloads: Path, passages: Sequence[Passage], seconds: float) -> list[dict[str, Any]]:
-    """Let 1, 2, 4 and 8 processes read queries, for as many seconds each.
+def measure_processes(
+    checkpoint: Path, payloads: Path, passages: Sequence[Passage], seconds: float, n_processes: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Let processes read queries at once, for as many seconds each.
 
     Args:
         checkpoint: whose encodings they are.
         payloads: the folder that all read.
         passages: with references; each query of each process draws from them.
         seconds: how long.
+        n_processes: how many at once, one number after the other.
 
     Returns:
-        For each number of processes the seconds that each query of each process took, and for how long they read.
+        For each number of processes the seconds that each query of each process took, the seconds of CPU of each process,
+        and for how long they read.
     """
     file = checkpoint / "passages.json"
     file.write_text(json.dumps([(passage.text, passage.encoding) for passage in passages]))
@@ -39,7 +42,7 @@ def measure_processes(checkpoint: Path, payloads: Path, passages: Sequence[Passa
     # A thread each: they share the cores already.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     measured = []
-    for n in N_PROCESSES:
+    for n in n_processes:
         readers = [
             subprocess.Popen(
                 [*command, str(seed)],
@@ -57,13 +60,13 @@ def measure_processes(checkpoint: Path, payloads: Path, passages: Sequence[Passa
         for reader in readers:
             reader.stdin.write("go\n")
             reader.stdin.flush()
-        latencies = [json.loads(reader.communicate()[0]) for reader in readers]
-        measured.append({"processes": n, "k": K, "seconds": seconds, "latencies": latencies})
+        results = [json.loads(reader.communicate()[0]) for reader in readers]
+        measured.append({"processes": n, "k": K, "seconds": seconds, **{key: [r[key] for r in results] for key in results[0]}})
     return measured
 
 
 def read_for(checkpoint: str, payloads: str, passages: str, seconds: float, seed: int) -> None:
-    """Read queries and print the seconds of each, from when a line comes in."""
+    """Read queries and print the seconds of each and those of CPU of all, from when a line comes in."""
     draw = random.Random(seed)
     prepared = [Passage(text, encoding) for text, encoding in json.loads(Path(passages).read_text())]
     # Without a cache: a passage that is drawn again is read again.
@@ -71,13 +74,13 @@ def read_for(checkpoint: str, payloads: str, passages: str, seconds: float, seed
     reranker.read(prepared[:1])
     print("ready", flush=True)
     sys.stdin.readline()
-    latencies = []
+    latencies, began = [], time.process_time()
     end = time.perf_counter() + seconds
     while (started := time.perf_counter()) < end:
         reading = reranker.read(draw.sample(prepared, min(K, len(prepared))))
-        latencies.append(time.perf_counter() - started)
+        latencies.append(round(time.perf_counter() - started, 5))
         assert set(reading.statuses) == {"stored"}
-    print(json.dumps(latencies))
+    print(json.dumps({"latencies": latencies, "cpu": time.process_time() - began}))
 
 
 if __name__ == "__main__":

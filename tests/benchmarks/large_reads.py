@@ -39,6 +39,7 @@ N_QUERIES = 30
 BATCH = 500
 N_PREPARED = 20_000
 """Passages that processes that read at once draw from."""
+N_PROCESSES = (1, 2, 4, 8)
 INLINE, REFERENCE, BY_TEXT = "inline", "reference", "by text"
 WARM, COLD = "warm", "cold"
 KINDS: dict[str, type[Kind]] = {"pgvector": LargePostgres, "chroma": LargeChroma, "qdrant": LargeQdrant, "redis": LargeRedis}
@@ -111,7 +112,7 @@ def measure_way(way: Way, count: int, n_queries: int, top_k: Sequence[int]) -> l
             fetch, read, cpu = ([round(value, 6) for value in values] for values in zip(*seconds, strict=True))
             facts = {"way": way.name, "state": state, "k": k, "count": count}
             rows.append({**facts, "fetch": fetch, "read": read, "cpu": cpu})
-            progress(f"{way.name}, {state}, k={k}: {large_page.milliseconds(rows[-1])}")
+            progress(f"{way.name}, {state}, k={k}: {large_page.summary(rows[-1])}")
     return rows
 
 
@@ -196,7 +197,14 @@ def _document_rows(
     return rows
 
 
-def measure_lmdb(encodings: Encodings, count: int, n_queries: int, top_k: Sequence[int], seconds: float) -> dict[str, Any]:
+def measure_lmdb(
+    encodings: Encodings,
+    count: int,
+    n_queries: int,
+    top_k: Sequence[int],
+    seconds: float,
+    n_processes: Sequence[int] = N_PROCESSES,
+) -> dict[str, Any]:
     """Measure an LMDB folder alone: the passages are at hand; and then by several processes at once."""
     with tempfile.TemporaryDirectory(prefix="kalm-large-") as root:
         payloads = Path(root)
@@ -218,11 +226,13 @@ def measure_lmdb(encodings: Encodings, count: int, n_queries: int, top_k: Sequen
             rows += [{**row, "fetch": [0.0] * n_queries} for row in measure_way(way, count, n_queries, top_k)]
         warm(payloads)
         prepared = encodings.passages(random.Random(1).sample(range(count), min(count, N_PREPARED)), with_reference=True)
-        processes = measure_processes(encodings.checkpoint, payloads, prepared, seconds)
+        processes = measure_processes(encodings.checkpoint, payloads, prepared, seconds, n_processes)
     return {"store": "LMDB", "payloads": "LMDB", "fills": [fill], "rows": rows, "processes": processes}
 
 
-def measure(names: Sequence[str], count: int, n_queries: int, top_k: Sequence[int], seconds: float) -> Iterator[dict[str, Any]]:
+def measure(
+    names: Sequence[str], count: int, n_queries: int, top_k: Sequence[int], seconds: float
+) -> Iterator[dict[str, Any]]:
     """Yield the results of each store by its name."""
     # Threads of one query only wait for each other where other work has the cores.
     torch.set_num_threads(1)
@@ -242,7 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure or render."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.large_reads", description=__doc__)
     parser.add_argument("command", choices=("measure", "render"))
-    parser.add_argument("--stores", nargs="+", choices=(LMDB, *KINDS), default=(LMDB, *KINDS), help="others keep their results")
+    parser.add_argument(
+        "--stores", nargs="+", choices=(LMDB, *KINDS), default=(LMDB, *KINDS), help="others keep their results"
+    )
     parser.add_argument("--count", type=int, default=COUNT, help="encodings in each store")
     parser.add_argument("--queries", type=int, default=N_QUERIES, help="of each row")
     parser.add_argument("--seconds", type=float, default=10, help="for which processes read at once")

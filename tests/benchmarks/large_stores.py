@@ -7,14 +7,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import psycopg
-from langchain_postgres import PGVector
 
 from benchmarks.store_kinds import (
     Kind,

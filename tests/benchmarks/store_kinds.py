@@ -130,7 +130,9 @@ class LangChainQdrant(LangChainKind):
     def open(self) -> None:
         self.client = QdrantClient(path=str(self.folder))
         if not self.client.collection_exists("kalm"):
-            self.client.create_collection("kalm", vectors_config=VectorParams(size=self.vector_width, distance=Distance.COSINE))
+            self.client.create_collection(
+                "kalm", vectors_config=VectorParams(size=self.vector_width, distance=Distance.COSINE)
+            )
         self.store = QdrantVectorStore(self.client, "kalm", self.embeddings, validate_collection_config=False)
 
     def close(self) -> None:
