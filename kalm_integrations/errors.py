@@ -18,6 +18,7 @@ KalmError
 │   ├── PassError (RuntimeError)        torch failed
 │   └── ServiceError                    a service cannot be reached, or does not answer as one of ours
 ├── StoreError                          a payload or prefix store cannot be used
+├── OutputError (OSError)               the output of bulk work cannot be written any more
 └── NonFiniteScoreError (ArithmeticError)   the model produced NaN or infinity
 ```
 
@@ -100,6 +101,10 @@ class ServiceError(EngineError):
 
 class StoreError(KalmError):
     """A payload or prefix store cannot be opened, read or written; on the query path it is logged and counted instead."""
+
+
+class OutputError(KalmError, OSError):
+    """The output of bulk work cannot be written any more; what was written is kept."""
 
 
 class NonFiniteScoreError(KalmError, ArithmeticError):

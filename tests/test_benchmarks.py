@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import callers, floor, plan, serving, steps, stores, stores_page, trials, windows
+from benchmarks import callers, floor, ingest, plan, serving, steps, stores, stores_page, trials, windows
 from benchmarks.__main__ import PARTS, main
 from benchmarks.bars import BARS
 from benchmarks.parts import FUNCTIONS, REST
@@ -33,6 +33,8 @@ def results_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     steps.main(["--shape", "toy", "--candidates", "3", "--rounds", "1", "--output", str(path.with_name("steps.json"))])
     toy_blocks = ["--shape", "toy", "--passages", "2", "--rounds", "1", "--blocks", "4"]
     windows.main([*toy_blocks, "--output", str(path.with_name("windows.json"))])
+    toy_passages = ["--shape", "toy", "--passages", "4", "--rounds", "1", "--seconds", "0.01"]
+    ingest.main([*toy_passages, "--output", str(path.with_name("ingest.json"))])
     callers.main(["--shapes", "toy", "--output", str(path.with_name("callers.json"))])
     serving.main(
         ["--shapes", "toy", "--rounds", "1", "--memory-seconds", "1", "--output", str(path.with_name("serving.json"))]
@@ -221,6 +223,20 @@ def test_callers_are_measured_in_all_ways(results_path: Path):
     page = results_path.parent.with_suffix(".md").read_text()
     assert "## Many callers" in page
     assert "A query over 12 stored candidates takes" in page
+
+
+def test_ingest_is_measured_for_all_lengths_and_dtypes(results_path: Path):
+    """The floor is that of the passages, and the page has the rows and what other checkpoints make of them."""
+    rows = json.loads(results_path.with_name("ingest.json").read_text())["rows"]
+    assert [(row["dtype"], row["tokens"]) for row in rows] == [(dtype, name) for dtype in DTYPES for name in ingest.SETS]
+    assert all(
+        row["floor"] > 0
+        and row["multiply_adds"]["down"] == rows[0]["multiply_adds"]["down"] // rows[0]["total_tokens"] * row["total_tokens"]
+        for row in rows
+    )
+    page = results_path.parents[1].joinpath("benchmarks.md").read_text()
+    assert "| bfloat16 | 64 to 1,024 |" in page
+    assert "passages of 256 tokens an hour and core" in page
 
 
 def test_windows_are_measured_whole_and_by_blocks(results_path: Path):

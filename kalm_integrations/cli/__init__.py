@@ -1,7 +1,7 @@
 """The command line, `kalm`: a file for each command or group, and what they share.
 
 * `terminal`: errors, notes, tables and JSON. `options`: what several commands take.
-* `streams`: files and standard streams, gzipped or not. `inputs`: passages in every format that is read.
+* `streams`: files and standard output, gzipped or not.
 
 Heavy imports stand inside the commands, so that help comes at once.
 """

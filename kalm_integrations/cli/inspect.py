@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kalm_integrations.cli import options
-from kalm_integrations.cli.inputs import report_bad
-from kalm_integrations.cli.streams import STREAM, name_of, open_lines
-from kalm_integrations.cli.terminal import make_table, print_facts, print_json, print_table
+from kalm_integrations.cli.terminal import make_table, print_facts, print_json, print_table, report_bad
 from kalm_integrations.core.types import ENCODING_KEY
 from kalm_integrations.corpora.jsonl import parse_lines, parse_object
+from kalm_integrations.corpora.text import STREAM, name_of, open_lines
 from kalm_integrations.errors import SettingsError
 
 if TYPE_CHECKING:

@@ -118,6 +118,7 @@ def _seconds(made: Plan) -> Table:
     seconds = made.seconds
     table = _table(f"time in {seconds.dtype}, {seconds.scale:.2f} × the benchmark's machine", "")
     table.add_row("encode the collection", format_seconds(seconds.encoding))
+    table.add_row("passages encoded an hour and core", f"{seconds.passages_per_hour_and_core:,.0f}")
     for kept, value in seconds.query.items():
         table.add_row(f"query of 100 candidates, {kept} kept", format_seconds(value))
     return table

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kalm_integrations.cli import options
-from kalm_integrations.cli.inputs import Candidate, read_candidates, report_bad
-from kalm_integrations.cli.streams import STREAM
-from kalm_integrations.cli.terminal import make_table, note, print_json, print_table, printable
+from kalm_integrations.cli.terminal import make_table, note, print_json, print_table, printable, report_bad
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, RankedPassage
+from kalm_integrations.corpora.candidates import Candidate, read_candidates
 from kalm_integrations.corpora.jsonl import PassageFields
+from kalm_integrations.corpora.text import STREAM
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.remote.address import is_address
 

@@ -1,48 +1,18 @@
-"""Files and standard streams: lines in and bytes out, gzipped or not."""
+"""Files and standard output: bytes out, gzipped or not."""
 
 from __future__ import annotations
 
 import gzip
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import typer
 
-from kalm_integrations.cli.terminal import note
-from kalm_integrations.corpora.text import read_lines
+from kalm_integrations.corpora.text import STREAM
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.files import written_beside
-
-STREAM = Path("-")
-"""Standard input or output, where a path is asked for."""
-
-FORMATS = " (JSON lines, a JSON array, CSV, TSV or plain lines)"
-
-
-def name_of(path: Path) -> str:
-    """Return what to call an input in a message."""
-    return "standard input" if path == STREAM else str(path)
-
-
-@contextmanager
-def open_lines(path: Path) -> Iterator[Iterator[bytes]]:
-    """Open a file or standard input as lines of text, unzipped if it is gzip.
-
-    The lines raise `SettingsError` where it is no text, or damaged.
-    """
-    if path != STREAM:
-        with path.open("rb") as file:
-            yield read_lines(file, name_of(path), FORMATS)
-        return
-    if sys.stdin.isatty():
-        note("reading from the terminal, a line at a time; Ctrl-D ends the input")
-    stream = typer.get_binary_stream("stdin")
-    file = stream if isinstance(stream, BufferedReader) else BufferedReader(cast("RawIOBase", stream))
-    yield read_lines(file, name_of(path), FORMATS)
 
 
 @contextmanager

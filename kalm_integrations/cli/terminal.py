@@ -69,6 +69,11 @@ def note(message: str) -> None:
         print(f"kalm: {printable(message)}", file=sys.stderr)
 
 
+def report_bad(message: str) -> None:
+    """Say that a bad row is left out."""
+    note(f"left out {message}")
+
+
 def print_json(value: Any) -> None:
     """Print indented UTF-8 JSON, whatever the terminal's encoding."""
     typer.get_binary_stream("stdout").write(to_json(value, indent=2) + b"\n")

@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from kalm_integrations.cli.streams import STREAM, open_output
+from kalm_integrations.cli.streams import open_output
 from kalm_integrations.cli.terminal import note
 from kalm_integrations.corpora.jsonl import to_json
+from kalm_integrations.corpora.text import STREAM
 from kalm_integrations.errors import SettingsError
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -62,10 +63,11 @@ def encode_batch(runtime: Runtime, token_ids: Sequence[list[int]], ratio: int) -
     Returns:
         Pooled float32 states of each passage, on the CPU. Shape of each: (ceil(n_tokens / ratio), hidden).
     """
-    n_tokens = torch.tensor([len(ids) for ids in token_ids], device=runtime.device)
-    padded = pad_token_ids(token_ids).to(runtime.device)
-    states = encode(padded, n_tokens, runtime.embedding(), runtime.stack("encoder"), runtime.checkpoint.encoder_config)
-    pooled = pool_states(states, n_tokens, ratio).cpu()
+    n_tokens = [len(ids) for ids in token_ids]
+    joined = torch.tensor(list(chain.from_iterable(token_ids))).to(runtime.device)
+    states = encode(joined, n_tokens, runtime.embedding(), runtime.stack("encoder"), runtime.checkpoint.encoder_config)
+    padded = pad_sequence(states.split(n_tokens), batch_first=True)
+    pooled = pool_states(padded, torch.tensor(n_tokens, device=runtime.device), ratio).cpu()
     # Cloned, so that a cached passage does not keep its whole batch alive.
     return [row[: n_pooled_states(len(ids), ratio)].clone() for row, ids in zip(pooled, token_ids, strict=True)]
 

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,28 @@ from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata
 from kalm_integrations.errors import EncodingTooLargeError, NonFiniteScoreError
 
 BULK_SLICE = 4096
-"""Passages that bulk work tokenises and queues at a time."""
+"""Passages that bulk work looks up, tokenises and queues at a time, the next ones while these are being encoded."""
+
+
+@dataclass(frozen=True)
+class _Tokenised:
+    """What the encoder is to read, by key."""
+
+    token_ids: dict[Hashable, list[int]]
+    cut: set[Hashable]
+    """Those of which it does not read everything."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _LookedUp:
+    """Some of the passages of bulk work."""
+
+    found: dict[Hashable, EncodedPassage]
+    missing: dict[Hashable, str]
+    in_memory: set[Hashable]
+    """The keys that were found there, not in the payload store."""
+    tokenised: _Tokenised
 
 
 @dataclass(frozen=True)
@@ -100,29 +122,45 @@ class Writer:
         keys: list[Hashable] = [self._reader.key(text) for text in checked]
         unique = list(dict(zip(keys, checked, strict=True)).items())
         encodings: dict[Hashable, EncodedPassage] = {}
-        with tqdm(total=len(unique), desc="Encoding", unit="passage", disable=not is_shown) as progress:
-            for start in range(0, len(unique), BULK_SLICE):
-                some = dict(unique[start : start + BULK_SLICE])
-                encodings |= yield from self._encode_bulk(some, progress.update)
+        slices = [dict(unique[start : start + BULK_SLICE]) for start in range(0, len(unique), BULK_SLICE)]
+        with (
+            tqdm(total=len(unique), desc="Encoding", unit="passage", disable=not is_shown) as progress,
+            ThreadPoolExecutor(1, thread_name_prefix="kalm-ahead") as ahead,
+        ):
+            looked_up = self._look_up(slices[0]) if slices else None
+            for following in (*slices[1:], None):
+                if looked_up is None:
+                    break
+                next_looked_up = None if following is None else ahead.submit(self._look_up, following)
+                encodings |= yield from self._encode_bulk(looked_up, progress.update)
+                looked_up = None if next_looked_up is None else next_looked_up.result()
         return [encodings[key] for key in keys]
 
-    def _encode_bulk(
-        self, texts: dict[Hashable, str], report: Callable[[int], object]
-    ) -> Flow[dict[Hashable, EncodedPassage]]:
-        """Return the encodings of texts by key, from memory, the payload store or the encoder; new ones are written there."""
+    def _look_up(self, texts: dict[Hashable, str]) -> _LookedUp:
+        """Look texts up by key in memory and the payload store, and tokenise those that are in neither."""
         tally: Counter[str] = Counter()
-        cached = self._reader.cache.get_many(texts)
-        found = self._reader.find([key for key in texts if key not in cached], tally)
+        in_memory = set(self._reader.cache.get_many(texts))
+        found = self._reader.find([key for key in texts if key not in in_memory], tally)
         self._reader.count(**tally, cache_hits=len(found))
-        report(len(found))
         missing = {key: text for key, text in texts.items() if key not in found}
-        made = yield from self.encode(missing, is_bulk=True, report=report)
+        unknown = {key: text for key, text in missing.items() if key not in in_memory}
+        return _LookedUp(found, missing, in_memory, self._tokenise(unknown))
+
+    def _encode_bulk(self, some: _LookedUp, report: Callable[[int], object]) -> Flow[dict[Hashable, EncodedPassage]]:
+        """Return the encodings of passages by key, found or made; those that are made are written to the payload store."""
+        report(len(some.found))
+        made = yield from self.encode(some.missing, is_bulk=True, report=report, tokenised=some.tokenised)
         if self._reader.through is not None:
-            self._reader.through.put_now(encoding for key, encoding in made.items() if key not in cached)
-        return {**found, **made}
+            self._reader.through.put_now(encoding for key, encoding in made.items() if key not in some.in_memory)
+        return {**some.found, **made}
 
     def encode(
-        self, texts: Mapping[Hashable, str], *, is_bulk: bool = False, report: Callable[[int], object] | None = None
+        self,
+        texts: Mapping[Hashable, str],
+        *,
+        is_bulk: bool = False,
+        report: Callable[[int], object] | None = None,
+        tokenised: _Tokenised | None = None,
     ) -> Flow[dict[Hashable, EncodedPassage]]:
         """Return the encodings of texts by key, from memory or from the encoder, at the reranker's ratio.
 
@@ -130,6 +168,7 @@ class Writer:
             texts: what the passages are, by key.
             is_bulk: no query waits for them.
             report: is told how many have been done since it was last called.
+            tokenised: what the encoder reads of those that were not in memory a moment ago; None: is found out here.
         """
         found = self._reader.cache.get_many(texts)
         missing = {key: text for key, text in texts.items() if key not in found}
@@ -137,7 +176,9 @@ class Writer:
             report(len(found))
         n_found = len(found)
         if missing:
-            made, n_made = yield from self._encode_now(missing, is_bulk=is_bulk, report=report)
+            if tokenised is None or not tokenised.token_ids.keys() >= missing.keys():
+                tokenised = self._tokenise(missing)
+            made, n_made = yield from self._encode_now(missing, tokenised, is_bulk=is_bulk, report=report)
             found |= made
             n_found += len(made) - n_made
         self._reader.count(cache_hits=n_found, cache_misses=len(texts) - n_found)
@@ -174,10 +215,8 @@ class Writer:
             for value, encoding in zip(values, fitting, strict=True)
         ]
 
-    def _encode_now(
-        self, texts: Mapping[Hashable, str], *, is_bulk: bool, report: Callable[[int], object] | None
-    ) -> Flow[tuple[dict[Hashable, EncodedPassage], int]]:
-        """Return encodings by key, and how many of them had to be made: some may have come into memory meanwhile."""
+    def _tokenise(self, texts: Mapping[Hashable, str]) -> _Tokenised:
+        """Return what the encoder reads of texts, by key."""
         started = time.perf_counter()
         tokenizer = self._runtime.tokenizer(allow_special_tokens=self._encoder.allow_special_tokens)
         limit = self._encoder.max_passage_tokens
@@ -189,13 +228,23 @@ class Writer:
             self._reader.warn_once("truncated", rule, len(cut), len(given), limit)
         token_ids = [ids[:limit] for ids in given]
         check_vocabulary(token_ids, self._runtime.checkpoint.encoder_config)
-        seconds = time.perf_counter() - started
+        return _Tokenised(dict(zip(texts, token_ids, strict=True)), cut, time.perf_counter() - started)
+
+    def _encode_now(
+        self,
+        texts: Mapping[Hashable, str],
+        tokenised: _Tokenised,
+        *,
+        is_bulk: bool,
+        report: Callable[[int], object] | None,
+    ) -> Flow[tuple[dict[Hashable, EncodedPassage], int]]:
+        """Return encodings by key, and how many of them had to be made: some may have come into memory meanwhile."""
         current, ratio, codec = self._reader.fingerprint, self._storage.compression_ratio, self._storage.storage_codec
 
         def finish(key: Hashable, ids: list[int], states: torch.Tensor) -> EncodedPassage:
             return self._as_stored(EncodedPassage(states, len(ids), ratio, current, str(key), codec))
 
-        rows = [_Unencoded(key, ids, self._reader.cache, finish) for key, ids in zip(texts, token_ids, strict=True)]
+        rows = [_Unencoded(key, tokenised.token_ids[key], self._reader.cache, finish) for key in texts]
         # Like lengths together, so that little is padded.
         rows.sort(key=lambda row: -len(row.token_ids))
         work = _encode_work(self._runtime, ratio, self._batch_size)
@@ -203,7 +252,9 @@ class Writer:
         results: list[tuple[EncodedPassage, bool]] = yield job
         check_states([encoding.states for encoding, _ in results], self._runtime)
         made = {row.key for row, (_, is_made) in zip(rows, results, strict=True) if is_made}
-        self._reader.count(passages_encoded=len(made), truncated=len(cut & made), encode_seconds=seconds + job.seconds)
+        self._reader.count(
+            passages_encoded=len(made), truncated=len(tokenised.cut & made), encode_seconds=tokenised.seconds + job.seconds
+        )
         return {row.key: encoding for row, (encoding, _) in zip(rows, results, strict=True)}, len(made)
 
     def _as_stored(self, encoding: EncodedPassage) -> EncodedPassage:

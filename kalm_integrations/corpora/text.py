@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import gzip
+import logging
+import sys
 import zlib
 from collections.abc import Iterator
-from io import BufferedReader
+from contextlib import contextmanager
+from io import BufferedReader, RawIOBase
+from pathlib import Path
+from typing import BinaryIO, cast
 
 from kalm_integrations.errors import SettingsError
+
+logger = logging.getLogger(__name__)
+
+STREAM = Path("-")
+"""Standard input or output, where a path is asked for."""
+
+FORMATS = " (JSON lines, a JSON array, CSV, TSV or plain lines)"
 
 UNREADABLE = {
     b"PAR1": "Parquet",
@@ -17,6 +29,28 @@ UNREADABLE = {
     b"\xfe\xff": "UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)",
 }
 """How files begin that are refused, and what they are."""
+
+
+def name_of(path: Path) -> str:
+    """Return what to call an input in a message."""
+    return "standard input" if path == STREAM else str(path)
+
+
+@contextmanager
+def open_lines(path: Path) -> Iterator[Iterator[bytes]]:
+    """Open a file or standard input as lines of text, unzipped if it is gzip.
+
+    The lines raise `SettingsError` where it is no text, or damaged.
+    """
+    if path != STREAM:
+        with path.open("rb") as file:
+            yield read_lines(file, name_of(path), FORMATS)
+        return
+    if sys.stdin.isatty():
+        logger.warning("reading from the terminal, a line at a time; Ctrl-D ends the input")
+    stream: BinaryIO = sys.stdin.buffer
+    file = stream if isinstance(stream, BufferedReader) else BufferedReader(cast("RawIOBase", stream))
+    yield read_lines(file, name_of(path), FORMATS)
 
 
 def read_lines(file: BufferedReader, name: str, formats: str = "") -> Iterator[bytes]:

@@ -48,6 +48,7 @@ class Seconds:
     dtype: str
     encoding: float
     """The whole collection."""
+    passages_per_hour_and_core: float
     query: dict[str, float]
     """A query over `CANDIDATES`, by what is kept of them."""
 
@@ -142,6 +143,7 @@ def make_plan(
             scale=machine.scale,
             dtype=dtype,
             encoding=machine.encode_seconds(shape, passages, tokens),
+            passages_per_hour_and_core=machine.passages_per_hour_and_core(shape, tokens),
             query=machine.query_seconds(shape, CANDIDATES, tokens, ratio),
         ),
     )

@@ -28,6 +28,9 @@ N_NEW = 12
 ENCODE, POOLED, PREFIX = "encode", "pooled", "prefix"
 """Work that has a rate: passages into states; a query over encodings, and over prefix states."""
 
+BENCHMARK_CORES = 2
+"""Of the machine that the benchmark ran on."""
+
 Points = list[tuple[int, float]]
 
 
@@ -39,10 +42,16 @@ class Speed:
     """Rate of the product there, in that of the benchmark's machine."""
     rates: dict[str, Points]
     """Multiply-adds per second that the benchmark reached for each work, by tokens of a passage."""
+    cores: int = BENCHMARK_CORES
+    """That share the work."""
 
     def encode_seconds(self, shape: Shape, passages: int, n_tokens: int) -> float:
         """Return the seconds of encoding passages."""
         return self._seconds(ENCODE, passages * _sum(encoder_multiply_adds(shape.encoder, 1, n_tokens)), n_tokens)
+
+    def passages_per_hour_and_core(self, shape: Shape, n_tokens: int) -> float:
+        """Return how many passages a core encodes in an hour."""
+        return 3600 / (self.encode_seconds(shape, 1, n_tokens) * self.cores)
 
     def query_seconds(self, shape: Shape, candidates: int, n_tokens: int, ratio: int) -> dict[str, float]:
         """Return the seconds of a query by what is kept of its candidates."""
@@ -70,9 +79,10 @@ def speed_at(measured: dict[str, Any], dtype: str, scale: float | None) -> Speed
         scale: see `Speed`; None measures this machine's CPU for a second.
     """
     of_dtype = measured[dtype]
-    if scale is None:
-        scale = product_rate(getattr(torch, dtype), 1.0) / of_dtype["product"]
-    return Speed(scale, of_dtype["rates"])
+    if scale is not None:
+        return Speed(scale, of_dtype["rates"])
+    scale = product_rate(getattr(torch, dtype), 1.0) / of_dtype["product"]
+    return Speed(scale, of_dtype["rates"], torch.get_num_threads())
 
 
 def product_rate(dtype: torch.dtype, seconds: float) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute_backward
 
 from kalm_integrations.core.checkpoint.opened import Checkpoint
@@ -147,7 +148,10 @@ class TrainableReranker(nn.Module):
         encoder = _stack(tensors, "encoder", self.encoder_config)
         decoder = _stack(tensors, "decoder", config)
         head = embedding.tokens[self.answer_ids]
-        all_states = encode(passages, n_tokens, embedding, encoder, self.encoder_config)
+        lengths = n_tokens.tolist()
+        is_token = torch.arange(passages.shape[1], device=passages.device) < n_tokens[:, None]
+        all_states = encode(passages[is_token], lengths, embedding, encoder, self.encoder_config)
+        all_states = pad_sequence(all_states.split(lengths), batch_first=True)
         margins = []
         for ratio in compression_ratios:
             states = pool_states(all_states, n_tokens, ratio)

@@ -9,6 +9,8 @@
 | floor.py | the seconds that cannot be avoided, at the rate of this machine's matrix products |
 | curves.py, storage.py, memory.py | growth, bytes and read time of encodings, peak memory |
 | steps.py, ways.py | gain of each step of the decoder: `python -m benchmarks.steps` |
+| ingest.py | passages from texts to metadata, against the floor: `python -m benchmarks.ingest` |
+| ingest_page.py | its section |
 | windows.py | what the encoder saves by blocks of queries: `python -m benchmarks.windows` |
 | stacks.py | layers of a real shape with random weights, for these two |
 | trials.py | options and tables that these two share |

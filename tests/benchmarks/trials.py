@@ -12,12 +12,13 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.callers_page import callers_section
+from benchmarks.ingest_page import ingest_section
 from benchmarks.serving_page import serving_section
 from benchmarks.tables import significant, table
 from benchmarks.ways import ALL_ON, POOLED, PREFIX
 
 FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
-NAMES = ("steps", "windows", "callers", "serving")
+NAMES = ("steps", "windows", "callers", "serving", "ingest")
 NOT_MEASURED = "Not measured."
 
 
@@ -50,7 +51,13 @@ def read(folder: Path) -> dict[str, Any]:
 
 def sections(measured: dict[str, Any]) -> dict[str, str]:
     """Return the text of each program's place on the page."""
-    makers = {"steps": _steps, "windows": _windows, "callers": callers_section, "serving": serving_section}
+    makers = {
+        "steps": _steps,
+        "windows": _windows,
+        "callers": callers_section,
+        "serving": serving_section,
+        "ingest": ingest_section,
+    }
     parts = _parts(measured["steps"]) if "steps" in measured else NOT_MEASURED
     made = {name: make(measured[name]) if name in measured else NOT_MEASURED for name, make in makers.items()}
     return {**made, "parts": parts}

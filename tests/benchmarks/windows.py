@@ -13,7 +13,8 @@ from benchmarks import machine, trials
 from benchmarks.rows import progress, timed
 from benchmarks.stacks import SHAPE_TEXTS, VOCABULARY, draw_embedding, draw_stack, make_config, pack_stack
 from benchmarks.ways import DTYPES
-from kalm_integrations.core.model import encoder
+from kalm_integrations.core.model import passage_attention
+from kalm_integrations.core.model.encoder import encode
 
 BLOCKS = (256, 128, 64)
 LENGTHS = {"nano": (768, 1024), "toy": (16, 24)}
@@ -30,14 +31,14 @@ def measure(shape: str, dtype: str, blocks: Sequence[int], n_passages: int, roun
     embedding = draw_embedding(config, draw)
     rows = []
     for length in LENGTHS[shape]:
-        token_ids = torch.randint(VOCABULARY, (n_passages, length), generator=draw)
-        n_tokens = torch.full((n_passages,), length)
-        run = partial(encoder.encode, token_ids, n_tokens, embedding, weights, config)
+        token_ids = torch.randint(VOCABULARY, (n_passages * length,), generator=draw)
+        n_tokens = [length] * n_passages
+        run = partial(encode, token_ids, n_tokens, embedding, weights, config)
         run()
         seconds: dict[int, list[float]] = {block: [] for block in (WHOLE, *blocks)}
         for _ in range(rounds):
             for block, measured in seconds.items():
-                with patch.object(encoder, "QUERY_BLOCK", block):
+                with patch.object(passage_attention, "WINDOW_BLOCK", block):
                     wall, _, _ = timed(run, "cpu")
                 measured.append(wall)
                 progress(f"{dtype} {length} tokens, blocks of {block}: {wall:.2f} s")

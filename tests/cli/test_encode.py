@@ -19,7 +19,7 @@ from typing import Any
 from tools.command_line import KALM, QUERY, TEXTS, Run, assert_fails, read_jsonl, write_jsonl
 
 from kalm_integrations import EncodedPassage, KalmReranker
-from kalm_integrations.cli.encode import ROWS_PER_BATCH
+from kalm_integrations.bulk.encoding import ROWS_PER_STREAMED_WINDOW, ROWS_PER_WINDOW
 from kalm_integrations.core.settings import DEFAULT_CODEC
 
 
@@ -82,10 +82,10 @@ def test_encode_replaces_a_file_only_when_all_is_written(run: Run, model: Any) -
 
 def test_encode_names_the_line_that_does_not_fit(run: Run, model: Any) -> None:
     """Of the file, not of the batch: blank lines count, and earlier batches do."""
-    short, long = "a\n" * ROWS_PER_BATCH, " ".join(TEXTS * 400)
+    short, long = "a\n" * ROWS_PER_WINDOW, " ".join(TEXTS * 400)
     Path("p.csv").write_text(f"text\n{short}\n{long}\n{short}", encoding="utf-8")
     result = run("encode", "p.csv", "-o", "out.jsonl", "--codec", "fp32", "--max-inline-bytes", 500, *model)
-    assert_fails(result, f"p.csv:{ROWS_PER_BATCH + 3}: an encoding must fit max_inline_bytes=500, but this one takes ")
+    assert_fails(result, f"p.csv:{ROWS_PER_WINDOW + 3}: an encoding must fit max_inline_bytes=500, but this one takes ")
     assert not Path("out.jsonl").exists()
 
 
@@ -114,8 +114,9 @@ def test_encode_says_what_the_encodings_take(run: Run, model: Any, tmp_path: Pat
 
 
 def test_encode_tells_a_terminal_early_how_much_it_will_write(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Beside the progress bar, from the first batch on."""
-    path = write_jsonl(tmp_path / "p.jsonl", [{"text": text} for text in TEXTS * ROWS_PER_BATCH])
+    """Beside the progress bar, from the first window on: what is written, and of how much."""
+    n_rows = ROWS_PER_WINDOW + 400
+    path = write_jsonl(tmp_path / "p.jsonl", [{"text": TEXTS[number % 4]} for number in range(n_rows)])
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
     command = [
@@ -139,16 +140,16 @@ def test_encode_tells_a_terminal_early_how_much_it_will_write(tiny_checkpoint: P
                 shown += data
     os.close(ours)
     assert encoder.returncode == 0
-    size = sum(len(row["kalm_encoding"]) for row in read_jsonl((tmp_path / "out.jsonl").read_text()))
-    first = next(line for line in shown.decode().split("\r") if f"| {ROWS_PER_BATCH}/{4 * ROWS_PER_BATCH} " in line)
-    assert f", about {size / 1e6:.1f} MB]" in first
+    size = (tmp_path / "out.jsonl").stat().st_size
+    first = next(line for line in shown.decode().split("\r") if f"| {ROWS_PER_WINDOW}/{n_rows} " in line)
+    assert f" MB of about {size / 1e6:.1f} MB]" in first
 
 
 def test_commands_work_in_a_pipe(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """In real processes: encode writes while its input is still open, and rerank reads what it wrote."""
     command = [*KALM, "encode", "--model", str(tiny_checkpoint)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path) as encoder:
-        rows = [{"_id": str(i), "text": f"{TEXTS[i % 4]} {i}"} for i in range(ROWS_PER_BATCH)]
+        rows = [{"_id": str(i), "text": f"{TEXTS[i % 4]} {i}"} for i in range(ROWS_PER_STREAMED_WINDOW)]
         encoder.stdin.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         encoder.stdin.flush()
         ready, _, _ = select.select([encoder.stdout], [], [], 120)
@@ -159,4 +160,4 @@ def test_commands_work_in_a_pipe(tiny_checkpoint: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, input=output, capture_output=True, check=True, cwd=tmp_path)
     printed = json.loads(done.stdout)
     assert len(printed["results"]) == 5
-    assert (printed["stats"]["passages_encoded"], printed["stats"]["metadata_hits"]) == (0, ROWS_PER_BATCH)
+    assert (printed["stats"]["passages_encoded"], printed["stats"]["metadata_hits"]) == (0, ROWS_PER_STREAMED_WINDOW)

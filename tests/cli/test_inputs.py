@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tools.command_line import QUERY, Run, assert_fails, read_jsonl
 
-from kalm_integrations.cli.inputs import read_candidates
+from kalm_integrations.corpora.candidates import read_candidates
 from kalm_integrations.corpora.jsonl import PassageFields
 
 LONG = "word " * 40_000

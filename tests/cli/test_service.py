@@ -45,7 +45,8 @@ def test_encode_goes_on_with_a_service_that_is_busy_or_gone_for_a_while(
     service.instead.extend([refusal(503), lambda _: (0, {}, b""), lambda _: None, refusal(429), lambda _: (0, {}, b"")])
     result = run("encode", write_jsonl(Path("p.jsonl"), [{"text": text} for text in TEXTS]), "--server", service.url)
     assert [row["text"] for row in read_jsonl(result.stdout)] == TEXTS
-    assert len(service.sent("/v1/encodings")) == 4 + 4
+    # Once with every text, once for what the service is, and once more after every failure.
+    assert len(service.sent("/v1/encodings")) + len(service.sent("/v1/kalm")) == 4 + 1 + 4
 
 
 def test_rerank_by_a_service(run: Run, model: Any, service: Service) -> None:

@@ -35,7 +35,7 @@ def test_windows_are_counted():
     weights, embedding = draw_stack(config, torch.float32, draw), draw_embedding(config, draw)
     n = 30
     embedding.tokens.requires_grad_(True)
-    states = encode(torch.arange(n)[None], torch.tensor([n]), embedding, weights, config)[0]
+    states = encode(torch.arange(n), [n], embedding, weights, config)
     seen = [torch.autograd.grad(state.sum(), embedding.tokens, retain_graph=True)[0][:n].any(dim=1) for state in states]
     widths = Widths(("sliding_attention",), config.sliding_window, 4, 4, 4, 4)
     assert encoder_multiply_adds(widths, 1, n)["attention"] == 2 * 4 * int(torch.stack(seen).sum())

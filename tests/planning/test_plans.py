@@ -28,7 +28,7 @@ from kalm_integrations.planning.arithmetic import Widths
 from kalm_integrations.planning.plans import CANDIDATES, MEASURED, Plan, make_plan, read_measured
 from kalm_integrations.planning.shapes import PUBLISHED, shape_of
 from kalm_integrations.planning.sizes import QUEUED
-from kalm_integrations.planning.speed import Speed, product_rate
+from kalm_integrations.planning.speed import BENCHMARK_CORES, Speed, product_rate
 from kalm_integrations.samples import XQUAD_EN
 
 TOLERANCE = 0.15
@@ -176,8 +176,13 @@ def test_this_machine_is_measured_where_no_speed_is_given(monkeypatch: pytest.Mo
     rate = read_measured()["speed"]["float32"]["product"]
     monkeypatch.setattr("kalm_integrations.planning.speed.product_rate", lambda _dtype, _seconds: 2 * rate)
     measured, given = make_plan("nano", 10, 256), make_plan("nano", 10, 256, speed=2)
-    assert measured == given
+    per_core = measured.seconds.passages_per_hour_and_core
+    assert replace(measured, seconds=replace(measured.seconds, passages_per_hour_and_core=0)) == replace(
+        given, seconds=replace(given.seconds, passages_per_hour_and_core=0)
+    )
     assert measured.seconds.encoding == plan_for("nano", 5, 256).seconds.encoding
+    assert per_core * measured.seconds.encoding == pytest.approx(10 * 3600 / torch.get_num_threads())
+    assert given.seconds.passages_per_hour_and_core * given.seconds.encoding == pytest.approx(10 * 3600 / BENCHMARK_CORES)
 
 
 def test_limits_name_the_finest_ratio_that_fits():

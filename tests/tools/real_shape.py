@@ -19,7 +19,6 @@ from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 
 from kalm_integrations.training.tokenizer import train_tokenizer
 from tools.checkpoints import TEXTS, make_checkpoint
-from tools.parity import Parity
 from tools.paths import TESTS
 
 N_PARAMETERS = 786_029_296
@@ -104,6 +103,8 @@ def measure(side: str, folder: Path) -> dict[str, float | list[float]]:
 def _measure_here(side: str, folder: Path) -> dict[str, float | list[float]]:
     with tempfile.TemporaryDirectory() as tiny:
         # Everything that is imported late is imported by this.
+        from tools.parity import Parity  # mteb, which a machine that only measures need not have
+
         Parity(make_checkpoint(Path(tiny))).differences(QUERY, PASSAGES)
     before = read_memory("VmRSS")
     started = time.process_time()
@@ -130,6 +131,8 @@ def _load_ours(folder: Path) -> tuple[Callable[[], list[float]], Callable[[], in
 
 
 def _load_reference(folder: Path) -> tuple[Callable[[], list[float]], Callable[[], int]]:
+    from tools.parity import Parity
+
     parity = Parity(folder)
     return lambda: parity.reference_scores(QUERY, PASSAGES), lambda: 0
 

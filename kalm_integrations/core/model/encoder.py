@@ -1,6 +1,12 @@
-"""The passage encoder: token ids in, states after the final norm out."""
+"""The passage encoder: token ids in, states after the final norm out.
+
+Passages lie end to end, without padding, so that the products, norms and rotations see real tokens only. Attention goes
+through groups of passages of like length.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -8,85 +14,56 @@ from kalm_integrations.core.model.layers import (
     EmbeddingWeights,
     StackConfig,
     StackWeights,
-    attend,
     finish_layer,
     project_keys_values,
     project_queries,
     rms_norm,
 )
-
-QUERY_BLOCK = 128
-"""Tokens whose windows are looked through together: fewer see less in vain, but are more calls. By docs/benchmarks.md."""
+from kalm_integrations.core.model.passage_attention import attend_passages, group_passages
 
 
 def encode(
     token_ids: torch.Tensor,
-    n_tokens: torch.Tensor,
+    n_tokens: Sequence[int],
     embedding: EmbeddingWeights,
     weights: StackWeights,
     config: StackConfig,
 ) -> torch.Tensor:
-    """Run the encoder over a right-padded batch.
+    """Run the encoder over passages that lie end to end.
 
     Args:
-        token_ids: shape (batch, length).
-        n_tokens: real tokens of each row, at least 1. Shape: (batch,).
+        token_ids: of all passages, one after the other. Shape: (total,).
+        n_tokens: of each passage, at least 1.
         embedding: the token embeddings.
         weights: the encoder's layers.
         config: the encoder's configuration.
 
     Returns:
-        Last hidden states, float32; rows are meaningless from `n_tokens` on. Shape: (batch, length, hidden).
+        Last hidden states, float32. Shape: (total, hidden).
     """
-    length = token_ids.shape[1]
-    x = embedding.embed(token_ids, config, weights.dtype)
-    ropes = {kind: rope.table(0, length, x.device) for kind, rope in config.ropes.items()}
-    masks = {kind: _mask(kind, n_tokens, length, config.sliding_window) for kind in config.ropes}
+    # Those of like length are neighbours, and so make groups.
+    order = sorted(range(len(n_tokens)), key=lambda index: -n_tokens[index])
+    is_sorted = order == list(range(len(n_tokens)))
+    if not is_sorted:
+        passages = token_ids.split(list(n_tokens))
+        token_ids = torch.cat([passages[index] for index in order])
+    lengths = [n_tokens[index] for index in order]
+    x = embedding.embed(token_ids[None], config, weights.dtype)
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(x.device)
+    tables = {kind: rope.table(0, lengths[0], x.device) for kind, rope in config.ropes.items()}
+    ropes = {kind: tuple(part[positions].to(weights.dtype) for part in table) for kind, table in tables.items()}
+    # A query's factor on the scores is that of its rotation.
+    scaled = {kind: tuple(part * config.attention_scale for part in rope) for kind, rope in ropes.items()}
+    groups = {kind: group_passages(lengths, kind, weights, config) for kind in config.ropes}
     for layer, kind in zip(weights.layers, config.layer_types, strict=True):
         normed = rms_norm(x, layer.pre_attention_norm, config.norm_epsilon, weights.dtype)
-        queries = project_queries(normed, layer, config, ropes[kind])
-        keys, values = project_keys_values(normed, layer, config, ropes[kind])
-        attended = _attend(kind, queries, keys, values, masks[kind], config)
-        x = finish_layer(x, attended, layer, config)
-    return rms_norm(x, weights.final_norm, config.norm_epsilon, x.dtype)
-
-
-def _attend(
-    kind: str, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, config: StackConfig
-) -> torch.Tensor:
-    """Attend, under a window by blocks of queries: each to the keys that one of its queries sees, not to all of them.
-
-    Up to the window's own width a mask hides too little for that to pay.
-    """
-    length, window = queries.shape[1], config.sliding_window
-    if kind != "sliding_attention" or window is None or mask is None or length <= window:
-        return attend(queries, keys, values, mask, config.attention_scale)
-    back, ahead = _reach(window)
-    blocks = []
-    for start in range(0, length, QUERY_BLOCK):
-        rows = slice(start, start + QUERY_BLOCK)
-        seen = slice(max(0, start - back), start + QUERY_BLOCK + ahead)
-        blocks.append(
-            attend(queries[:, rows], keys[:, :, seen], values[:, :, seen], mask[:, rows, seen], config.attention_scale)
-        )
-    return torch.cat(blocks, dim=1)
-
-
-def _reach(window: int) -> tuple[int, int]:
-    """Return how many tokens a window lets a token of the encoder look back, and ahead."""
-    return (window + 1) // 2 - 1, window // 2
-
-
-def _mask(kind: str, n_tokens: torch.Tensor, length: int, window: int | None) -> torch.Tensor | None:
-    """Return where attention may look, (batch or 1, length, length), or None if it may look everywhere."""
-    is_padded = bool((n_tokens < length).any())
-    back, ahead = _reach(window) if kind == "sliding_attention" and window is not None else (length, length)
-    is_windowed = length > back + 1
-    if not is_padded and not is_windowed:
-        return None
-    positions = torch.arange(length, device=n_tokens.device)
-    mask = (positions < n_tokens[:, None])[:, None, :].expand(-1, length, -1)
-    if is_windowed:
-        distance = positions[:, None] - positions
-        mask = mask & (distance <= back) & (-distance <= ahead)
-    return mask
+        queries = project_queries(normed, layer, config, scaled[kind])
+        keys, values = (part[0].transpose(0, 1) for part in project_keys_values(normed, layer, config, ropes[kind]))
+        attended = attend_passages(queries[0], keys, values, groups[kind], are_packed=layer.query.is_mkldnn)
+        x = finish_layer(x, attended[None], layer, config)
+    states = rms_norm(x, weights.final_norm, config.norm_epsilon, x.dtype)[0]
+    if is_sorted:
+        return states
+    rows = states.split(lengths)
+    place = {index: rank for rank, index in enumerate(order)}
+    return torch.cat([rows[place[index]] for index in range(len(order))])

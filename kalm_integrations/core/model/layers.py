@@ -31,11 +31,14 @@ class Rope:
     attention_scaling: float
 
     def table(self, start: int, stop: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin of positions `start` to `stop`. Shapes: (stop - start, 1, head_width), float32."""
+        """Return cos and sin of positions `start` to `stop`, the first half of sin negative, as `rotate` takes them.
+
+        Shapes: (stop - start, 1, head_width), float32.
+        """
         positions = torch.arange(start, stop, device=device, dtype=torch.float32)
         angles = positions[:, None, None] * self.inverse_frequencies.to(device)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Apply rotary embeddings to `x` (batch, length, heads, head_width) with tables that broadcast against it."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+    return torch.addcmul(x * cos.to(x.dtype), torch.cat((second, first), dim=-1), sin.to(x.dtype))
 
 
 def attend(

@@ -39,6 +39,12 @@ def multiply(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     return _multiply(x, packed, "none", "")
 
 
+def product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Return `x` (rows, n_in) times the transpose of a matrix (n_out, n_in) that is not packed, and used once."""
+    # Parts of a larger matrix would be multiplied by oneDNN's reference code, a thousand times slower.
+    return _multiply(x.contiguous(), matrix.contiguous(), "none", "")
+
+
 def multiply_gated(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """Return activation(x times gate) * (x times up), both packed, each computed while its product is written."""
     multiply_by = _OPERATORS._linear_pointwise.binary  # noqa: SLF001

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.stacks import VOCABULARY, draw_embedding, draw_stack, make_config, pack_stack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mteb.models.model_implementations.kalm_reranker import KaLMRerankerWrapper
@@ -15,7 +16,7 @@ from torch.testing import assert_close
 from transformers.models.t5gemma2.modeling_t5gemma2 import sliding_window_mask_function
 
 from kalm_integrations import KalmReranker
-from kalm_integrations.core.model import decoder, encoder
+from kalm_integrations.core.model import decoder, encoder, passage_attention
 from kalm_integrations.core.model.decoder import answer_logits, prefill, project_passages
 from kalm_integrations.core.model.kv_cache import PaddedKVCache
 from kalm_integrations.core.model.pooling import pool_states, repool_states
@@ -90,10 +91,13 @@ def test_encoder_windows_are_those_of_transformers(window: int, length: int) -> 
     """Half behind, half ahead, and one side longer for even widths; None only where it hides nothing."""
     may_look = sliding_window_mask_function(window, is_causal=False)
     expected = torch.tensor([[may_look(0, 0, q, k) for k in range(length)] for q in range(length)])
-    mask = encoder._mask("sliding_attention", torch.tensor([length]), length, window)
-    assert torch.equal(expected if mask is None else mask[0], expected)
-    assert (mask is None) == bool(expected.all())
-    assert encoder._mask("full_attention", torch.tensor([length]), length, window) is None
+    seen = torch.zeros(length, length, dtype=torch.bool)
+    for block in passage_attention._blocks(torch.tensor([length]), window, torch.zeros(1)):
+        part = seen[block.queries, block.keys]
+        part |= True if block.bias is None else block.bias[0] == 0
+        assert (block.bias is None) == bool(part.all())
+    assert torch.equal(seen, expected)
+    assert all(block.bias is None for block in passage_attention._blocks(torch.tensor([length]), None, torch.zeros(1)))
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -101,17 +105,16 @@ def test_encoder_windows_are_those_of_transformers(window: int, length: int) -> 
 def test_blocks_of_queries_see_what_they_see_together(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch, window: int, block: int, n_tokens: list[int]
 ) -> None:
-    """Windows of either parity, blocks that do not divide the length, and padding."""
+    """Windows of either parity, blocks that do not divide the length, and passages of several lengths."""
     config = replace(runtime.checkpoint.encoder_config, sliding_window=window)
-    token_ids = PROMPT.repeat(len(n_tokens), 3)[:, : max(n_tokens)]
+    token_ids = torch.cat([PROMPT[0].repeat(3)[:n] for n in n_tokens])
 
-    def encode(query_block: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(encoder, "QUERY_BLOCK", query_block)
-        states = encoder.encode(token_ids, torch.tensor(n_tokens), runtime.embedding(), runtime.stack("encoder"), config)
-        return [row[:n] for row, n in zip(states, n_tokens, strict=True)]
+    def encode(query_block: int) -> torch.Tensor:
+        monkeypatch.setattr(passage_attention, "WINDOW_BLOCK", query_block)
+        monkeypatch.setattr(passage_attention, "WHOLE_BLOCK", query_block)
+        return encoder.encode(token_ids, n_tokens, runtime.embedding(), runtime.stack("encoder"), config)
 
-    for in_blocks, whole in zip(encode(block), encode(1000), strict=True):
-        assert_close(in_blocks, whole, atol=1e-5, rtol=1e-5)
+    assert_close(encode(block), encode(1000), atol=1e-5, rtol=1e-5)
 
 
 @given(
@@ -140,16 +143,25 @@ def test_decoder_windows(window: int, n_read: int, n_new: int, n_states: list[in
     assert torch.equal(torch.ones_like(expected) if mask is None else mask.expand_as(expected), expected)
 
 
-def test_encoder_padding_changes_nothing(runtime: Runtime) -> None:
-    """A short passage beside one that is many windows longer has the states it has alone, and they are finite."""
-    config, weights = runtime.checkpoint.encoder_config, runtime.stack("encoder")
-    short, long = PROMPT[:, :3], PROMPT.repeat(1, 5)
-    batch = torch.cat((torch.nn.functional.pad(short, (0, long.shape[1] - 3)), long))
-    n_tokens = torch.tensor([3, long.shape[1]])
-    together = encoder.encode(batch, n_tokens, runtime.embedding(), weights, config)
-    alone = encoder.encode(short, torch.tensor([3]), runtime.embedding(), weights, config)
-    assert_close(together[0, :3], alone[0], atol=1e-5, rtol=1e-5)
-    assert_close(together[1:], encoder.encode(long, n_tokens[1:], runtime.embedding(), weights, config), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("n_kv_heads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_passages_that_share_a_batch_do_not_change_each_other(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, n_kv_heads: int, is_packed: bool
+) -> None:
+    """In any order, alone or with others, with oneDNN, or padded to like lengths without it; within and beyond windows."""
+    monkeypatch.setattr(passage_attention, "LIKE", 0.5)
+    draw = torch.Generator().manual_seed(0)
+    config = replace(make_config("toy"), n_kv_heads=n_kv_heads, sliding_window=9)
+    weights, embedding = draw_stack(config, dtype, draw), draw_embedding(config, draw)
+    n_tokens = [3, 60, 23, 60, 31, 1, 16]
+    passages = [torch.randint(VOCABULARY, (n,), generator=draw) for n in n_tokens]
+    used = pack_stack(weights) if is_packed else weights
+    together = encoder.encode(torch.cat(passages), n_tokens, embedding, used, config).split(n_tokens)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.3
+    for ids, states in zip(passages, together, strict=True):
+        alone = encoder.encode(ids, [len(ids)], embedding, weights, config)
+        assert_close(states, alone, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("window", [1, 4, 9, 40])

@@ -1,4 +1,4 @@
-"""Passages in every format that the commands read: JSON lines, a JSON array, CSV, TSV, and plain lines."""
+"""Passages in every format of text that is read: JSON lines, a JSON array, CSV, TSV, and plain lines."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from kalm_integrations.cli.streams import name_of, open_lines
-from kalm_integrations.cli.terminal import note
 from kalm_integrations.core.types import ENCODING_KEY, Passage
 from kalm_integrations.corpora.jsonl import (
     PassageFields,
@@ -23,6 +21,7 @@ from kalm_integrations.corpora.jsonl import (
     parse_object,
     without_mark,
 )
+from kalm_integrations.corpora.text import name_of, open_lines
 from kalm_integrations.errors import SettingsError
 
 MAX_FIELD_CHARS = 2**31 - 1
@@ -79,11 +78,6 @@ def read_candidates(
 
         for number, (row, text) in parse_each(items, source, parse, report):
             yield Candidate(f"{source}{number}", number, row, text)
-
-
-def report_bad(message: str) -> None:
-    """Say that a bad row is left out; for `report`."""
-    note(f"left out {message}")
 
 
 def _recognise(path: Path, lines: Iterator[bytes], *, takes_plain_lines: bool) -> tuple[Kind, Iterator[bytes]]:
