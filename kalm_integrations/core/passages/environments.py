@@ -244,7 +244,7 @@ def _open_with_map(folder: str, max_bytes: int, **settings: Any) -> lmdb.Environ
     """Open an environment with the largest map up to `max_bytes` that the system grants; what is there is mapped anyway."""
     n_bytes = max_bytes
     # A query's values lie far apart: what the system would read ahead of them is read for nothing.
-    fixed = {"max_readers": MAX_READERS, "max_dbs": 1, "create": False, "readahead": False}
+    fixed: dict[str, Any] = {"max_readers": MAX_READERS, "max_dbs": 1, "create": False, "readahead": False}
     while True:
         try:
             environment = lmdb.open(folder, map_size=n_bytes, **fixed, **settings)
