@@ -94,20 +94,25 @@ def add_payloads(client: Any, collection: str, changes: Sequence[PayloadChange],
         return
     models = import_module("qdrant_client.models")
     is_conditional = any(change.unchanged for change in changes) and _takes_conditions(client, collection)
+    ids = [change.point_id for change in changes]
+    # By id, because in the client's local mode a filter goes through all points: a third of a second where there are 100,000.
+    # But that stops at an id that is gone.
+    are_all_there = not is_conditional and len(client.retrieve(collection, ids, with_payload=False)) == len(ids)
     operations = []
     for change in changes:
-        # A filter, because the client's local mode stops at an id that is gone.
-        conditions = [models.HasIdCondition(has_id=[change.point_id])]
-        if is_conditional and change.unchanged is not None:
-            conditions.append(_holds(models, *change.unchanged))
-        where = models.Filter(must=conditions)
+        where: dict[str, Any] = {"points": [change.point_id]}
+        if not are_all_there:
+            conditions = [models.HasIdCondition(has_id=[change.point_id])]
+            if is_conditional and change.unchanged is not None:
+                conditions.append(_holds(models, *change.unchanged))
+            where = {"filter": models.Filter(must=conditions)}
         added = {field: value for field, value in change.payload.items() if value is not None}
         removed = [_path(key, field) for field, value in change.payload.items() if value is None]
         # What is taken away first: the condition may be on a field that is set.
         if removed:
-            operations.append(models.DeletePayloadOperation(delete_payload=models.DeletePayload(keys=removed, filter=where)))
+            operations.append(models.DeletePayloadOperation(delete_payload=models.DeletePayload(keys=removed, **where)))
         if added:
-            operations.append(models.SetPayloadOperation(set_payload=models.SetPayload(payload=added, filter=where, key=key)))
+            operations.append(models.SetPayloadOperation(set_payload=models.SetPayload(payload=added, key=key, **where)))
     client.batch_update_points(collection, operations)
 
 

@@ -60,14 +60,15 @@ class Row:
 class RandomEmbeddings(Embeddings):
     """Vectors that need no model."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         self.draw = np.random.default_rng(0)
+        self.width = width
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         return [self.embed_query(text) for text in texts]
 
     def embed_query(self, text: str) -> list[float]:
-        return self.draw.standard_normal(VECTOR_WIDTH).tolist()
+        return self.draw.standard_normal(self.width).tolist()
 
 
 class Kind:
@@ -76,10 +77,11 @@ class Kind:
     name: str
     holds_payloads: ClassVar[bool] = False
     """Whether it holds payloads as bytes, with references in the host's metadata."""
+    vector_width: ClassVar[int] = VECTOR_WIDTH
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.embeddings = RandomEmbeddings()
+        self.embeddings = RandomEmbeddings(self.vector_width)
         self.open()
 
     def open(self) -> None:
@@ -128,7 +130,9 @@ class LangChainQdrant(LangChainKind):
     def open(self) -> None:
         self.client = QdrantClient(path=str(self.folder))
         if not self.client.collection_exists("kalm"):
-            self.client.create_collection("kalm", vectors_config=VectorParams(size=VECTOR_WIDTH, distance=Distance.COSINE))
+            self.client.create_collection(
+                "kalm", vectors_config=VectorParams(size=self.vector_width, distance=Distance.COSINE)
+            )
         self.store = QdrantVectorStore(self.client, "kalm", self.embeddings, validate_collection_config=False)
 
     def close(self) -> None:
@@ -180,7 +184,7 @@ class LangChainPostgres(LangChainKind):
 
     def open(self) -> None:
         uri = self.uri.replace("postgresql://", "postgresql+psycopg://")
-        self.store = PGVector(self.embeddings, connection=uri, collection_name="kalm", embedding_length=VECTOR_WIDTH)
+        self.store = PGVector(self.embeddings, connection=uri, collection_name="kalm", embedding_length=self.vector_width)
 
     def close(self) -> None:
         self.store._engine.dispose()

@@ -243,9 +243,11 @@ def _open_as_allowed(folder: str, max_bytes: int) -> tuple[lmdb.Environment, boo
 def _open_with_map(folder: str, max_bytes: int, **settings: Any) -> lmdb.Environment:
     """Open an environment with the largest map up to `max_bytes` that the system grants; what is there is mapped anyway."""
     n_bytes = max_bytes
+    # A query's values lie far apart: what the system would read ahead of them is read for nothing.
+    fixed: dict[str, Any] = {"max_readers": MAX_READERS, "max_dbs": 1, "create": False, "readahead": False}
     while True:
         try:
-            environment = lmdb.open(folder, map_size=n_bytes, max_readers=MAX_READERS, max_dbs=1, create=False, **settings)
+            environment = lmdb.open(folder, map_size=n_bytes, **fixed, **settings)
         except lmdb.MemoryError:
             if n_bytes <= _SMALLEST_MAP:
                 raise
