@@ -15,7 +15,7 @@ from benchmarks.tables import significant, table
 
 READS = trials.FOLDER / "large_reads.json"
 BACKFILL = trials.FOLDER / "large_backfill.json"
-PAGE = DOCS / "scale_stores.md"
+PAGE = DOCS / "scale.md"
 NOT_MEASURED = "Not measured."
 Measured = dict[str, Any]
 
