@@ -14,7 +14,7 @@ PER_CORE = "256"
 
 
 def ingest_section(measured: dict[str, Any]) -> str:
-    """Return the tables of a run: shares of the floor, and passages an hour and core by checkpoint."""
+    """Return the table of a run: seconds, rates and shares of the floor."""
     about = measured["machine"]
     head = ("dtype", "tokens", "passages", "wall s", "CPU s", "passages/s", "tokens/s", "floor s", "share", "best")
     body = []
@@ -26,11 +26,11 @@ def ingest_section(measured: dict[str, Any]) -> str:
         body.append((row["dtype"], row["tokens"], row["passages"], *seconds, *rates, significant(row["floor"]), *shares))
     where = about["gpu"] or f"{about['cpu']}, {about['threads']} threads"
     made = f"{where}, shape of {measured['shape']}, {measured['rounds']} rounds, load before {about['load_before']}:"
-    made += f"\n\n{table(head, body)}"
-    return made if about["gpu"] else f"{made}\n\n{_by_checkpoint(measured)}"
+    return f"{made}\n\n{table(head, body)}"
 
 
-def _by_checkpoint(measured: dict[str, Any]) -> str:
+def by_checkpoint(measured: dict[str, Any]) -> str:
+    """Return the table of passages an hour and core for each checkpoint."""
     rows = {row["dtype"]: row for row in measured["rows"] if row["tokens"] == PER_CORE}
     threads = measured["machine"]["threads"]
     rates = {dtype: sum(row["multiply_adds"].values()) / median(row["wall"]) / threads for dtype, row in rows.items()}

@@ -12,13 +12,13 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.callers_page import callers_section
-from benchmarks.ingest_page import ingest_section
+from benchmarks.ingest_page import by_checkpoint, ingest_section
 from benchmarks.serving_page import serving_section
 from benchmarks.tables import significant, table
 from benchmarks.ways import ALL_ON, POOLED, PREFIX
 
 FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
-NAMES = ("steps", "windows", "callers", "serving", "ingest")
+NAMES = ("steps", "windows", "callers", "serving", "ingest", "ingest_before", "ingest_cuda")
 NOT_MEASURED = "Not measured."
 
 
@@ -56,7 +56,9 @@ def sections(measured: dict[str, Any]) -> dict[str, str]:
         "windows": _windows,
         "callers": callers_section,
         "serving": serving_section,
-        "ingest": ingest_section,
+        "ingest": lambda found: f"{ingest_section(found)}\n\n{by_checkpoint(found)}",
+        "ingest_before": ingest_section,
+        "ingest_cuda": ingest_section,
     }
     parts = _parts(measured["steps"]) if "steps" in measured else NOT_MEASURED
     made = {name: make(measured[name]) if name in measured else NOT_MEASURED for name, make in makers.items()}
