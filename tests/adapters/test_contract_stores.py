@@ -61,8 +61,8 @@ def test_qdrant_in_strict_mode_is_given_no_condition_that_needs_an_index(fill: C
     monkeypatch.setattr(client, "get_collection", lambda name: collection)
     monkeypatch.setattr(client, "batch_update_points", lambda name, batch: (operations.extend(batch), write(name, batch)))
     assert backfill().n_missing == len(TEXTS)
-    conditions = [condition for operation in operations for condition in operation.set_payload.filter.must]
-    assert [type(condition) for condition in conditions] == [models.HasIdCondition] * len(TEXTS)
+    assert [operation.set_payload.filter for operation in operations] == [None] * len(TEXTS)
+    assert all(len(operation.set_payload.points) == 1 for operation in operations)
     points, _ = client.scroll(name, with_payload=True)
     assert [ENCODING_KEY in str(point.payload) for point in points] == [True] * len(TEXTS)
     assert backfill().n_missing == 0, "the host does not find what was written"

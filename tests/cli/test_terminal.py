@@ -29,10 +29,10 @@ from tools.command_line import QUERY, TEXTS, Run, assert_fails, run_process
         (["encode", "--codec", "int3"], "storage_codec must be one of"),
         (
             ["encode", "-o", "no/where.jsonl"],
-            "a file in an existing folder, but got 'no/where.jsonl': there is no folder 'no'",
+            "the output must be in an existing folder, but got 'no/where.jsonl': there is no folder 'no'",
         ),
-        (["encode", "-o", "."], "a file in an existing folder, but got '.': it is a folder"),
-        (["encode", "-o", "out.csv"], "the output is JSON lines and must not be named .csv"),
+        (["encode", "-o", "."], "the output must be a file, or a folder named .parquet, but got '.': it is a folder"),
+        (["encode", "-o", "out.csv"], "the output is JSON lines or Parquet and must not be named .csv"),
         (["inspect"], "but standard input holds none"),
         (["inspect", "missing"], "missing: No such file or directory"),
         (["inspect", "kalm1.abc.def"], "a passage encoding must"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +20,26 @@ from kalm_integrations.errors import EngineError, KalmError, SettingsError
 LEASE_SECONDS = 30.0
 """How long a run waits for another that writes into its folder: that a driver was killed is noticed after some seconds."""
 
+CONNECT_SECONDS = 10.0
+"""How long a cluster may take to answer."""
+
 _NAMESPACE = "kalm_integrations"
 
 
 class _Run:
-    """One run's counts. Its name is the folder's, so that no second run can have one: it ends with the run's driver."""
+    """What actors tell of a run. Its name is the folder's, so that no second run can have one: it ends with its driver."""
 
     def __init__(self) -> None:
         self._total = RowCounts()
+        self._failure: KalmError | None = None
+
+    def fail(self, failure: KalmError) -> None:
+        """Take what ends the run."""
+        self._failure = failure
+
+    def failure(self) -> KalmError | None:
+        """Return what has ended the run."""
+        return self._failure
 
     def add(self, counts: RowCounts) -> None:
         """Take what an actor has done."""
@@ -74,16 +87,28 @@ def connected(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    where = address or os.environ.get("RAY_ADDRESS") or "this machine"
     try:
+        _check_answers(where)
         ray.init(address=address)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+    except (OSError, ValueError, RuntimeError) as error:
         msg = f"address must be that of a running Ray cluster, such as 10.0.0.1:6379, but {where} cannot be reached: {error}"
         raise SettingsError(msg) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Check that somebody listens at an address of host and port, which Ray would go on trying for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 @contextmanager
@@ -108,6 +133,22 @@ def leased(folder: str) -> Iterator[Any]:
         yield run
     finally:
         ray.kill(run)
+
+
+@contextmanager
+def failures_told(run: Any) -> Iterator[None]:
+    """Raise what an actor told of its failure: Ray brings the text of it, but not the error.
+
+    Raises:
+        KalmError: of an actor.
+    """
+    try:
+        yield
+    except Exception as error:
+        failure = ray.get(run.failure.remote())
+        if failure is None:
+            raise
+        raise failure from error
 
 
 @contextmanager

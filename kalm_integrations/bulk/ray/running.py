@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,15 +13,15 @@ import ray
 import ray.data
 
 from kalm_integrations.bulk.arrow import with_encodings
-from kalm_integrations.bulk.ray.cluster import connected, early_ends_explained, fit_actors, leased
+from kalm_integrations.bulk.ray.cluster import connected, early_ends_explained, failures_told, fit_actors, leased
 from kalm_integrations.bulk.ray.folders import Output, find_source
 from kalm_integrations.bulk.ray.reading import check_rows, name_of, needed_columns, read_rows, select
 from kalm_integrations.bulk.rows import RowCounts, RowEncoder
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.core.settings import SETTING_NAMES, check_names
 from kalm_integrations.core.types import ENCODING_KEY, shown
-from kalm_integrations.corpora.jsonl import PassageFields
-from kalm_integrations.errors import EncodingTooLargeError, SettingsError
+from kalm_integrations.corpora.jsonl import PassageFields, Row
+from kalm_integrations.errors import EncodingTooLargeError, KalmError, SettingsError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -135,7 +135,8 @@ def encode_with_ray(
             num_cpus=num_cpus,
             num_gpus=num_gpus,
         )
-        encoded.write_parquet(target.path)
+        with failures_told(run):
+            encoded.write_parquet(target.path)
         counts = cast("RowCounts", ray.get(run.total.remote()))
         target.finish(plan, n_rows)
     return RayResult(n_rows, n_kept, counts, time.perf_counter() - started)
@@ -157,19 +158,25 @@ class _Encoder:
         """Return rows with `kalm_encoding` and `kalm_fp` as last columns.
 
         Raises:
-            EncodingTooLargeError: a passage does not fit; the message names its row.
+            KalmError: a row cannot be encoded. The run is told, too.
         """
         rows = select(table, self._columns)
         self._encoder.counts = RowCounts()
         try:
             encoded = self._encoder.encode(rows)
-        except EncodingTooLargeError as error:
-            if error.index is None:
-                raise
-            msg = f"{name_of(rows[error.index], self._id_field)}: {error.reason}"
-            raise EncodingTooLargeError(msg) from error
+        except KalmError as error:
+            failure = _named(error, rows, self._id_field)
+            ray.get(self._run.fail.remote(failure))
+            raise failure from error
         self._run.add.remote(self._encoder.counts)
         return with_encodings(table, encoded)
+
+
+def _named(error: KalmError, rows: Sequence[Row], id_field: str) -> KalmError:
+    """Return an error of a batch as one that names the row by its id."""
+    if not isinstance(error, EncodingTooLargeError) or error.index is None:
+        return error
+    return EncodingTooLargeError(f"{name_of(rows[error.index], id_field)}: {error.reason}")
 
 
 def _make_checkpoint(id_field: str, output: Output) -> Any:
