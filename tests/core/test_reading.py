@@ -58,7 +58,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     original = passes.encode
 
     def encode(token_ids, n_tokens, *args):
-        lengths.extend(n_tokens.tolist())
+        lengths.extend(n_tokens)
         return original(token_ids, n_tokens, *args)
 
     monkeypatch.setattr(passes, "encode", encode)
