@@ -146,11 +146,12 @@ def test_threads_with_rerankers_of_their_own_share_the_model(make_reranker):
 
 
 def fail_above(limit: int, function: Callable, sizes: list[int], error: Exception) -> Callable:
-    """Wrap a pass of the model so that batches of more than `limit` rows run out of memory."""
+    """Wrap a pass of the model so that batches of more than `limit` passages run out of memory."""
 
     def run(rows: torch.Tensor, *args):
-        sizes.append(len(rows))
-        if len(rows) > limit:
+        # The encoder's passages lie end to end, and their lengths come behind.
+        sizes.append(len(args[0]) if function.__name__ == "encode" else len(rows))
+        if sizes[-1] > limit:
             raise error
         return function(rows, *args)
 
