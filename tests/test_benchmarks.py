@@ -34,7 +34,8 @@ def results_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toy_blocks = ["--shape", "toy", "--passages", "2", "--rounds", "1", "--blocks", "4"]
     windows.main([*toy_blocks, "--output", str(path.with_name("windows.json"))])
     toy_passages = ["--shape", "toy", "--passages", "4", "--rounds", "1", "--seconds", "0.01"]
-    ingest.main([*toy_passages, "--output", str(path.with_name("ingest.json"))])
+    for name in ("ingest", "ingest_before", "ingest_cuda"):
+        ingest.main([*toy_passages, "--output", str(path.with_name(f"{name}.json"))])
     callers.main(["--shapes", "toy", "--output", str(path.with_name("callers.json"))])
     serving.main(
         ["--shapes", "toy", "--rounds", "1", "--memory-seconds", "1", "--output", str(path.with_name("serving.json"))]
