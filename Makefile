@@ -96,7 +96,7 @@ lowest: ## run the tests of core, adapters, service and training with the lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --constraint constraints.txt uv
 	$(UV_LOWEST) --editable '.[$(FRAMEWORKS),sentence-transformers,eval,ray,redis,telemetry]'
 	cd tests && ../$(VENV)-lowest/bin/python -m tools.bounds
-	$(VENV)-lowest/bin/python -m pytest tests/core tests/adapters tests/remote tests/serving tests/test_tracing.py --ignore tests/serving/test_clients.py
+	$(VENV)-lowest/bin/python -m pytest tests/bulk tests/core tests/adapters tests/remote tests/serving tests/test_tracing.py --ignore tests/serving/test_clients.py
 	$(UV_LOWEST) --editable '.[all]'
 	cd tests && ../$(VENV)-lowest/bin/python -m tools.bounds
 	$(VENV)-lowest/bin/python -m pytest tests/training

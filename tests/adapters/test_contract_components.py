@@ -402,7 +402,7 @@ def test_a_query_decodes_each_string_once_and_encodes_each_missing_passage_once(
         return original(cls, value, *arguments)
 
     def encode(token_ids, n_tokens, *arguments):
-        encoding.extend(n_tokens.tolist())
+        encoding.extend(n_tokens)
         return original_encode(token_ids, n_tokens, *arguments)
 
     monkeypatch.setattr(EncodedPassage, "from_metadata", classmethod(from_metadata))
