@@ -106,6 +106,7 @@ def encode(
     if store_only and (payload_store is None or output != STREAM):
         msg = "--store-only needs --payload-store, and no --output: the encodings go into the store alone"
         raise SettingsError(msg)
+    fields = PassageFields(text_field, title_field or None)
     settings: dict[str, Any] = {
         "revision": revision,
         "device": device,
@@ -123,7 +124,7 @@ def encode(
             source,
             output,
             model,
-            fields=PassageFields(text_field, title_field or None),
+            fields=fields,
             id_field=id_field,
             address=address,
             actors=actors,
@@ -154,7 +155,7 @@ def encode(
             source,
             None if store_only else output,
             reranker,
-            fields=PassageFields(text_field, title_field or None),
+            fields=fields,
             settings=given,
             overwrite=overwrite,
             report=report_bad if skip_bad else None,
@@ -203,7 +204,6 @@ class _Bar:
         """End the bar, and turn signals that ask to stop into an exit that says what is kept."""
         is_main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, _interrupt) if is_main else None
-        code = 130
         try:
             yield
         except KeyboardInterrupt as stop:
@@ -212,8 +212,7 @@ class _Bar:
                 note(f"stopped: {self._n_done:,}{total} rows are kept; the same command goes on after them")
             else:
                 note("stopped")
-            code = 143 if isinstance(stop, _Terminated) else 130
-            raise typer.Exit(code) from stop
+            raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from stop
         finally:
             if hasattr(self, "_bar"):
                 self._bar.close()

@@ -74,6 +74,12 @@ def without_encodings(metadata: Mapping[Any, Any], encoding_key: str) -> dict[An
     return {key: value for key, value in kept.items() if key not in ours}
 
 
+def only_encodings(metadata: Mapping[Any, Any], encoding_key: str) -> dict[Any, Any]:
+    """Return of a document's metadata what `without_encodings` leaves out."""
+    ours = encoding_keys(encoding_key, metadata)
+    return {key: value for key, value in metadata.items() if key in ours}
+
+
 def with_encoding(metadata: Mapping[Any, Any], encoding: Metadata, encoding_key: str) -> dict[Any, Any]:
     """Return a document's metadata with what `Reranker.encode_to_metadata` made of it, in place of what it has there."""
     added = under_key(encoding, encoding_key)

@@ -180,18 +180,20 @@ def load_encodings(
     counts: Counter[str] = Counter()
     written = Written()
     for batch in pace.batches(rows, "Loading"):
-        good = [row for row in batch if isinstance(row.get(id_field), (str, int)) and _text_hash(row)]
+        # What an encoding's string costs to check, it costs once.
+        checked = [(row, _text_hash(row)) for row in batch if isinstance(row.get(id_field), (str, int))]
+        good = [(row, text_hash) for row, text_hash in checked if text_hash]
         counts["bad"] += len(batch) - len(good)
-        sound = {row[id_field]: row for row in good}
+        sound = {row[id_field]: (row, text_hash) for row, text_hash in good}
         held = _read(access, list(sound))
         counts["gone"] += len(sound) - len(held)
         additions = {}
         for document_id, document in held.items():
-            row = sound[document_id]
+            row, text_hash = sound[document_id]
             passage = kind.to_passage(document)
             if passage.encoding == row[ENCODING_KEY] and kind.label(row[FINGERPRINT_KEY]).is_on(kind.metadata(document)):
                 counts["present"] += 1
-            elif _text_hash(row) != hash_text(passage_text(passage.text)):
+            elif text_hash != hash_text(passage_text(passage.text)):
                 counts["changed"] += 1
             else:
                 additions[document_id] = Addition(document, under_key(dict(row), kind.encoding_key))

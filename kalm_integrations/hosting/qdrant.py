@@ -9,7 +9,7 @@ from typing import Any
 
 from kalm_integrations.core.types import ENCODING_KEY
 from kalm_integrations.hosting.documents import check_encoding_key
-from kalm_integrations.hosting.stores import PAGE_SIZE, DocumentId, Label, PagedIds
+from kalm_integrations.hosting.stores import PAGE_SIZE, DocumentId, Label, PagedIds, split_change
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def add_payloads(client: Any, collection: str, changes: Sequence[PayloadChange],
             if is_conditional and change.unchanged is not None:
                 conditions.append(_holds(models, *change.unchanged))
             where = {"filter": models.Filter(must=conditions)}
-        added = {field: value for field, value in change.payload.items() if value is not None}
-        removed = [_path(key, field) for field, value in change.payload.items() if value is None]
+        added, fields = split_change(change.payload)
+        removed = [_path(key, field) for field in fields]
         # What is taken away first: the condition may be on a field that is set.
         if removed:
             operations.append(models.DeletePayloadOperation(delete_payload=models.DeletePayload(keys=removed, **where)))

@@ -61,7 +61,13 @@ class PagedIds(Iterable[DocumentId]):
 def merged(metadata: Mapping[Any, Any], added: Mapping[str, str | None]) -> dict[Any, Any]:
     """Return metadata with what is added, and without the keys that are taken away; see `Changes`."""
     kept = {key: value for key, value in metadata.items() if key not in added}
-    return kept | {key: value for key, value in added.items() if value is not None}
+    return kept | split_change(added)[0]
+
+
+def split_change(change: Mapping[str, str | None]) -> tuple[dict[str, str], list[str]]:
+    """Return what a change adds, and the keys that it takes away; see `Changes`."""
+    added = {key: value for key, value in change.items() if value is not None}
+    return added, [key for key in change if key not in added]
 
 
 class Readable(Protocol[Doc]):

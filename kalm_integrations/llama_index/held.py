@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from kalm_integrations.hosting.stores import PAGE_SIZE, DocumentId, PagedIds, merged
+from kalm_integrations.hosting.stores import PAGE_SIZE, DocumentId, PagedIds, merged, split_change
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ def change_payload(held: Mapping[str, Any], added: Mapping[str, str | None]) -> 
 
 def change_node(node: dict[str, Any], added: Mapping[str, str | None]) -> None:
     """Add metadata to a node's JSON; what is hidden from prompts and embeddings is hidden before it is there."""
-    kept = {key: value for key, value in added.items() if value is not None}
+    kept, _ = split_change(added)
     for hidden in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys"):
         others = [key for key in node[hidden] if key in kept or key not in added]
         node[hidden] = list(dict.fromkeys([*others, *kept]))

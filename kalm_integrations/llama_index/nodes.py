@@ -12,6 +12,7 @@ from kalm_integrations.hosting.documents import (
     RERANKED_KEY,
     RETRIEVAL_SCORE_KEY,
     encoding_keys,
+    only_encodings,
     under_key,
     without_encodings,
 )
@@ -94,9 +95,8 @@ def with_encoding(node: BaseNode, encoding: Metadata, encoding_key: str) -> Base
 
     Encodings under other keys stay; those of related nodes do not.
     """
-    ours = encoding_keys(encoding_key, node.metadata)
-    others = {key: value for key, value in node.metadata.items() if key in ours}
-    return with_hidden_metadata(stripped(node, encoding_key), {**others, **under_key(encoding, encoding_key)})
+    kept = only_encodings(node.metadata, encoding_key)
+    return with_hidden_metadata(stripped(node, encoding_key), {**kept, **under_key(encoding, encoding_key)})
 
 
 def node_kind(encoding_key: str, metadata_mode: MetadataMode = MetadataMode.EMBED) -> DocumentKind[BaseNode]:

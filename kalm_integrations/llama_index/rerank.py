@@ -16,7 +16,7 @@ from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.types import RankedPassage, Ranking
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.hosting.documents import RETRIEVAL_SCORE_KEY, added_metadata, checked_documents, encoding_keys
+from kalm_integrations.hosting.documents import RETRIEVAL_SCORE_KEY, added_metadata, checked_documents, only_encodings
 from kalm_integrations.hosting.fields import Count, RerankFields
 from kalm_integrations.hosting.ranking import HostQuery, arank, rank
 from kalm_integrations.llama_index.nodes import (
@@ -119,8 +119,7 @@ class KalmRerank(NodeFields, RerankFields, BaseNodePostprocessor):
         if self.strip_encodings:
             outcome.nodes = ranked
             return
-        metadatas = [given[place.index].metadata for place in outcome.ranking]
-        kept = [{k: v for k, v in metadata.items() if k in encoding_keys(key, metadata)} for metadata in metadatas]
+        kept = [only_encodings(given[place.index].metadata, key) for place in outcome.ranking]
         outcome.nodes = [
             node.model_copy(update={"node": with_hidden_metadata(node.node, metadata)})
             for node, metadata in zip(ranked, kept, strict=True)

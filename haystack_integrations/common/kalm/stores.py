@@ -28,6 +28,7 @@ from kalm_integrations.hosting.stores import (
     PagedIds,
     encodings_of,
     merged,
+    split_change,
 )
 
 Filters = dict[str, Any]
@@ -212,9 +213,8 @@ class _Pgvector(_OneAtATime):
         )
         rows = []
         for document_id, added in changes.items():
-            removed = [key for key, value in added.items() if value is None]
-            kept = json.dumps({key: value for key, value in added.items() if value is not None})
-            rows.append((removed, kept, document_id, self._contents[document_id]))
+            kept, removed = split_change(added)
+            rows.append((removed, json.dumps(kept), document_id, self._contents[document_id]))
         self._cursor().executemany(statement, rows)
 
     def _condition(self, filters: Filters | None) -> tuple[Any, tuple[Any, ...]]:

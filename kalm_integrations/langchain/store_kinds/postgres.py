@@ -13,7 +13,7 @@ from uuid import UUID
 from langchain_core.documents import Document
 
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.hosting.stores import PAGE_SIZE, Changes, DocumentId, Label, PagedIds
+from kalm_integrations.hosting.stores import PAGE_SIZE, Changes, DocumentId, Label, PagedIds, split_change
 from kalm_integrations.langchain.store_kinds.base import StoreAccess
 
 _MERGED = "(coalesce(cast({0} as jsonb), '{{}}') || cast(:added as jsonb)) - cast(:removed as text[])"
@@ -212,8 +212,8 @@ class PGVectorStoreAccess(StoreAccess):
 
 def _json_change(change: Mapping[str, str | None]) -> dict[str, Any]:
     """Return the parameters of `_MERGED`."""
-    added = {key: value for key, value in change.items() if value is not None}
-    return {"added": json.dumps(added), "removed": [key for key in change if key not in added]}
+    added, removed = split_change(change)
+    return {"added": json.dumps(added), "removed": removed}
 
 
 def _quoted(name: str) -> str:
