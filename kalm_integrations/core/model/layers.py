@@ -135,13 +135,39 @@ def linear(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dtype) -> torch.Tensor:
     """Normalise the last dimension in float32, multiply by 1 + weight and return the result as `dtype`."""
-    return F.rms_norm(x.float(), (x.shape[-1],), 1.0 + weight.float(), epsilon).to(dtype)
+    if _is_fused(x):
+        return F.rms_norm(x.float(), (x.shape[-1],), 1.0 + weight.float(), epsilon).to(dtype)
+    return _over_rms(x, epsilon).mul_(1.0 + weight.float()).to(dtype)
+
+
+def add_rms_norm(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Return a residual, float32, plus the `rms_norm` of `x`."""
+    if _is_fused(x):
+        return residual + rms_norm(x, weight, epsilon, residual.dtype)
+    return torch.addcmul(residual, _over_rms(x, epsilon), 1.0 + weight.float())
+
+
+def _is_fused(x: torch.Tensor) -> bool:
+    """Return whether PyTorch's own norm is to be used: on a CPU it goes through memory twice as often as need be."""
+    return x.device.type != "cpu" or torch.is_grad_enabled()
+
+
+def _over_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Return `x` over its root mean square as a float32 tensor of its own, which may be changed in place."""
+    states = x.float()
+    mean_square = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square() / states.shape[-1]
+    factor = (mean_square + epsilon).rsqrt()
+    return states * factor if states is x else states.mul_(factor)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Apply rotary embeddings to `x` (batch, length, heads, head_width) with tables that broadcast against it."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos.to(x.dtype), torch.cat((second, first), dim=-1), sin.to(x.dtype))
+    half = x.shape[-1] // 2
+    sin = sin.to(x.dtype)
+    rotated = x * cos.to(x.dtype)
+    rotated[..., :half].addcmul_(x[..., half:], sin[..., :half])
+    rotated[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return rotated
 
 
 def attend(
@@ -208,10 +234,10 @@ def project_keys_values(
 def finish_layer(x: torch.Tensor, attended: torch.Tensor, weights: LayerWeights, config: StackConfig) -> torch.Tensor:
     """Add what attention found to the residual `x` (batch, length, hidden), then the gated MLP."""
     epsilon = config.norm_epsilon
-    x = x + rms_norm(linear(attended, weights.out), weights.post_attention_norm, epsilon, x.dtype)
+    x = add_rms_norm(x, linear(attended, weights.out), weights.post_attention_norm, epsilon)
     normed = rms_norm(x, weights.pre_mlp_norm, epsilon, weights.gate.dtype)
     hidden = linear(_gate(normed, weights, config.activation), weights.down)
-    return x + rms_norm(hidden, weights.post_mlp_norm, epsilon, x.dtype)
+    return add_rms_norm(x, hidden, weights.post_mlp_norm, epsilon)
 
 
 def _gate(x: torch.Tensor, weights: LayerWeights, activation: str) -> torch.Tensor:

@@ -19,6 +19,7 @@ from kalm_integrations import KalmReranker
 from kalm_integrations.core.model import decoder, encoder, passage_attention
 from kalm_integrations.core.model.decoder import answer_logits, prefill, project_passages
 from kalm_integrations.core.model.kv_cache import PaddedKVCache
+from kalm_integrations.core.model.layers import add_rms_norm, rms_norm, rotate
 from kalm_integrations.core.model.pooling import pool_states, repool_states
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.core.sizes import n_pooled_states
@@ -55,6 +56,35 @@ def test_padding_never_enters_a_mean() -> None:
     states = random_states(1, 6, 4)
     padded = torch.cat((states, torch.full((1, 3, 4), torch.nan)), dim=1)
     assert_close(pool_states(padded, torch.tensor([6]), 4)[:, :2], pool_states(states, torch.tensor([6]), 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 300, 640), (3, 1, 4, 64)])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_norms_are_pytorch_s_and_change_nothing_that_they_are_given(shape: tuple[int, ...], dtype: torch.dtype, scale: float):
+    x, weight = (random_states(*shape) * scale).to(dtype), random_states(shape[-1], seed=1).to(dtype)
+    x[0, 0] = 0
+    given_x, residual = x.clone(), random_states(*shape, seed=2)
+    expected = torch.nn.functional.rms_norm(x.float(), shape[-1:], 1 + weight.float(), 1e-6)
+    with torch.inference_mode():
+        assert_close(rms_norm(x, weight, 1e-6, torch.float32), expected, atol=1e-6, rtol=2e-6)
+        assert_close(add_rms_norm(residual, x, weight, 1e-6), residual + expected, atol=1e-6, rtol=2e-6)
+    assert torch.equal(x, given_x)
+    assert torch.equal(residual, random_states(*shape, seed=2))
+    learnt = weight.float().requires_grad_()
+    add_rms_norm(residual, x, learnt, 1e-6).sum().backward()
+    assert learnt.grad is not None
+    assert learnt.grad.isfinite().all()
+
+
+def test_rotation_is_the_formula_s() -> None:
+    """Of the halves (a, b): (a cos - b sin, b cos + a sin); the tables have the sign."""
+    x, angles = random_states(2, 5, 3, 8), random_states(5, 1, 4, seed=1)
+    cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
+    sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    expected = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
+    assert_close(rotate(x, cos, sin), torch.cat(expected, dim=-1))
 
 
 @given(n_tokens=st.integers(1, 200), ratio=st.integers(1, 9), factor=st.integers(1, 40), second=st.integers(1, 5))
