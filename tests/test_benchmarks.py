@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import callers, floor, ingest, plan, serving, steps, stores, stores_page, trials, windows
+from benchmarks import callers, floor, helpers, ingest, plan, serving, steps, stores, stores_page, trials, windows
 from benchmarks.__main__ import PARTS, main
 from benchmarks.bars import BARS
 from benchmarks.parts import FUNCTIONS, REST
@@ -33,6 +33,8 @@ def results_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     steps.main(["--shape", "toy", "--candidates", "3", "--rounds", "1", "--output", str(path.with_name("steps.json"))])
     toy_blocks = ["--shape", "toy", "--passages", "2", "--rounds", "1", "--blocks", "4"]
     windows.main([*toy_blocks, "--output", str(path.with_name("windows.json"))])
+    toy_texts = ["--shape", "toy", "--passages", "2", "--tokens", "12", "--rounds", "1"]
+    helpers.main([*toy_texts, "--output", str(path.with_name("helpers.json"))])
     toy_passages = ["--shape", "toy", "--passages", "4", "--rounds", "1", "--seconds", "0.01"]
     for name in ("ingest", "ingest_before", "ingest_cuda"):
         ingest.main([*toy_passages, "--output", str(path.with_name(f"{name}.json"))])

@@ -24,6 +24,7 @@ from kalm_integrations.bulk.sources import Block, Source, cut_windows, open_sour
 from kalm_integrations.bulk.state import Progress, WorkFolder, check_same
 from kalm_integrations.bulk.threads import ReadAhead, WriteBehind
 from kalm_integrations.core.base import Reranker
+from kalm_integrations.core.openmp import release_helpers
 from kalm_integrations.core.types import FINGERPRINT_KEY, Metadata
 from kalm_integrations.corpora.jsonl import PassageFields
 from kalm_integrations.corpora.text import STREAM
@@ -296,6 +297,8 @@ class _Run:
             repeating, known = (set[str](), dict[str, str]()) if repeats is None else repeats.find(texts)
             before = set(known)
             encoder.counts = RowCounts()
+            # Loading the model, and the window before, left some.
+            release_helpers()
             metadata = self._encode_window(window, texts, known)
             if repeats is not None:
                 with self._writing():

@@ -23,7 +23,6 @@ import torch
 
 from kalm_integrations.core.forks import ForkSafeLock, renew_in_child
 from kalm_integrations.core.jobs import AnyJob, Batch, Reservation, fail
-from kalm_integrations.core.openmp import release_helpers
 from kalm_integrations.core.queueing import JobQueue
 from kalm_integrations.errors import EngineError, KalmError, OutOfMemoryError, PassError
 
@@ -154,7 +153,7 @@ def _work_off(queue: JobQueue, computing: ForkSafeLock) -> None:
     while True:
         batch: Batch = []
         try:
-            calls = queue.next_calls(release_helpers)
+            calls = queue.next_calls()
             if calls is None:
                 return
             with computing:

@@ -21,7 +21,6 @@ from kalm_integrations.core.engine import Engine
 from kalm_integrations.core.fallback import too_late
 from kalm_integrations.core.forks import renew_in_child
 from kalm_integrations.core.jobs import AnyJob, fail
-from kalm_integrations.core.openmp import release_helpers
 from kalm_integrations.errors import EngineError
 
 N_THREADS = 4
@@ -58,7 +57,6 @@ class Driver:
         deadline = None if timeout is None else time.monotonic() + timeout
 
         def wait(future: Future[Any]) -> Any:
-            release_helpers()
             try:
                 return future.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
             except FutureTimeoutError as error:
@@ -97,7 +95,6 @@ class Driver:
 
     def _start(self, flow: Flow[Answer], n_items: int) -> Future[Answer]:
         """Have a light flow driven by the engine's thread."""
-        release_helpers()
         request: _Request[Answer] = _Request(self._engine, flow, n_items)
         self._engine.reserve(request, self._max_queued)
         self._engine.call(request.advance)
@@ -175,7 +172,6 @@ def call_plainly(function: Callable[[], Answer]) -> Answer:
 
 async def call_aside(function: Callable[[], Answer]) -> Answer:
     """Call a function on one of a few threads, so that the event loop goes on."""
-    release_helpers()
     return await asyncio.wrap_future(_threads.submit(function))
 
 
@@ -188,13 +184,7 @@ class _Threads:
         renew_in_child(self._renew)
 
     def submit(self, function: Callable[[], Answer]) -> Future[Answer]:
-        def call() -> Answer:
-            try:
-                return function()
-            finally:
-                release_helpers()
-
-        return self._pool.submit(call)
+        return self._pool.submit(function)
 
     def _renew(self) -> None:
         self.is_child = True

@@ -1,10 +1,12 @@
-"""PyTorch's threads on a CPU, and how those of one Python thread do not slow down another's.
+"""PyTorch's threads on a CPU, and how those of one Python thread slow down another's.
 
 Every Python thread that computes in PyTorch gets helper threads of its own, which stay with it. GNU's OpenMP counts the
 helpers of a process: as soon as threads and helpers outnumber the cores, none of them waits awake for its next piece of work,
-and every operator of every thread begins by waking somebody. A model that computes while the helpers of its caller sleep is up
-to 30 % slower for it (docs/benchmarks.md). So whoever waits for another thread lets its helpers go. Its next large operator
-gets new ones, in some 100 microseconds.
+and every operator of every thread begins by waking somebody. A program that does nothing but encode lets the helpers of the
+thread that waits for the model go.
+
+Queries are not worth that: a short one takes longer with new helpers than with sleepy ones, and where several processes share
+the cores, threads that wait awake hold up the others' queries.
 """
 
 from __future__ import annotations

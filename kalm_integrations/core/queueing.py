@@ -12,8 +12,6 @@ from kalm_integrations.errors import EngineError, QueueFullError
 
 BULK_PATIENCE = 10.0
 """Seconds after which bulk work gets a batch while queries wait."""
-IDLE_SECONDS = 0.005
-"""How long nothing may come until a worker counts as idle: longer than a caller thinks between its jobs."""
 MAX_MERGED = 256
 """Requests that are looked through for such as fit into a batch."""
 
@@ -81,18 +79,14 @@ class JobQueue:
             if job in self._jobs[job.is_bulk]:
                 self._jobs[job.is_bulk].remove(job)
 
-    def next_calls(self, when_idle: Callable[[], object]) -> list[Callable[[], None]] | None:
+    def next_calls(self) -> list[Callable[[], None]] | None:
         """Wait for work and return what is to be called before the next batch, or None at the end.
 
         What comes meanwhile waits for a batch, which it must not put off for ever.
-
-        Args:
-            when_idle: is called once if nothing comes for a moment.
         """
         with self._changed:
-            if not self._changed.wait_for(self._has_news, IDLE_SECONDS):
-                when_idle()
-                self._changed.wait_for(self._has_news)
+            while not self._is_closed and not any(self._jobs) and not self._calls:
+                self._changed.wait()
             if self._is_closed:
                 return None
             calls, self._calls = self._calls, []
@@ -173,9 +167,6 @@ class JobQueue:
                 jobs.clear()
         for job in failed:
             fail(job, error)
-
-    def _has_news(self) -> bool:
-        return bool(self._is_closed or any(self._jobs) or self._calls)
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -12,6 +12,8 @@
 | ingest.py | passages from texts to metadata, against the floor: `python -m benchmarks.ingest` |
 | ingest_page.py | its section |
 | windows.py | what the encoder saves by blocks of queries: `python -m benchmarks.windows` |
+| helpers.py | what idle helper threads of the caller cost: `python -m benchmarks.helpers` |
+| helpers_page.py | its section |
 | stacks.py | layers of a real shape with random weights, for these two |
 | trials.py | options and tables that these two share |
 | stores.py, store_kinds.py, stores_page.py | bytes and milliseconds in real stores: `python -m benchmarks.stores` |

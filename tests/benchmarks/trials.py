@@ -12,13 +12,14 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.callers_page import callers_section
+from benchmarks.helpers_page import helpers_section
 from benchmarks.ingest_page import by_checkpoint, ingest_section
 from benchmarks.serving_page import serving_section
 from benchmarks.tables import significant, table
 from benchmarks.ways import ALL_ON, POOLED, PREFIX
 
 FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
-NAMES = ("steps", "windows", "callers", "serving", "ingest", "ingest_before", "ingest_cuda")
+NAMES = ("steps", "windows", "helpers", "callers", "serving", "ingest", "ingest_before", "ingest_cuda")
 NOT_MEASURED = "Not measured."
 
 
@@ -54,6 +55,7 @@ def sections(measured: dict[str, Any]) -> dict[str, str]:
     makers = {
         "steps": _steps,
         "windows": _windows,
+        "helpers": helpers_section,
         "callers": callers_section,
         "serving": serving_section,
         "ingest": lambda found: f"{ingest_section(found)}\n\n{by_checkpoint(found)}",
