@@ -14,11 +14,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 _SOFT_PAUSE = 1
 
@@ -26,7 +25,8 @@ _SOFT_PAUSE = 1
 def release_helpers() -> None:
     """Let the calling thread's helper threads go, where they are GNU's."""
     # In a child process the helpers of the thread that was forked exist on paper only: who waits for them waits for ever.
-    if threading.get_ident() != _forked.ident:
+    # Without PyTorch, as with a service's model, there are none.
+    if "torch" in sys.modules and threading.get_ident() != _forked.ident:
         _pause()(_SOFT_PAUSE)
 
 
@@ -51,7 +51,7 @@ if hasattr(os, "register_at_fork"):
 @functools.cache
 def _pause() -> Callable[[int], object]:
     """Return GNU's `omp_pause_resource_all` (OpenMP 5.0), or what does nothing: other OpenMPs stop all threads' helpers."""
-    for file in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")):
+    for file in sorted((Path(str(sys.modules["torch"].__file__)).parent / "lib").glob("libgomp*")):
         try:
             # The one that PyTorch has loaded, not another one.
             library = ctypes.CDLL(str(file), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
