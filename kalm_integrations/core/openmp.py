@@ -19,6 +19,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from kalm_integrations.core.forks import renew_in_child
+
 _SOFT_PAUSE = 1
 
 
@@ -30,22 +32,18 @@ def release_helpers() -> None:
         _pause()(_SOFT_PAUSE)
 
 
-class _Forked:
-    """The thread that this process was forked on."""
+class _ForkedThread:
+    """The thread that this process was forked on, if it was."""
 
-    ident: int | None = None
+    def __init__(self) -> None:
+        self.ident: int | None = None
+        renew_in_child(self._note)
 
-
-_forked = _Forked()
-
-
-def _note_fork() -> None:
-    _forked.ident = threading.get_ident()
+    def _note(self) -> None:
+        self.ident = threading.get_ident()
 
 
-# Windows cannot fork.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
+_forked = _ForkedThread()
 
 
 @functools.cache

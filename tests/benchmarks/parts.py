@@ -15,11 +15,12 @@ REST = "rest"
 FUNCTIONS: dict[str, tuple[tuple[Any, str], ...]] = {
     "matrix products": ((layers, "linear"), (packing, "multiply_gated")),
     "attention": ((decoder, "attend"),),
-    "norms": ((layers, "rms_norm"), (decoder, "rms_norm")),
+    "norms": ((layers, "rms_norm"), (layers, "add_rms_norm"), (decoder, "rms_norm")),
     "rotations": ((layers, "rotate"),),
     "keys and values put together": ((PaddedKVCache, "append"), (GatheredKVCache, "append")),
 }
-"""The functions of each part, none of which calls another; packed matrices compute the gate's activation with its product."""
+"""The functions of each part, none of which calls another on a CPU; packed matrices compute the
+gate's activation with its product."""
 
 
 def timed_parts(run: Callable[[], object]) -> dict[str, float]:

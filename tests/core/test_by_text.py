@@ -59,7 +59,9 @@ def test_what_a_query_encoded_is_found_by_others_and_scores_the_same(writer, rea
     reading = reader.read([*TEXTS, "new"])
     assert list(reading) == [*["found"] * len(TEXTS), "missing"]
     ranking = reader.rank(QUERY, reading)
-    assert [place.score for place in sorted(ranking, key=lambda place: place.index)][:-1] == pytest.approx(expected, abs=1e-6)
+    # A batch of another size may differ in last bits.
+    scores = [place.score for place in sorted(ranking, key=lambda place: place.index)]
+    assert scores[:-1] == pytest.approx(expected, abs=1e-6)
     stats = reader.stats
     assert (stats.passages_encoded, stats.store_hits, stats.cache_hits, stats.cache_misses) == (1, len(TEXTS), len(TEXTS), 1)
     # From now on memory has them, and the store is not asked again.
@@ -70,6 +72,7 @@ def test_what_a_query_encoded_is_found_by_others_and_scores_the_same(writer, rea
     # What was written through is in the store, too.
     assert list(writer.read(TEXTS)) == ["found"] * len(TEXTS)
     assert len(LmdbPayloadStore(reader._parts.given["payload_store"])) == len(TEXTS)
+    assert scores == writer.score(QUERY, [*TEXTS, "new"])
 
 
 def test_bulk_work_looks_first_and_writes_before_it_returns(writer, reader):
@@ -380,7 +383,9 @@ def test_a_forked_child_finds_and_writes(writer, make_reranker):
     child.start()
     scores, is_flushed, n_writes = answers.get(timeout=60)
     child.join(20)
+    # A batch of another size may differ in last bits.
     assert scores[:-1] == pytest.approx(expected, abs=1e-6)
+    assert scores == writer.score(QUERY, [*TEXTS, "of the child"])
     assert is_flushed
     assert n_writes - before >= 1
     assert writer.flush(20)
