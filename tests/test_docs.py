@@ -17,6 +17,8 @@ from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.sizes import n_pooled_states
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PACKAGES = sorted((ROOT / "packages").glob("*/README.md"))
+"""tests/test_packages.py runs the Python in these."""
 
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->\s*$")
 """A comment above a block that cannot run offline; it gives the reason."""
@@ -65,7 +67,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *PACKAGES], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_relative_links_lead_to_files(page: Path):
     """`mkdocs build --strict` checks anchors too, but neither the README nor what lies outside docs/."""
     targets = {link.split("#")[0] for link in links(page) if not re.match(r"[a-z]+:|#", link)}
