@@ -25,6 +25,13 @@ Model = Annotated[
         "trying things out."
     ),
 ]
+ModelOrService = Annotated[
+    str,
+    typer.Option(
+        help="nano, small, large, nano-r2, small-r2, large-r2, a hub id, a local folder, or the address of a service "
+        "(http://host:port); pico is built in and small, for trying things out."
+    ),
+]
 ApiKeyEnv = Annotated[
     str | None,
     typer.Option(
