@@ -32,9 +32,8 @@ def ask(repository: Repository | None, seconds: float = SECONDS) -> Answer:
         repository: None asks nothing about any.
         seconds: until it is given up; also where a name server or a proxy keeps silent.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, constants, get_session
     from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import get_session
 
     def reach() -> Answer:
         try:
