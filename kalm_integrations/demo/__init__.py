@@ -1,7 +1,7 @@
 """A tour on a small sample: `kalm demo`.
 
-`reranking.py` is the first part, `frameworks.py` the second, `next_steps.py` says how to go on. The `on_*.py` modules show what
-an application looks like under each framework; beside the adapters they are the only modules that import one.
+`reranking.py` is the first part, `frameworks.py` the second, `next_steps.py` says how to go on. The `on_*.py` modules show
+what an application looks like under each framework; beside the adapters they are the only modules that import one.
 """
 
 from __future__ import annotations
