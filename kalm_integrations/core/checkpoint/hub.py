@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from kalm_integrations.core.checkpoint.locate import FILES, Repository
 
 SECONDS = 5.0
-"""How long an answer is waited for."""
+"""Until a question is given up; also where a name server or a proxy keeps silent."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,11 @@ class Answer:
     """Of the files that a fetch would bring."""
 
 
-def ask(repository: Repository | None, seconds: float = SECONDS) -> Answer:
+def ask(repository: Repository | None) -> Answer:
     """Ask the hub what it has of a repository, or whether it is there at all.
 
     Args:
         repository: None asks nothing about any.
-        seconds: until it is given up; also where a name server or a proxy keeps silent.
     """
     from huggingface_hub import HfApi, constants, get_session
     from huggingface_hub.errors import HfHubHTTPError
@@ -38,10 +36,10 @@ def ask(repository: Repository | None, seconds: float = SECONDS) -> Answer:
     def reach() -> Answer:
         try:
             if repository is None:
-                get_session().head(constants.ENDPOINT, timeout=seconds)
+                get_session().head(constants.ENDPOINT, timeout=SECONDS)
                 return Answer(constants.ENDPOINT)
             hub_id, revision = repository
-            info = HfApi().model_info(hub_id, revision=revision, timeout=seconds, files_metadata=True)
+            info = HfApi().model_info(hub_id, revision=revision, timeout=SECONDS, files_metadata=True)
         except HfHubHTTPError as error:
             return Answer(constants.ENDPOINT, f"{type(error).__name__}: {error}".split("\n", 1)[0])
         except Exception as error:  # the client's own classes differ between its versions
@@ -49,15 +47,10 @@ def ask(repository: Repository | None, seconds: float = SECONDS) -> Answer:
         files = [file for file in info.siblings or [] if any(fnmatchcase(file.rfilename, pattern) for pattern in FILES)]
         return Answer(constants.ENDPOINT, n_bytes=sum(file.size or 0 for file in files))
 
-    late = Answer(constants.ENDPOINT, f"no answer within {seconds:g} seconds", is_reached=False)
-    return _within(reach, seconds, late)
-
-
-def _within(call: Callable[[], Answer], seconds: float, otherwise: Answer) -> Answer:
-    """Return what a call returns, or something else if that takes too long; its thread then ends with the process."""
     answers: list[Answer] = []
-    # The look-up of a name has no time-out of its own.
-    thread = threading.Thread(target=lambda: answers.append(call()), daemon=True)
+    # The look-up of a name has no time-out of its own; a thread that waits for it ends with the process.
+    thread = threading.Thread(target=lambda: answers.append(reach()), daemon=True)
     thread.start()
-    thread.join(seconds)
-    return answers[0] if answers else otherwise
+    thread.join(SECONDS)
+    late = Answer(constants.ENDPOINT, f"no answer within {SECONDS:g} seconds", is_reached=False)
+    return answers[0] if answers else late
