@@ -50,7 +50,7 @@ def guarded(name: str, findings: Iterable[Finding]) -> Iterator[Finding]:
     except KalmError as error:
         yield broken(name, str(error))
     except Exception as error:  # a broken installation can fail in any way
-        yield broken(name, describe(error), "see what the message names; without it this check could not be done")
+        yield broken(name, describe(error), "repair what the message names; this group of checks ends here")
 
 
 def describe(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from kalm_integrations.cli.checks.findings import Finding, note, ok
 from kalm_integrations.cli.terminal import format_bytes
 
 LOW_BYTES = 2 * 10**9
-"""Free room below which a fetch is likely to fail: Nano takes about half."""
+"""Free room below which a fetch may fail."""
 
 SECONDS = 2.0
 """How long files are counted."""
