@@ -259,10 +259,10 @@ class RerankFields(QueryFields, EncodingFields):
     highlight: bool = False
     """Return in the metadata `relevant_spans` the sentences of a document's text with their scores, best first."""
     prune: bool = False
-    """Return copies that are cut to the sentences that score `prune_threshold`, or to the best one. The metadata `kept_spans`
+    """Return copies that are cut to the best sentence and to those that `prune_threshold` lets stay. The metadata `kept_spans`
     say where in the original they lie."""
     prune_threshold: PruneThreshold = None
-    """Score that a sentence must have for `prune`, from 0 to 1; None takes 0.01."""
+    """Part of the best sentence's odds, score / (1 - score), that a sentence must have for `prune`; None takes 0.0003."""
     strip_encodings: bool = True
     """Leave encodings out of what is returned, and so out of prompts, traces and checkpoints. They are never on a text that
     was cut by `prune`, which they do not fit."""

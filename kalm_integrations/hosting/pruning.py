@@ -11,8 +11,11 @@ from kalm_integrations.core.types import RankedPassage, Span, as_number, shown
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import KEPT_SPANS_KEY, RELEVANT_SPANS_KEY
 
-DEFAULT_PRUNE_THRESHOLD = 0.01
-"""Score that a sentence must have to be kept, where none is given."""
+DEFAULT_PRUNE_THRESHOLD = 0.0003
+"""Part of the best sentence's odds that another must have to be kept, where none is given. By docs/spans.md."""
+
+_LEAST_DOUBT = 2.0**-24
+"""What float32 leaves between 1 and the next score."""
 
 Range: TypeAlias = tuple[int, int]
 """Start and end in a text, in code points; the end does not belong to it."""
@@ -61,7 +64,7 @@ def excerpt(text: str, place: RankedPassage, *, highlight: bool, threshold: floa
         text: the document's own, as it came. What was judged may have had metadata around it.
         place: of the document, with its spans.
         highlight: put the spans into the metadata.
-        threshold: cut the text to the sentences that score as much; None leaves it whole.
+        threshold: cut the text to the sentences that it lets stay, see `kept_ranges`; None leaves it whole.
     """
     if not place.is_scored:
         return Excerpt()
@@ -104,8 +107,13 @@ def own_spans(text: str, judged: str, spans: Iterable[Span]) -> list[Span]:
     return found
 
 
+def odds(score: float) -> float:
+    """Return how much more likely yes is than no, by P(yes)."""
+    return score / max(1 - score, _LEAST_DOUBT)
+
+
 def kept_ranges(text: str, spans: Sequence[Span], threshold: float) -> list[Range]:
-    """Return which parts of a text are left if sentences are taken out that score less than a threshold.
+    """Return which parts of a text are left if sentences are taken out whose odds are far below the best one's.
 
     The best sentence is kept in any case. Neighbours make one part with all that stands between them. What is behind the last
     sentence was not read, and is kept too.
@@ -113,17 +121,17 @@ def kept_ranges(text: str, spans: Sequence[Span], threshold: float) -> list[Rang
     Args:
         text: the text.
         spans: its sentences, of which none reach into each other, in any order; none keeps the whole text.
-        threshold: score that a sentence must have.
+        threshold: part of the best sentence's odds that a sentence must have.
 
     Returns:
         In order; they do not touch each other. None of a text without characters.
     """
     if not spans:
         return [(0, len(text))] if text else []
-    least = min(threshold, max(span.score for span in spans))
+    least = threshold * max(odds(span.score) for span in spans)
     in_order = sorted(spans, key=lambda span: span.start)
     ranges: list[Range] = []
-    for is_kept, group in groupby(in_order, key=lambda span: span.score >= least):
+    for is_kept, group in groupby(in_order, key=lambda span: odds(span.score) >= least):
         neighbours = list(group)
         if is_kept:
             ranges.append((neighbours[0].start, neighbours[-1].end))

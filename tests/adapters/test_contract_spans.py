@@ -24,7 +24,7 @@ TEXTS = [
     "",
 ]
 QUERY = "who won the super bowl?"
-SURE = 0.3
+SURE = 0.005
 """Threshold at which the first text loses two of its sentences with a fake, and the others nothing."""
 LEFT = "Who won the super bowl?\nSuper Bowl 50 was played in 2015."
 PARTS = [{"start": TEXTS[0].index(part), "end": TEXTS[0].index(part) + len(part)} for part in LEFT.splitlines()]

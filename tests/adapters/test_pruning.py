@@ -16,6 +16,7 @@ from kalm_integrations.hosting.pruning import (
     cut_out,
     excerpt,
     kept_ranges,
+    odds,
     own_spans,
 )
 
@@ -58,14 +59,14 @@ def test_what_is_left_are_the_original_s_parts_in_order(example, threshold):
 
 
 @given(divided(), st.floats(0, 1))
-def test_a_sentence_is_left_if_it_scores_enough_or_best(example, threshold):
+def test_a_sentence_is_left_if_its_odds_are_near_the_best_one_s(example, threshold):
     text, found = example
     kept = kept_ranges(text, found, threshold)
-    best = max((span.score for span in found), default=0)
+    best = max((odds(span.score) for span in found), default=0)
     for span in found:
         is_left = any(start <= span.start and span.end <= end for start, end in kept)
         is_gone = all(end <= span.start or span.end <= start for start, end in kept)
-        assert (is_left, is_gone) == ((True, False) if span.score >= threshold or span.score == best else (False, True))
+        assert (is_left, is_gone) == ((True, False) if odds(span.score) >= threshold * best else (False, True))
 
 
 @given(divided())

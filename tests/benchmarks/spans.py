@@ -6,6 +6,7 @@ share of the text that goes if a sentence has to come near the best one and 95 %
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from kalm_integrations import KalmReranker
 from kalm_integrations.core.sentences import Range
 from kalm_integrations.corpora.bm25 import BM25
 from kalm_integrations.corpora.peers import score_by_bi_encoder
+from kalm_integrations.hosting.pruning import odds
 
 KEPT = 0.95
 """Share of the questions that keep an answer."""
@@ -49,8 +51,7 @@ def by_states(reranker: KalmReranker, cases: Sequence[Case]) -> tuple[list[list[
         for [passage] in rankings:
             found = sorted((span.start, span.end, span.score) for span in passage.spans or ())
             ranges.append([(first, end) for first, end, _ in found])
-            odds = np.array([score / (1 - score + np.finfo(np.float32).eps) for _, _, score in found])
-            scores.append(np.log(np.maximum(odds, np.finfo(np.float64).tiny)))
+            scores.append(np.log([max(odds(score), sys.float_info.min) for _, _, score in found]))
         progress(f"{start + len(some)} of {len(cases)} questions")
     return ranges, scores
 
