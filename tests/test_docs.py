@@ -6,36 +6,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from markdown_it import MarkdownIt
-from tools.paths import ROOT
+from tools.pages import PAGES, Block, blocks, links, name_of
+from tools.paths import DOCS
 
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.sizes import n_pooled_states
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-NOT_RUN = re.compile(r"<!-- not run: \S.* -->\s*$")
-"""A comment above a block that cannot run offline; it gives the reason."""
-
-
-class Block(NamedTuple):
-    line: int
-    code: str
-    is_run: bool
-
 
 def python_blocks(page: Path) -> list[Block]:
-    tokens = MarkdownIt().parse(page.read_text(encoding="utf-8"))
-    blocks = []
-    for before, token in zip([None, *tokens], tokens, strict=False):
-        if token.type == "fence" and token.info.split()[:1] == ["python"]:
-            is_marked = before is not None and before.type == "html_block" and NOT_RUN.search(before.content)
-            blocks.append(Block(token.map[0] + 1, token.content, not is_marked))
-    return blocks
+    return [block for block in blocks(page) if block.language == "python"]
 
 
 def script(blocks: list[Block]) -> str:
@@ -46,13 +28,7 @@ def script(blocks: list[Block]) -> str:
     return "\n".join(lines)
 
 
-def links(page: Path) -> list[str]:
-    tokens = MarkdownIt().enable("table").parse(page.read_text(encoding="utf-8"))
-    inline = [child for token in tokens for child in token.children or ()]
-    return [str(token.attrGet("href") or token.attrGet("src")) for token in inline if token.type in ("link_open", "image")]
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name_of)
 def test_python_blocks_run(page: Path, tmp_path: Path):
     """The blocks of a page run from top to bottom in a new process; those marked as not run compile."""
     blocks = python_blocks(page)
@@ -65,7 +41,14 @@ def test_python_blocks_run(page: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_in_tabs_are_found(tmp_path: Path):
+    """A page of tabs is no page without code."""
+    page = tmp_path / "page.md"
+    page.write_text('=== "One"\n\n    ```python\n    x = 1\n    ```\n\nText\n\n```python\ny = 2\n```\n', encoding="utf-8")
+    assert [(block.line, block.code) for block in python_blocks(page)] == [(3, "x = 1\n"), (9, "y = 2\n")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_relative_links_lead_to_files(page: Path):
     """`mkdocs build --strict` checks anchors too, but neither the README nor what lies outside docs/."""
     targets = {link.split("#")[0] for link in links(page) if not re.match(r"[a-z]+:|#", link)}
@@ -75,7 +58,7 @@ def test_relative_links_lead_to_files(page: Path):
 def test_length_table_is_right():
     """The characters that docs/encodings.md names are what the format takes."""
     widths = {"Nano": 640, "Small": 1152, "Large": 2560}
-    text = (ROOT / "docs" / "encodings.md").read_text(encoding="utf-8")
+    text = (DOCS / "encodings.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\w+) \| (\d+)" + r" \| ([\d,]+)" * 5 + r" \|$", text, re.MULTILINE)
     assert len(rows) == 12
     for name, ratio, *lengths in rows:
