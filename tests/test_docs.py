@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tools.pages import PAGES, Block, blocks, links, name_of
+from tools.pages import PAGES, Block, blocks, links, name_of, tabs
 from tools.paths import DOCS
 
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.sizes import n_pooled_states
 
 
-def python_blocks(page: Path) -> list[Block]:
-    return [block for block in blocks(page) if block.language == "python"]
+def python_blocks(page: Path, tab: str) -> list[Block]:
+    return [block for block in blocks(page, tab) if block.language == "python"]
 
 
 def script(blocks: list[Block]) -> str:
@@ -28,10 +28,13 @@ def script(blocks: list[Block]) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name_of)
-def test_python_blocks_run(page: Path, tmp_path: Path):
-    """The blocks of a page run from top to bottom in a new process; those marked as not run compile."""
-    blocks = python_blocks(page)
+READERS = [(page, tab) for page in PAGES for tab in tabs(page) if python_blocks(page, tab)]
+
+
+@pytest.mark.parametrize(("page", "tab"), READERS, ids=[f"{name_of(page)} {tab}".strip() for page, tab in READERS])
+def test_python_blocks_run(page: Path, tab: str, tmp_path: Path):
+    """The blocks that a reader sees run from top to bottom in a new process; those marked as not run compile."""
+    blocks = python_blocks(page, tab)
     for block in blocks:
         compile(block.code, f"{page}:{block.line}", "exec")
     # Not named after the page: a script called haystack.py would be what it imports.
@@ -42,10 +45,12 @@ def test_python_blocks_run(page: Path, tmp_path: Path):
 
 
 def test_blocks_in_tabs_are_found(tmp_path: Path):
-    """A page of tabs is no page without code."""
+    """A page of tabs is no page without code, and each tab has its own and what stands outside of tabs."""
     page = tmp_path / "page.md"
-    page.write_text('=== "One"\n\n    ```python\n    x = 1\n    ```\n\nText\n\n```python\ny = 2\n```\n', encoding="utf-8")
-    assert [(block.line, block.code) for block in python_blocks(page)] == [(3, "x = 1\n"), (9, "y = 2\n")]
+    tab = '=== "{}"\n\n    ```python\n    {} = 1\n    ```\n\n'
+    page.write_text(f"{tab.format('One', 'x')}{tab.format('Two', 'y')}Text\n\n```python\nz = 2\n```\n", encoding="utf-8")
+    found = {title: [(block.line, block.code) for block in python_blocks(page, title)] for title in tabs(page)}
+    assert found == {"One": [(3, "x = 1\n"), (15, "z = 2\n")], "Two": [(9, "y = 1\n"), (15, "z = 2\n")]}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

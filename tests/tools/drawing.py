@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+FONTS = "system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif"
 STYLE = """\
   <style>
     .card { fill: #ffffff; stroke: #d5dae1; }
@@ -34,9 +35,9 @@ STYLE = """\
 
 def picture(width: int, height: int, title: str, parts: Iterable[str]) -> str:
     """Return a whole SVG file; `title` is what a screen reader says of it."""
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" '
-        'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" font-family="{FONTS}">',
         f"  <title>{escape(title)}</title>",
         STYLE,
         f'  <rect class="card" x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8"/>',

@@ -17,8 +17,8 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->\s*$")
 """A comment above a block that cannot run offline; it gives the reason."""
 
-TAB = re.compile(r'=== ".+"$')
-"""The title of a tab, whose content is indented below it."""
+TAB = re.compile(r'=== "(.+)"$', re.MULTILINE)
+"""The line above the content of a tab, which is indented."""
 
 
 class Block(NamedTuple):
@@ -31,13 +31,33 @@ class Block(NamedTuple):
     is_run: bool
 
 
-def name_of(page: Path) -> str:
-    return page.relative_to(ROOT).as_posix()
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
-def blocks(page: Path) -> list[Block]:
-    """Return the fenced blocks of a page, those in tabs included."""
-    tokens = tokens_of(page)
+def tabs(page: Path) -> list[str]:
+    """Return the titles of a page's tabs; one empty title, if it has none."""
+    return list(dict.fromkeys(TAB.findall(page.read_text(encoding="utf-8")))) or [""]
+
+
+def read(page: Path, tab: str) -> str:
+    """Return what a reader sees who has chosen the tabs of one title: all on its line, nothing indented by a tab."""
+    shown = []
+    title = None
+    for line in page.read_text(encoding="utf-8").splitlines():
+        heading = TAB.match(line)
+        if heading is not None:
+            title = heading[1]
+        elif line and not line.startswith("    "):
+            title = None
+        hidden = heading is not None or title not in (None, tab)
+        shown.append("" if hidden else line if title is None else line[4:])
+    return "\n".join(shown)
+
+
+def blocks(page: Path, tab: str) -> list[Block]:
+    """Return the fenced blocks that a reader of one tab sees."""
+    tokens = tokens_of(page, tab)
     found = []
     for before, token in zip([None, *tokens], tokens, strict=False):
         if token.type == "fence":
@@ -48,8 +68,8 @@ def blocks(page: Path) -> list[Block]:
 
 
 def inline(page: Path) -> Iterator[Token]:
-    """Yield what stands in running text: links, images, code and words."""
-    return (child for token in tokens_of(page) for child in token.children or ())
+    """Yield what stands in the running text of all tabs: links, images, code and words."""
+    return (child for tab in tabs(page) for token in tokens_of(page, tab) for child in token.children or ())
 
 
 def links(page: Path) -> list[str]:
@@ -59,18 +79,5 @@ def links(page: Path) -> list[str]:
     ]
 
 
-def tokens_of(page: Path) -> list[Token]:
-    return MarkdownIt().enable("table").parse(_without_tabs(page.read_text(encoding="utf-8")))
-
-
-def _without_tabs(text: str) -> str:
-    """Return a page of as many lines in which the content of tabs is not indented, as Markdown alone would read it as code."""
-    lines, inside = [], False
-    for line in text.splitlines():
-        if TAB.match(line):
-            inside = True
-            lines.append("")
-            continue
-        inside = inside and (not line or line.startswith("    "))
-        lines.append(line.removeprefix("    ") if inside else line)
-    return "\n".join(lines)
+def tokens_of(page: Path, tab: str) -> list[Token]:
+    return MarkdownIt().enable("table").parse(read(page, tab))

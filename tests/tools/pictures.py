@@ -15,6 +15,7 @@ from benchmarks import plan
 from benchmarks.render import RESULTS
 from benchmarks.results import Results
 from benchmarks.tables import significant
+
 from kalm_integrations.planning.plans import make_plan
 from tools import evaluation_pages
 from tools.drawing import arrow, bar, box, picture, text
@@ -116,8 +117,8 @@ def flow() -> str:
         box(columns[2], 386, third, 74, ["score", "P(yes), and its", "margin"]),
     ]
     said = (
-        "At ingest the encoder reads each passage once, and the pooled states are stored as a string in the passage's metadata. "
-        "At query time the store returns candidates with their encodings, and the decoder alone reads the query and scores them."
+        "At ingest the encoder reads each passage once, and the pooled states are stored as a string in its metadata. "
+        "At query time the store returns candidates with their encodings; the decoder alone reads the query and scores them."
     )
     return picture(width, 480, said, parts)
 
