@@ -94,8 +94,8 @@ def _lead(results: Results, images: dict[str, str]) -> str:
     reference, cold, pooled, prefix = (significant(row.seconds) for row in rows)
     return (
         f"{images[_slug(*LEADING)]}For {_title(*LEADING)}, the reference takes {reference} seconds. "
-        f"This package takes {cold} seconds with nothing stored, {pooled} with stored encodings and {prefix} with prefix states in "
-        "memory. All plots and tables of this page name rows in the same way: see [how it is measured](#how-it-is-measured)."
+        f"This package takes {cold} seconds with nothing stored,\n{pooled} with stored encodings and {prefix} "
+        "with prefix states in memory. [How it is measured](#how-it-is-measured) explains the names of the rows."
     )
 
 
