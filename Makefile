@@ -79,9 +79,10 @@ alone-%: packages
 notebooks: $(READY) ## run the notebooks
 	$(BIN)/python -m pytest tests/test_notebooks.py
 
-lint: $(READY) ## check style, format and the direction of imports
+lint: $(READY) ## check style, format, spelling and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/codespell README.md docs notebooks tests kalm_integrations haystack_integrations
 	$(BIN)/lint-imports --no-logo
 
 types: $(READY) ## check types

@@ -6,62 +6,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from markdown_it import MarkdownIt
-from tools.paths import ROOT
+from tools.pages import PAGES, Block, blocks, links, name_of, tabs
+from tools.paths import DOCS, ROOT
 
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.sizes import n_pooled_states
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "tasks").glob("*.md"))]
-PACKAGES = sorted((ROOT / "packages").glob("*/README.md"))
-"""tests/test_packages.py runs the Python in these."""
-
-NOT_RUN = re.compile(r"<!-- not run: \S.* -->\s*$")
-"""A comment above a block that cannot run offline; it gives the reason."""
-
-
-TAB = re.compile(r'=== "(.+)"$', re.MULTILINE)
-"""The line above the content of a tab, which is indented."""
-
-
-class Block(NamedTuple):
-    line: int
-    code: str
-    is_run: bool
-
-
-def tabs(page: Path) -> list[str]:
-    """The titles of a page's tabs; one empty title, if it has none."""
-    return list(dict.fromkeys(TAB.findall(page.read_text(encoding="utf-8")))) or [""]
-
-
-def read(page: Path, tab: str) -> str:
-    """What a reader sees who has chosen the tabs of one title: all on its line, nothing indented by a tab."""
-    shown = []
-    title = None
-    for line in page.read_text(encoding="utf-8").splitlines():
-        heading = TAB.match(line)
-        if heading is not None:
-            title = heading[1]
-        elif line and not line.startswith("    "):
-            title = None
-        hidden = heading is not None or title not in (None, tab)
-        shown.append("" if hidden else line if title is None else line[4:])
-    return "\n".join(shown)
-
 
 def python_blocks(page: Path, tab: str) -> list[Block]:
-    tokens = MarkdownIt().parse(read(page, tab))
-    blocks = []
-    for before, token in zip([None, *tokens], tokens, strict=False):
-        if token.type == "fence" and token.info.split()[:1] == ["python"]:
-            is_marked = before is not None and before.type == "html_block" and NOT_RUN.search(before.content)
-            blocks.append(Block(token.map[0] + 1, token.content, not is_marked))
-    return blocks
+    return [block for block in blocks(page, tab) if block.language == "python"]
 
 
 def script(blocks: list[Block]) -> str:
@@ -72,16 +28,12 @@ def script(blocks: list[Block]) -> str:
     return "\n".join(lines)
 
 
-def links(page: Path) -> list[str]:
-    tokens = MarkdownIt().enable("table").parse("\n".join(read(page, tab) for tab in tabs(page)))
-    inline = [child for token in tokens for child in token.children or ()]
-    return [str(token.attrGet("href") or token.attrGet("src")) for token in inline if token.type in ("link_open", "image")]
-
-
+PACKAGES = sorted((ROOT / "packages").glob("*/README.md"))
+"""tests/test_packages.py runs the Python in these."""
 READERS = [(page, tab) for page in PAGES for tab in tabs(page) if python_blocks(page, tab)]
 
 
-@pytest.mark.parametrize(("page", "tab"), READERS, ids=[" ".join([page.name, tab]).strip() for page, tab in READERS])
+@pytest.mark.parametrize(("page", "tab"), READERS, ids=[f"{name_of(page)} {tab}".strip() for page, tab in READERS])
 def test_python_blocks_run(page: Path, tab: str, tmp_path: Path):
     """The blocks that a reader sees run from top to bottom in a new process; those marked as not run compile."""
     blocks = python_blocks(page, tab)
@@ -94,7 +46,16 @@ def test_python_blocks_run(page: Path, tab: str, tmp_path: Path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", [*PAGES, *PACKAGES], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_blocks_in_tabs_are_found(tmp_path: Path):
+    """A page of tabs is no page without code, and each tab has its own and what stands outside of tabs."""
+    page = tmp_path / "page.md"
+    tab = '=== "{}"\n\n    ```python\n    {} = 1\n    ```\n\n'
+    page.write_text(f"{tab.format('One', 'x')}{tab.format('Two', 'y')}Text\n\n```python\nz = 2\n```\n", encoding="utf-8")
+    found = {title: [(block.line, block.code) for block in python_blocks(page, title)] for title in tabs(page)}
+    assert found == {"One": [(3, "x = 1\n"), (15, "z = 2\n")], "Two": [(9, "y = 1\n"), (15, "z = 2\n")]}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *PACKAGES], ids=name_of)
 def test_relative_links_lead_to_files(page: Path):
     """`mkdocs build --strict` checks anchors too, but neither the README nor what lies outside docs/."""
     targets = {link.split("#")[0] for link in links(page) if not re.match(r"[a-z]+:|#", link)}
@@ -104,7 +65,7 @@ def test_relative_links_lead_to_files(page: Path):
 def test_length_table_is_right():
     """The characters that docs/encodings.md names are what the format takes."""
     widths = {"Nano": 640, "Small": 1152, "Large": 2560}
-    text = (ROOT / "docs" / "encodings.md").read_text(encoding="utf-8")
+    text = (DOCS / "encodings.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\w+) \| (\d+)" + r" \| ([\d,]+)" * 5 + r" \|$", text, re.MULTILINE)
     assert len(rows) == 12
     for name, ratio, *lengths in rows:

@@ -117,7 +117,7 @@ def _stores(made: Plan) -> Table:
 
 def _limits(made: Plan) -> Table:
     codecs = list(made.lengths[made.ratio])
-    table = _table("finest ratio within the limit of", "bytes", *codecs)
+    table = _table("finest ratio that fits into", "bytes", *codecs)
     for name, n_bytes in made.room.items():
         ratios = (made.finest[name][codec] for codec in codecs)
         table.add_row(name, f"{n_bytes:,}", *("none" if ratio is None else str(ratio) for ratio in ratios))

@@ -139,7 +139,7 @@ def test_an_excerpt_has_what_was_asked_for():
     assert (both.metadata, both.text) == (told | kept, "Two fish.")
     only_told = excerpt(text, ranked(text, found), highlight=True, threshold=None)
     assert (only_told.metadata, only_told.text) == (told, None)
-    whole = excerpt(text, ranked(text, found), highlight=False, threshold=0.1)
+    whole = excerpt(text, ranked(text, found), highlight=False, threshold=0.01)
     assert (whole.metadata, whole.text) == ({"kept_spans": [{"start": 0, "end": 19}]}, None)
     nothing = excerpt(text, ranked(text, None), highlight=False, threshold=None)
     assert (nothing.metadata, nothing.text) == ({}, None)

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from benchmarks.results import Results, Row
 
@@ -35,7 +36,7 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
     """Draw the seconds of rows of one dtype and size as points, slowest first."""
     rows = sorted(rows, key=lambda row: row.seconds)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8, 0.38 * len(rows) + 0.9), layout="constrained")
+        figure = Figure(figsize=(6.4, 0.38 * len(rows) + 1.2), layout="constrained")
         axes = figure.subplots()
         for place, row in enumerate(rows):
             axes.plot(row.seconds, place, "o", color=_colour(row), markersize=8)
@@ -47,6 +48,15 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
             f"seconds for {rows[0].candidates} candidates of {rows[0].passage_tokens:,} tokens, {rows[0].dtype}, logarithmic"
         )
         axes.margins(x=0.12)
+        kinds = {"ours": OURS, "the reference": REFERENCE, "other rerankers' shapes": PEER}
+        drawn = {_colour(row) for row in rows}
+        dots = [
+            Line2D([], [], linestyle="", marker="o", markersize=8, color=colour)
+            for colour in kinds.values()
+            if colour in drawn
+        ]
+        names = [name for name, colour in kinds.items() if colour in drawn]
+        figure.legend(dots, names, loc="outside upper left", ncols=len(names), frameon=False, labelcolor=INK)
         _save(figure, path)
 
 
@@ -55,8 +65,8 @@ def draw_curves(results: Results, path: Path) -> None:
     curves = results.run["curves"]
     kinds = list(dict.fromkeys(curve["axis"] for curve in curves))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4 * len(kinds), 3.4), layout="constrained")
-        for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        figure = Figure(figsize=(6.4, 3 * len(kinds)), layout="constrained")
+        for axes, kind in zip(figure.subplots(len(kinds), 1, squeeze=False)[:, 0], kinds, strict=True):
             _draw_axis(axes, [curve for curve in curves if curve["axis"] == kind])
             axes.set_xlabel(AXES[kind])
         _save(figure, path)

@@ -19,6 +19,9 @@ from kalm_integrations.planning import arithmetic
 RESULTS = trials.FOLDER / "results.json"
 PAGE = Path(__file__).with_name("page.md")
 
+LEADING = ("float32", 256, 100)
+"""The group whose plot the page begins with: dtype, passage tokens and candidates."""
+
 CODEC_RATIOS = (2, 4, 16)
 """Ratios whose bytes the page shows; results.json has more."""
 
@@ -35,9 +38,10 @@ def render(results_path: Path, page_path: Path) -> None:
 def make_page(runs: dict[str, Any], tried: dict[str, Any], folder: str = RESULTS.parent.name) -> str:
     """Return the page for runs by "device shape" and trials by name; `folder` holds the plots, beside the page."""
     results = _cpu(runs)
-    images = {name: f"![{name}]({folder}/{name}.svg)\n\n" for name in _plots(results)}
+    images = {name: f"![{words}]({folder}/{name}.svg)\n\n" for name, words in _alternatives(results).items()}
     cuda = {name: Results(run) for name, run in runs.items() if name.startswith("cuda")}
     sections = {
+        "lead": _lead(results, images),
         "machine": _machine(results),
         "bars": _bars(results),
         "rows": "\n\n".join(_rows_sections(results, images)) or NOT_MEASURED,
@@ -68,6 +72,31 @@ def _plots(results: Results) -> dict[str, Any]:
     if results.run.get("curves"):
         drawn["growth"] = lambda path: plots.draw_curves(results, path)
     return drawn
+
+
+def _alternatives(results: Results) -> dict[str, str]:
+    """Return what each plot shows, for those who do not see it."""
+    words = {}
+    for group, rows in _groups(results).items():
+        shown = ", ".join(f"{row.name} {significant(row.seconds)}" for row in sorted(rows, key=lambda row: -row.seconds))
+        words[_slug(*group)] = f"Seconds for {_title(*group)}: {shown}"
+    if results.run.get("curves"):
+        grows = ", ".join(plots.AXES[axis] for axis in dict.fromkeys(curve["axis"] for curve in results.run["curves"]))
+        words["growth"] = f"Seconds as these grow, with stored encodings and with prefix states: {grows}; tables below"
+    return words
+
+
+def _lead(results: Results, images: dict[str, str]) -> str:
+    """Return the plot that the page begins with, and what it shows."""
+    rows = [results.find(name) for name in (plan.REFERENCE_COLD, plan.OURS_COLD, plan.OURS_POOLED, plan.OURS_PREFIX)]
+    if None in rows:
+        return NOT_MEASURED
+    reference, cold, pooled, prefix = (significant(row.seconds) for row in rows)
+    return (
+        f"{images[_slug(*LEADING)]}For {_title(*LEADING)}, the reference takes {reference} seconds. "
+        f"This package takes {cold} seconds with nothing stored,\n{pooled} with stored encodings and {prefix} "
+        "with prefix states in memory. [How it is measured](#how-it-is-measured) explains the names of the rows."
+    )
 
 
 def _groups(results: Results) -> dict[tuple[str, int, int], list[Row]]:
@@ -113,7 +142,8 @@ def _bars(results: Results) -> str:
 
 def _rows_sections(results: Results, images: dict[str, str]) -> Iterable[str]:
     for group, rows in _groups(results).items():
-        yield f"### {_title(*group)}\n\n{images[_slug(*group)]}{_rows_table(rows)}"
+        image = "" if group == LEADING else images[_slug(*group)]
+        yield f"### {_title(*group)}\n\n{image}{_rows_table(rows)}"
 
 
 def _rows_table(rows: Sequence[Row]) -> str:

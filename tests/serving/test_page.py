@@ -31,7 +31,7 @@ def shown() -> list[Shown]:
     for token in MarkdownIt().parse(PAGE):
         if token.type == "fence" and token.info == "console" and token.content.startswith("$ curl"):
             command, _, answer = token.content.rpartition("'\n")
-            _, url, _, header, _, body = shlex.split(command[2:] + "'")
+            _, url, _, header, _, body = shlex.split(command[2:].replace("\\\n", " ") + "'")
             assert header == "Content-Type: application/json"
             found.append(Shown(url.removeprefix("http://127.0.0.1:8080"), body, json.loads(answer)))
     return found
