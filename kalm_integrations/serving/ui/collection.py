@@ -27,7 +27,7 @@ class Collection:
         """
         self.name = name
         self.limit = limit
-        self._rows = [(str(row.row.get("_id", row.number)), row.passage) for row in candidates]
+        self._rows = [(str(row.row.get("_id", f"line {row.number}")), row.passage) for row in candidates]
         self._index = BM25([row.text for row in candidates]) if len(candidates) > limit else None
 
     def __len__(self) -> int:
@@ -40,7 +40,7 @@ class Collection:
         return None if self._index is None else "BM25"
 
     def choose(self, query: str) -> tuple[list[str], list[Passage]]:
-        """Return the names (`_id`, or the number of the line) and the passages to rank; ties keep the file's order."""
+        """Return the names (`_id`, or the line) and the passages to rank; ties keep the file's order."""
         rows = self._rows
         if self._index is not None:
             scores = self._index.scores(query, range(len(rows)))

@@ -91,7 +91,8 @@ class RankBody(Body):
 class Shown(Answer):
     """A passage with what is known of it; the list of them is in the first stage's order."""
 
-    name: str
+    name: str | None
+    """In the collection."""
     text: str
     rank: int
     """From 1."""
@@ -201,7 +202,7 @@ def routes(service: Service, variants: Variants, collection: Collection | None, 
         started = time.perf_counter()
         response.headers["cache-control"] = "no-store"
         if body.passages is not None:
-            names = [str(number) for number in range(1, len(body.passages) + 1)]
+            names: list[str] = []
             passages = [Passage(passage.text, passage.encoding) for passage in body.passages]
             first_stage = None
         elif collection is not None:
@@ -246,7 +247,7 @@ def _shown(names: Sequence[str], passages: Sequence[Passage], ranking: Ranking) 
     made = ranking.to_metadata(ranking.reading.not_stored)
     shown = [
         Shown(
-            name=printable(names[ranked.index]),
+            name=printable(names[ranked.index]) if names else None,
             text=printable(passages[ranked.index].text),
             rank=rank,
             score=ranked.score,

@@ -4,6 +4,7 @@ import { number } from "./passages.js";
 import { bytes, make, ranked, sizes } from "./result.js";
 
 const MAX_ROWS = 10;
+const MAX_NAME = 60;
 
 /** Answers to one question under several settings. */
 export class Comparison {
@@ -32,7 +33,7 @@ export class Comparison {
     ];
     const best = ranked(shown).slice(0, MAX_ROWS);
     const scores = best.map((passage) =>
-      row(make("span", { class: "clipped one", title: passage.text }, `${passage.rank}. ${passage.text}`), columns, ([, answer]) => {
+      row(`${passage.rank}. ${beginning(passage.text)}`, columns, ([, answer]) => {
         const there = answer.passages[passage.before - 1];
         const cell = [there.score.toFixed(4)];
         if (there.rank !== passage.rank) cell.push(make("span", { class: "elsewhere" }, ` at ${there.rank}`));
@@ -45,6 +46,11 @@ export class Comparison {
       make("tbody", {}, ...rows, ...scores),
     );
   }
+}
+
+function beginning(text) {
+  const points = Array.from(text);
+  return points.length > MAX_NAME ? `${points.slice(0, MAX_NAME).join("")} …` : text;
 }
 
 function row(name, columns, cell) {

@@ -11,6 +11,9 @@ const STATUSES = {
   corrupt: "its encoding was damaged",
 };
 
+/** Characters; longer texts are cut until somebody wants all. */
+const LONG = 500;
+
 /** Return a new element with attributes and children; strings become text. */
 export function make(name, attributes = {}, ...children) {
   const element = document.createElement(name);
@@ -104,12 +107,10 @@ function afterItem(passage) {
     make("span", { class: "margin" }, signed(passage.margin)),
     meter(passage.score),
   );
-  const foot = make(
-    "p",
-    { class: "hint" },
-    `${passage.name} · ${passage.status}: ${STATUSES[passage.status]} · ${bytes(passage.n_bytes)}`,
-  );
-  return make("li", { id: `after-${passage.rank}`, tabindex: "-1" }, head, text(passage), foot);
+  const facts = [`${passage.status}: ${STATUSES[passage.status]}`, bytes(passage.n_bytes)];
+  if (passage.name !== null) facts.unshift(passage.name);
+  const foot = make("p", { class: "hint" }, facts.join(" · "));
+  return make("li", { id: `after-${passage.rank}`, tabindex: "-1" }, head, ...text(passage), foot);
 }
 
 function meter(score) {
@@ -118,8 +119,18 @@ function meter(score) {
   return element;
 }
 
+/** Return the text, and a button that shows all of it if it is long. */
 function text(passage) {
-  return make("p", { class: "text" }, passage.text);
+  const paragraph = make("p", { class: "text" }, passage.text);
+  if (passage.text.length <= LONG) return [paragraph];
+  paragraph.classList.add("clipped", "many");
+  const button = make("button", { type: "button", class: "more", "aria-expanded": "false" }, "Show all of it");
+  button.addEventListener("click", () => {
+    const isWhole = !paragraph.classList.toggle("clipped");
+    button.setAttribute("aria-expanded", String(isWhole));
+    button.textContent = isWhole ? "Show less" : "Show all of it";
+  });
+  return [paragraph, button];
 }
 
 function move(before, after) {
