@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kalm_integrations.core.types import Ranking as Ranking
     from kalm_integrations.core.types import Reading as Reading
     from kalm_integrations.core.types import RuntimeStats as RuntimeStats
+    from kalm_integrations.core.types import Span as Span
     from kalm_integrations.remote.reranker import RemoteReranker as RemoteReranker
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ _HOMES = {
     "RemoteReranker": "kalm_integrations.remote.reranker",
     "Reranker": "kalm_integrations.core.base",
     "RuntimeStats": "kalm_integrations.core.types",
+    "Span": "kalm_integrations.core.types",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "RemoteReranker",
     "Reranker",
     "RuntimeStats",
+    "Span",
     "__version__",
 ]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from kalm_integrations import tracing
 from kalm_integrations.core.fallback import OnError, check_on_error, check_timeout, keep_order, note_answer
-from kalm_integrations.core.ranking import RankRules, check_first_stages
+from kalm_integrations.core.ranking import RankRules, check_count, check_first_stages
 from kalm_integrations.core.text import check_instruction_length
 from kalm_integrations.core.types import (
     AnyPassage,
@@ -20,6 +20,7 @@ from kalm_integrations.core.types import (
     Ranking,
     Reading,
     RuntimeStats,
+    Span,
     checked_list,
     plain,
 )
@@ -39,6 +40,8 @@ class RankRequest:
     """The first stage's scores of each query's passages."""
     timeout: float | None = None
     """Seconds in which the answer must come."""
+    spans: int | None = None
+    """How many of the best passages come back with their spans."""
 
 
 class Reranker(ABC):
@@ -141,6 +144,7 @@ class Reranker(ABC):
         first_stage_scores: Sequence[float] | None = None,
         fusion: FusionMethod | None = None,
         fusion_weight: float | None = None,
+        spans: int | None = None,
         timeout: float | None = None,
         on_error: OnError = "raise",
     ) -> Ranking:
@@ -158,6 +162,8 @@ class Reranker(ABC):
                 the order of `passages` as the first stage's. `score` stays P(yes), and so does what `score_threshold` cuts
                 by; `fused` has the value that decides.
             fusion_weight: the reranker's share in it, from 0 to 1; None takes the method's default.
+            spans: how many of the best passages come back with the scores of their sentences, as `highlight` gives them; each
+                sentence costs about what a passage without prefix states does. None: no passage does.
             timeout: seconds in which the answer must come; None waits as long as it takes. Weights that are still to be
                 loaded take their part: see `warm_up`.
             on_error: "keep_order" returns the passages in the order in which they came, unscored and with
@@ -169,14 +175,15 @@ class Reranker(ABC):
 
         Raises:
             SettingsError: an argument has the wrong type or breaks a rule: `top_k` is not positive, `fusion` lacks the
-                scores that it needs, or one of them is not finite.
+                scores that it needs, one of them is not finite, or `spans` are asked for of an `EncodedPassage`, which has
+                no text.
             StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
             NonFiniteScoreError: the model produced NaN or infinite logits.
             EngineError: the answer did not come in time, too much waits already, or torch failed; see its subclasses.
         """
         rules = RankRules(top_k, score_threshold, fusion, fusion_weight)
         check_on_error(on_error)
-        request = _one(query, passages, rules, instruction, first_stage_scores, timeout)
+        request = _one(query, passages, rules, instruction, first_stage_scores, timeout, spans)
         with tracing.ranking(self, request) as span:
             try:
                 rankings = self.answer(request)
@@ -199,6 +206,7 @@ class Reranker(ABC):
         first_stage_scores: Sequence[float] | None = None,
         fusion: FusionMethod | None = None,
         fusion_weight: float | None = None,
+        spans: int | None = None,
         timeout: float | None = None,
         on_error: OnError = "raise",
     ) -> Ranking:
@@ -208,7 +216,7 @@ class Reranker(ABC):
         """
         rules = RankRules(top_k, score_threshold, fusion, fusion_weight)
         check_on_error(on_error)
-        request = _one(query, passages, rules, instruction, first_stage_scores, timeout)
+        request = _one(query, passages, rules, instruction, first_stage_scores, timeout, spans)
         with tracing.ranking(self, request) as span:
             try:
                 rankings = await self.aanswer(request)
@@ -219,6 +227,27 @@ class Reranker(ABC):
             span.answer(rankings)
         note_answer()
         return rankings[0]
+
+    def highlight(self, query: str, passage: str | Passage, instruction: str | None = None) -> list[Span]:
+        """Return which sentences of a passage speak for it, best first.
+
+        A sentence's score is P(yes) of the passage with the encoder's states of this sentence alone: the encoder has read all
+        of the passage, the decoder reads the sentence. Text without sentences (code, tables, Thai) is cut into windows.
+
+        Args:
+            query: the query.
+            passage: a text, or a text with its stored encoding.
+            instruction: replaces the reranker's instruction for this call.
+
+        Raises:
+            SettingsError: an argument has the wrong type.
+            NonFiniteScoreError: the model produced NaN or infinite logits.
+        """
+        return _spans(self.rank(query, [passage], instruction=instruction, spans=1))
+
+    async def ahighlight(self, query: str, passage: str | Passage, instruction: str | None = None) -> list[Span]:
+        """Do what `highlight` does; no thread waits."""
+        return _spans(await self.arank(query, [passage], instruction=instruction, spans=1))
 
     def rank_many(
         self,
@@ -231,6 +260,7 @@ class Reranker(ABC):
         first_stage_scores: Sequence[Sequence[float]] | None = None,
         fusion: FusionMethod | None = None,
         fusion_weight: float | None = None,
+        spans: int | None = None,
     ) -> list[Ranking]:
         """Return the ranking of each query's passages: what `rank` returns for each, in less time.
 
@@ -242,7 +272,7 @@ class Reranker(ABC):
             SettingsError: there are not as many lists as queries; and what `rank` raises.
         """
         rules = RankRules(top_k, score_threshold, fusion, fusion_weight)
-        request = _request(queries, passages, rules, instruction, first_stage_scores, None)
+        request = _request(queries, passages, rules, instruction, first_stage_scores, None, spans)
         with tracing.ranking(self, request, "kalm.rank_many") as span:
             rankings = self.answer(request)
             span.answer(rankings)
@@ -256,10 +286,11 @@ def _one(
     instruction: object,
     first_stage_scores: Sequence[float] | None,
     timeout: object,
+    spans: object,
 ) -> RankRequest:
     """Check the arguments of `rank`."""
     first_stages = None if first_stage_scores is None else [first_stage_scores]
-    return _request([query], [passages], rules, instruction, first_stages, timeout)
+    return _request([query], [passages], rules, instruction, first_stages, timeout, spans)
 
 
 def _request(
@@ -269,6 +300,7 @@ def _request(
     instruction: object,
     first_stage_scores: Sequence[Sequence[float]] | None,
     timeout: object,
+    spans: object,
 ) -> RankRequest:
     """Check the arguments of `rank_many`."""
     queries = [plain(query) for query in checked_list(queries, "queries")]
@@ -281,12 +313,18 @@ def _request(
             msg = f"query must be a string, but got {type(query).__name__}"
             raise SettingsError(msg)
     first_stages = check_first_stages(first_stage_scores, lists, rules.fusion)
-    return RankRequest(queries, lists, rules, check_instruction(instruction), first_stages, check_timeout(timeout))
+    n_spans = check_count(spans, "spans")
+    return RankRequest(queries, lists, rules, check_instruction(instruction), first_stages, check_timeout(timeout), n_spans)
 
 
 def _in_order(ranking: Ranking) -> list[float]:
     """Return the scores of a ranking in the order of the passages that were given."""
     return [passage.score for passage in sorted(ranking, key=lambda passage: passage.index)]
+
+
+def _spans(ranking: Ranking) -> list[Span]:
+    """Return the spans of a ranking's only passage."""
+    return list(ranking[0].spans or ())
 
 
 def is_reranker(value: object) -> bool:

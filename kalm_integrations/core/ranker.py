@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from kalm_integrations.core.opening import Parts
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.reading import Reader
 from kalm_integrations.core.scoring import Scorer
-from kalm_integrations.core.types import AnyPassage, Metadata, Passage, Ranking, Reading, checked_flag
+from kalm_integrations.core.spans import Asked, Highlighter
+from kalm_integrations.core.types import AnyPassage, Metadata, Passage, RankedPassage, Ranking, Reading, checked_flag
 from kalm_integrations.core.writing import Writer
+from kalm_integrations.errors import SettingsError
 
 MAX_PASSAGES_AT_ONCE = 4096
 """Passages that are worked on at a time: what bounds the encodings in memory, beside the caches and the rankings."""
@@ -39,6 +42,7 @@ class Ranker:
         allows_special = parts.encoder.allow_special_tokens
         self.scorer = Scorer(parts.runtime, self.reader, query, allows_special, parts.prefix_store)
         self._calibration = parts.calibration
+        self._highlighter = Highlighter(parts.runtime, self.scorer, self._scores, allow_special_tokens=allows_special)
         self._has_payload_store, self._has_prefix_store = parts.payload_store is not None, parts.prefix_store is not None
 
     def n_light(self, lists: Sequence[list[AnyPassage] | Reading]) -> int | None:
@@ -69,6 +73,8 @@ class Ranker:
         rankings: list[Ranking] = []
         for part in _slices(request.lists, MAX_PASSAGES_AT_ONCE):
             readings = self._read(request.lists[part])
+            if request.spans is not None:
+                _check_texts(readings)
             found = {id(reading.encodings): reading.encodings for reading in readings}.values()
             encodings = {key: encoding for of_reading in found for key, encoding in of_reading.items()}
             made = yield from self._encode(readings, encodings)
@@ -78,12 +84,36 @@ class Ranker:
             margins: list[list[float]] = [[] for _ in readings]
             if encodings:
                 margins = yield from self.scorer.margins(request.queries[part], readings, encodings, request.instruction)
-            for reading, of_query, first_stage in zip(readings, margins, request.first_stages[part], strict=True):
-                ranked = request.rules.apply(of_query, self._scores(of_query), reading.texts, first_stage)
+            rows = zip(readings, margins, request.first_stages[part], strict=True)
+            ranked_lists = [
+                request.rules.apply(of_query, self._scores(of_query), reading.texts, first_stage)
+                for reading, of_query, first_stage in rows
+            ]
+            if request.spans is not None:
+                yield from self._add_spans(ranked_lists, request, request.queries[part], readings, encodings)
+            for reading, ranked in zip(readings, ranked_lists, strict=True):
                 not_stored = {index: encodings[reading.keys[index]] for index in reading.not_stored}
                 encoded = [index for index in not_stored if reading.keys[index] in made]
                 rankings.append(Ranking(ranked, reading, encoded, self._to_write(not_stored)))
         return rankings
+
+    def _add_spans(
+        self,
+        ranked_lists: Sequence[list[RankedPassage]],
+        request: RankRequest,
+        queries: Sequence[str],
+        readings: Sequence[Reading],
+        encodings: Mapping[Hashable, EncodedPassage],
+    ) -> Flow[None]:
+        """Put spans on the best passages of each query."""
+        places = [(query, rank) for query, ranked in enumerate(ranked_lists) for rank in range(len(ranked[: request.spans]))]
+        asked = []
+        for query, rank in places:
+            passage = ranked_lists[query][rank]
+            asked.append(Asked(query, passage.text or "", encodings[readings[query].keys[passage.index]]))
+        spans = yield from self._highlighter.highlight(queries, asked, request.instruction)
+        for (query, rank), found in zip(places, spans, strict=True):
+            ranked_lists[query][rank] = replace(ranked_lists[query][rank], spans=found)
 
     def load(self, sides: Sequence[str]) -> Flow[None]:
         """Load the embeddings and the weights of the sides ("encoder", "decoder")."""
@@ -153,6 +183,17 @@ class Ranker:
             margins = [self._calibration.apply(margin) for margin in margins]
         # One at a time: over several, torch computes the last ones by another path, which may differ in the last bit.
         return [float(torch.sigmoid(torch.tensor(margin, dtype=torch.float32))) for margin in margins]
+
+
+def _check_texts(readings: Iterable[Reading]) -> None:
+    """Refuse passages without a text, in which there are no sentences.
+
+    Raises:
+        SettingsError: there is one.
+    """
+    if any(None in reading.texts for reading in readings):
+        msg = "spans are parts of a text, but an EncodedPassage has none; pass Passage(text, encoding.to_metadata())"
+        raise SettingsError(msg)
 
 
 def _slices(lists: Sequence[Sequence[object]], limit: int) -> Iterator[slice]:

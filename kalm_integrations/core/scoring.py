@@ -17,6 +17,7 @@ from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.passages.guarded import guard
 from kalm_integrations.core.passages.prefixes import PREFIX_DTYPES, Candidate, Prefix, PrefixKey, hash_config
 from kalm_integrations.core.passes import (
+    Pair,
     Row,
     check_margins,
     check_vocabulary,
@@ -70,16 +71,39 @@ class Scorer:
             encodings: of all of them, by the readings' keys.
             instruction: of the call; None takes the reranker's.
         """
+        position = {key: index for index, key in enumerate(encodings)}
+        asked = [[(query, position[key]) for key in reading.keys] for query, reading in enumerate(readings)]
+        pairs = list(dict.fromkeys(pair for row in asked for pair in row))
+        candidates = [candidate_of(encoding) for encoding in encodings.values()]
+        margins = yield from self.margins_of(queries, candidates, pairs, instruction)
+        self._reader.count(passages_scored=len(pairs))
+        by_pair = dict(zip(pairs, margins, strict=True))
+        return [[by_pair[pair] for pair in row] for row in asked]
+
+    def margins_of(
+        self,
+        queries: Sequence[str],
+        candidates: Sequence[Candidate],
+        pairs: Sequence[Pair],
+        instruction: str | None,
+        *,
+        keeps_states: bool = True,
+    ) -> Flow[list[float]]:
+        """Return the margins of pairs of a query and a candidate, by their indices.
+
+        Args:
+            queries: the queries.
+            candidates: what to score.
+            pairs: which query is asked of which candidate.
+            instruction: of the call; None takes the reranker's.
+            keeps_states: whether prefix states are used and kept: not of what no other query will ask for.
+        """
         started = time.perf_counter()
         tokenizer = self._runtime.tokenizer(allow_special_tokens=self._allow_special_tokens)
         parts = self._instructions(instruction)
         limit = self._query.max_query_tokens
         prompts = [tokenizer.prompt(*parts, tokenizer.truncate_query(query, limit)) for query in queries]
-        position = {key: index for index, key in enumerate(encodings)}
-        asked = [[(query, position[key]) for key in reading.keys] for query, reading in enumerate(readings)]
-        pairs = list(dict.fromkeys(pair for row in asked for pair in row))
-        prefix = self._prefix(tokenizer.prompt_prefix(*parts))
-        candidates = [_candidate(encoding) for encoding in encodings.values()]
+        prefix = self._prefix(tokenizer.prompt_prefix(*parts)) if keeps_states else None
         margins = [0.0] * len(pairs)
         seconds = time.perf_counter() - started
         for used, chosen, rows in score_rows(self._runtime, prompts, candidates, pairs, prefix):
@@ -89,9 +113,8 @@ class Scorer:
                 margins[index] = margin
             seconds += computing
         check_margins(margins, self._runtime)
-        self._reader.count(passages_scored=len(pairs), score_seconds=seconds)
-        by_pair = dict(zip(pairs, margins, strict=True))
-        return [[by_pair[pair] for pair in row] for row in asked]
+        self._reader.count(score_seconds=seconds)
+        return margins
 
     def prepare(self, encodings: Iterable[EncodedPassage], instruction: str | None, *, show_progress: bool) -> Flow[None]:
         """Compute and keep the prefix states of passages, as bulk work.
@@ -105,7 +128,7 @@ class Scorer:
             msg = "prepare needs somewhere to keep prefix states, but prefix_cache_bytes is 0 and there is no prefix_store"
             raise SettingsError(msg)
         check_vocabulary([list(prefix.token_ids)], self._runtime.checkpoint.decoder_config)
-        rows = [Row([], _candidate(encoding), prefix) for encoding in encodings]
+        rows = [Row([], candidate_of(encoding), prefix) for encoding in encodings]
         rows.sort(key=lambda row: -len(row.candidate.states))
         with tqdm(total=len(rows), desc="Prefill", unit="passage", disable=not show_progress) as progress:
             work = prepare_work(self._runtime, self._query.score_batch_size)
@@ -154,7 +177,7 @@ class Scorer:
         return hash_config(self._runtime.checkpoint.decoder_config)
 
 
-def _candidate(encoding: EncodedPassage) -> Candidate:
+def candidate_of(encoding: EncodedPassage) -> Candidate:
     """Return a passage to score; its key tells apart states of one text at several ratios and from several codecs."""
     key = (encoding.fingerprint, encoding.text_hash, encoding.compression_ratio, encoding.digest)
     return Candidate(encoding.states, key)

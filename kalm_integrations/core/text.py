@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 from kalm_integrations.errors import SettingsError
 
@@ -34,3 +35,13 @@ def check_instruction_length(instruction: str) -> str:
         )
         raise SettingsError(msg)
     return instruction
+
+
+def positions_in(text: str) -> Sequence[int]:
+    """Return where each character of `without_surrogates(text)` begins in the text, and where the last one ends."""
+    positions, place = [], 0
+    while place < len(text):
+        positions.append(place)
+        is_pair = "\ud800" <= text[place] <= "\udbff" and "\udc00" <= text[place + 1 : place + 2] <= "\udfff"
+        place += 2 if is_pair else 1
+    return [*positions, place]

@@ -115,6 +115,22 @@ class Reading(Sequence[Status]):
 
 
 @dataclass(frozen=True)
+class Span:
+    """A part of a passage's text: a sentence, or a window where the text has no sentences."""
+
+    start: int
+    """Of its first character, in code points."""
+    end: int
+    """Of the character behind its last one."""
+    score: float
+    """P(yes), between 0 and 1, of the passage if it said no more than this."""
+
+    def to_dict(self) -> dict[str, int | float]:
+        """Return the fields, for JSON."""
+        return {"start": self.start, "end": self.end, "score": self.score}
+
+
+@dataclass(frozen=True)
 class RankedPassage:
     """A passage's place in a ranking."""
 
@@ -128,6 +144,8 @@ class RankedPassage:
     """What the ranking is ordered by if it is fused with the first stage's; comparable within one query only."""
     text: str | None = field(default=None, compare=False)
     """The passage's text, if one was given."""
+    spans: tuple[Span, ...] | None = field(default=None, compare=False)
+    """Its sentences, best first, if they were asked for; what lies behind `max_passage_tokens` is in none of them."""
 
     @property
     def is_scored(self) -> bool:
@@ -141,8 +159,11 @@ class RankedPassage:
         return f"RankedPassage(index={self.index}, score={self.score!r}, margin={self.margin!r}{fused}{text})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, for JSON, which has no NaN."""
-        return {name: None if value != value else value for name, value in asdict(self).items()}
+        """Return the fields, for JSON, which has no NaN; `spans` only if they were asked for."""
+        fields = asdict(self)
+        if self.spans is None:
+            del fields["spans"]
+        return {name: None if value != value else value for name, value in fields.items()}
 
 
 _SHORT = reprlib.Repr()

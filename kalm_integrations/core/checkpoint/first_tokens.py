@@ -54,6 +54,12 @@ class FirstTokens:
         """Return the first ids of each text: `max_tokens` of them, or all if it has fewer."""
         return [encoding.ids[:max_tokens] for encoding in self._starts(texts, max_tokens)]
 
+    def offsets(self, text: str, max_tokens: int) -> list[tuple[int, int]]:
+        """Return where the first tokens of a text begin and end in it: `max_tokens` of them, or all if it has fewer."""
+        [encoding] = self._starts([text], max_tokens)
+        found: list[tuple[int, int]] = encoding.offsets[:max_tokens]
+        return found
+
     def cut(self, texts: Sequence[str], max_tokens: int) -> list[str]:
         """Return what of each text its first `max_tokens` tokens stand for, or all if it has fewer."""
         encodings = self._starts(texts, max_tokens)

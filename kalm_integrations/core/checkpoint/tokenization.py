@@ -66,6 +66,10 @@ class PromptTokenizer:
         """Return the ids of encoder texts (see `prompts.passage_text`): the first `max_tokens` of each, or all."""
         return self._encode(list(texts)) if max_tokens is None else self._first.ids(texts, max_tokens)
 
+    def offsets(self, text: str, max_tokens: int) -> list[tuple[int, int]]:
+        """Return where the first `max_tokens` tokens of a text begin and end in it, in characters of it without surrogates."""
+        return self._first.offsets(text, max_tokens)
+
     def truncate_query(self, query: str, max_tokens: int) -> str:
         """Return the query cut to `max_tokens` tokens, by decoding them, as the reference does for every query."""
         [ids] = self._first.ids([query], max_tokens)

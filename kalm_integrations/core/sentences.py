@@ -1,0 +1,77 @@
+"""A text's sentences, and what stands for them where a text has none. Pure functions without torch.
+
+Sentences are found by Wikimedia's `sentencex`, which knows abbreviations and the full stops of many scripts. Code, tables and
+scripts without full stops (Thai) come out of it as one piece. What is longer than a sentence is cut into windows of tokens.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+
+from sentencex import segment
+
+LONGEST_SENTENCE = 128
+"""Tokens of a sentence at most; a longer piece is cut into windows."""
+
+WINDOW_TOKENS = 64
+"""Tokens of a window at most."""
+
+Range = tuple[int, int]
+"""Start and end, in characters; the end does not belong to it."""
+
+
+def divide(text: str, offsets: Sequence[Range]) -> list[Range]:
+    """Return the sentences of a text, or windows where it has none, without the blanks around them.
+
+    Args:
+        text: without surrogates.
+        offsets: of the tokens that were read of it, in order. What is behind the last one is left out.
+
+    Returns:
+        In order. Every character that is not blank is in one of them, and in one only.
+    """
+    end = max((offset[1] for offset in offsets), default=0)
+    starts = [offset[0] for offset in offsets]
+    pieces: list[Range] = []
+    place = 0
+    # Nothing is known of the language; the rules for English hold for most that are written with full stops.
+    for sentence in segment("en", text[:end]):
+        pieces += _windows(text, place, place + len(sentence), starts)
+        place += len(sentence)
+    trimmed = (_without_blanks(text, *piece) for piece in pieces)
+    return [piece for piece in trimmed if piece[0] < piece[1]]
+
+
+def _windows(text: str, start: int, end: int, starts: Sequence[int]) -> Iterator[Range]:
+    """Cut a piece of a text into windows if it is longer than a sentence is."""
+    first, stop = bisect_left(starts, start), bisect_left(starts, end)
+    if stop - first > LONGEST_SENTENCE:
+        while stop - first > WINDOW_TOKENS:
+            last = first + WINDOW_TOKENS
+            # A character may be several tokens.
+            places = [place for place in starts[last - WINDOW_TOKENS // 2 : last + 1] if place > start]
+            if not places:
+                break
+            place = _best_cut(text, places)
+            yield start, place
+            start, first = place, bisect_left(starts, place)
+    yield start, end
+
+
+def _best_cut(text: str, places: Sequence[int]) -> int:
+    """Return the last of some places that is at a line break, else at a blank, else not before a combining mark."""
+    rules: Sequence[Callable[[int], bool]] = (
+        lambda place: "\n" in text[place - 1 : place + 1],
+        lambda place: any(map(str.isspace, text[place - 1 : place + 1])),
+        lambda place: not unicodedata.category(text[place]).startswith("M"),
+    )
+    good = (place for rule in rules for place in reversed(places) if rule(place))
+    return next(good, places[-1])
+
+
+def _without_blanks(text: str, start: int, end: int) -> Range:
+    """Return a range without the blanks at its ends."""
+    piece = text[start:end]
+    return end - len(piece.lstrip()), start + len(piece.rstrip())
