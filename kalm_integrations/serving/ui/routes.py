@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
 
 from kalm_integrations import __version__
-from kalm_integrations.core.types import ENCODING_KEY, Passage, Ranking, Status
+from kalm_integrations.core.types import ENCODING_KEY, Passage, RankedPassage, Ranking, Status
 from kalm_integrations.remote.protocol import SentPassage
 from kalm_integrations.serving.formats import Answer, Body, Instruction, Query, printable
 from kalm_integrations.serving.service import Service, note
@@ -86,6 +86,16 @@ class RankBody(Body):
     instruction: Instruction = None
     ratio: int | None = None
     codec: str | None = None
+    spans: int | None = Field(default=None, ge=1)
+    """How many of the best passages are wanted with the scores of their sentences."""
+
+
+class Sentence(Answer):
+    """A part of a passage's text, in code points, and its P(yes)."""
+
+    start: int
+    end: int
+    score: float
 
 
 class Shown(Answer):
@@ -102,6 +112,8 @@ class Shown(Answer):
     n_bytes: int
     """Of the string to store with it."""
     n_text_bytes: int
+    spans: list[Sentence] | None
+    """In the text's order."""
 
 
 class RankAnswer(Answer):
@@ -223,7 +235,7 @@ def routes(service: Service, variants: Variants, collection: Collection | None, 
             # Encodings that came with the passages have another ratio or codec.
             passages = [Passage(passage.text) for passage in passages]
         before = reranker.stats
-        ranking = await service.rank(request, body.query, passages, body.instruction, reranker=reranker)
+        ranking = await service.rank(request, body.query, passages, body.instruction, reranker=reranker, spans=body.spans)
         after = reranker.stats
         shown = await asyncio.to_thread(_shown, names, passages, ranking)
         ratio, codec = setting or (None, None)
@@ -255,7 +267,15 @@ def _shown(names: Sequence[str], passages: Sequence[Passage], ranking: Ranking) 
             status=ranking.reading[ranked.index],
             n_bytes=len(made[ranked.index][ENCODING_KEY] if ranked.index in made else passages[ranked.index].encoding or ""),
             n_text_bytes=len(passages[ranked.index].text.encode("utf-8", "replace")),
+            spans=_sentences(ranked),
         )
         for rank, ranked in enumerate(ranking, 1)
     ]
     return [one for _, one in sorted(zip((ranked.index for ranked in ranking), shown, strict=True), key=lambda pair: pair[0])]
+
+
+def _sentences(ranked: RankedPassage) -> list[Sentence] | None:
+    """Return the sentences of a passage in the order of its text, if they were asked for."""
+    if ranked.spans is None:
+        return None
+    return [Sentence(**span.to_dict()) for span in sorted(ranked.spans, key=lambda span: span.start)]

@@ -135,7 +135,9 @@ async function ask(settings) {
   try {
     for (const setting of settings) {
       const started = performance.now();
-      const answer = await call("rank", { ...asked, ...setting }, own.signal);
+      // Sentences take time, and are shown of the last answer only.
+      const spans = setting === settings.at(-1) ? Number(byId("spans").value) : 0;
+      const answer = await call("rank", { ...asked, ...setting, spans: spans || null }, own.signal);
       show(asked, answer, (performance.now() - started) / 1000);
     }
   } catch (error) {
@@ -196,6 +198,10 @@ async function choose() {
   }
 }
 
+function askAgain() {
+  if (isAsked) ask([setting()]);
+}
+
 function capitalised(message) {
   return message.charAt(0).toUpperCase() + message.slice(1);
 }
@@ -211,9 +217,10 @@ document.addEventListener("keydown", (event) => {
   }
 });
 for (const name of ["ratio", "codec"]) {
-  byId(name).addEventListener("change", () => isAsked && ask([setting()]));
+  byId(name).addEventListener("change", askAgain);
   byId(`all-${name}s`).addEventListener("click", () => ask(settingsOf(name)));
 }
+byId("spans").addEventListener("change", askAgain);
 for (const radio of document.querySelectorAll("input[name=source]")) radio.addEventListener("change", showSource);
 byId("file").addEventListener("change", choose);
 byId("key").addEventListener("change", load);

@@ -14,6 +14,9 @@ const STATUSES = {
 /** Characters; longer texts are cut until somebody wants all. */
 const LONG = 500;
 
+/** P(yes) from which on a sentence is shaded, and shaded more. */
+const SHADES = [0.05, 0.25, 0.5, 0.75];
+
 /** Return a new element with attributes and children; strings become text. */
 export function make(name, attributes = {}, ...children) {
   const element = document.createElement(name);
@@ -66,7 +69,9 @@ export function showResult(answer, roundTrip) {
   ]);
   const byScore = answer.first_stage === null ? "in the order in which they came" : `the best by ${answer.first_stage}`;
   document.getElementById("before-note").textContent = `${number(answer.passages.length)} passages, ${byScore}`;
-  document.getElementById("after-note").textContent = "P(yes) and margin, logit(yes) − logit(no)";
+  document.getElementById("after-note").textContent = answer.passages.some((passage) => passage.spans)
+    ? "P(yes) and margin, logit(yes) − logit(no); sentences are shaded by their own P(yes)"
+    : "P(yes) and margin, logit(yes) − logit(no)";
   document.getElementById("before").replaceChildren(...answer.passages.map(beforeItem));
   document.getElementById("after").replaceChildren(...ranked(answer).map(afterItem));
 }
@@ -113,6 +118,26 @@ function afterItem(passage) {
   return make("li", { id: `after-${passage.rank}`, tabindex: "-1" }, head, ...text(passage), foot);
 }
 
+/** Return the text's parts: those with a score say it, and the better ones are shaded. */
+function shaded({ text, spans }) {
+  if (spans === null) return [text];
+  // Positions count code points, not JavaScript's units.
+  const points = Array.from(text);
+  const parts = [];
+  let place = 0;
+  for (const { start, end, score } of spans) {
+    parts.push(points.slice(place, start).join(""));
+    const level = SHADES.filter((least) => score >= least).length;
+    const said = score.toFixed(2);
+    const attributes = { class: `sentence level-${level}`, title: `P(yes) of this sentence: ${said}` };
+    if (level) attributes["data-score"] = said;
+    parts.push(make(level ? "mark" : "span", attributes, points.slice(start, end).join("")));
+    place = end;
+  }
+  parts.push(points.slice(place).join(""));
+  return parts;
+}
+
 function meter(score) {
   const element = make("meter", { min: "0", max: "1", "aria-label": "P(yes)" });
   element.value = score;
@@ -121,8 +146,8 @@ function meter(score) {
 
 /** Return the text, and a button that shows all of it if it is long. */
 function text(passage) {
-  const paragraph = make("p", { class: "text" }, passage.text);
-  if (passage.text.length <= LONG) return [paragraph];
+  const paragraph = make("p", { class: "text" }, ...shaded(passage));
+  if (passage.text.length <= LONG || passage.spans !== null) return [paragraph];
   paragraph.classList.add("clipped", "many");
   const button = make("button", { type: "button", class: "more", "aria-expanded": "false" }, "Show all of it");
   button.addEventListener("click", () => {
