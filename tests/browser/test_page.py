@@ -99,7 +99,7 @@ def test_the_example_can_be_asked_at_once(serve: Serve, open_page: Open):
     page = open_page(serve())
     page.get_by_role("button", name="Fill in an example").click()
     page.keyboard.press("Control+Enter")
-    expect(page.locator("#after > li")).to_have_count(6)
+    expect(page.locator("#after > li")).to_have_count(5)
 
 
 def test_a_collection_is_asked_from_the_start(serve: Serve, open_page: Open, tmp_path: Path):
@@ -150,6 +150,29 @@ def test_encodings_in_a_file_are_used(serve: Serve, open_page: Open, tmp_path: P
     ask(page)
     expect(page.locator("#numbers")).to_contain_text("4 stored")
     expect(page.locator("#summary")).to_contain_text("0 encoded now")
+
+
+# --- sentences
+
+
+def test_sentences_are_shaded_by_their_scores(serve: Serve, open_page: Open, pico: KalmReranker):
+    texts = ["🦦 Otters dive. They eat fish, crabs and frogs 🐸 there.", *TEXTS]
+    page = open_page(serve())
+    ask(page, texts, "Which animals eat fish?")
+    n_shaded = 0
+    for place, right in enumerate(pico.rank("Which animals eat fish?", texts, spans=3), 1):
+        item = page.locator(f"#after-{place}")
+        spans = sorted(right.spans or (), key=lambda span: span.start)
+        assert item.locator(".sentence").all_text_contents() == [right.text[span.start : span.end] for span in spans]
+        shaded = [f"{span.score:.2f}" for span in spans if span.score >= 0.05]
+        marks = item.locator("mark").all()
+        assert [mark.get_attribute("data-score") for mark in marks] == shaded
+        assert [mark.get_attribute("title") for mark in marks] == [f"P(yes) of this sentence: {score}" for score in shaded]
+        n_shaded += len(shaded)
+    assert n_shaded > 0
+    page.get_by_label("Shade sentences of").select_option("0")
+    expect(page.locator(".sentence")).to_have_count(0)
+    assert shown(page) == [(passage.text, f"{passage.score:.4f}") for passage in pico.rank("Which animals eat fish?", texts)]
 
 
 # --- compression

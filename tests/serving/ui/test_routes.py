@@ -174,6 +174,18 @@ def test_the_collection_is_asked_where_no_passages_are_sent(make_page, make_coll
     assert [passage["text"] for passage in rank(client, texts=["otters"])["passages"]] == ["otters"]
 
 
+def test_sentences_of_the_best_come_with_their_scores(make_page, pico):
+    answer = rank(make_page(model="pico"), spans=2)
+    for right in pico.rank(QUERY, TEXTS, spans=2):
+        found = answer["passages"][right.index]["spans"]
+        if right.spans is None:
+            assert found is None
+            continue
+        spans = sorted(right.spans, key=lambda span: span.start)
+        assert [(span["start"], span["end"]) for span in found] == [(span.start, span.end) for span in spans]
+        assert [span["score"] for span in found] == pytest.approx([span.score for span in spans], abs=1e-6)
+
+
 def test_half_surrogates_are_answered(make_page):
     answer = make_page().post(
         "/ui/rank",
@@ -193,6 +205,7 @@ def test_half_surrogates_are_answered(make_page):
         ({"passages": None}, 422, "passages must be given"),
         ({"passages": [{"text": "a"}] * 6}, 413, "at most 5 texts, but holds 6"),
         ({"passages": [{"text": 1}]}, 422, "passages.0.text"),
+        ({"spans": 0}, 422, "spans: Input should be greater than or equal to 1"),
         ({"ratio": 3}, 422, "ratio must be one of [1, 2, 4, 8, 16, 32]"),
         ({"codec": "int4"}, 422, "codec one of ['fp32'"),
     ],

@@ -5,14 +5,13 @@ import { Problem, number, readFile, readPassages } from "./passages.js";
 import { make, showResult, summarise } from "./result.js";
 
 const EXAMPLE = {
-  query: "What do otters eat?",
+  query: "What do plants need for photosynthesis?",
   passages: [
-    "The Rhine rises in the Swiss Alps and flows into the North Sea.",
-    "Otters have dense fur. It keeps them warm in cold water.",
-    "In 2015 the Panthers defense gave up just 308 points.",
-    "Otters live along rivers and coasts. They live on fish, crabs and other small animals.",
-    "Sea otters hold hands while they sleep.",
-    "Crabs are eaten in many countries, boiled or steamed.",
+    "Photosynthesis was discovered step by step. Ingenhousz found in 1779 that plants need light.",
+    "A factory needs workers and machines. Both of them cost money.",
+    "Many plants are pollinated by bees. Without bees there would be fewer apples and cherries.",
+    "Green plants make sugar from what is around them. For photosynthesis they need light, water and carbon dioxide.",
+    "Carbon dioxide is a gas without colour. The air holds about 0.04 percent of it.",
   ],
 };
 
