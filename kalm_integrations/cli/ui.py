@@ -70,10 +70,10 @@ def ui(
     dtype: options.Dtype = None,
     log_level: LogLevel = "warning",
 ) -> None:
-    """Serve a page to try a model out, until Ctrl-C.
+    """Serve a page to try a model out.
 
     It ranks passages for your questions, and shows the order before and after, scores, times, and what encodings take at
-    each compression ratio and codec. It is the service of kalm serve with a page; the page asks nobody else.
+    each compression ratio and codec. It is the service of kalm serve with a page, until Ctrl-C; the page asks nobody else.
     """
     check_installed("kalm ui")
     from kalm_integrations.serving.running import configure_logging, serve_here, url_of

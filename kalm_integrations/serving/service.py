@@ -188,9 +188,7 @@ class Service:
         """Return a ranking, in the service's time, by its own reranker or by another of the same model."""
         reranker, timeout = reranker or self.reranker, self.settings.timeout
         with tracing.from_headers(request.headers):
-            ranking = await reranker.arank(
-                query, passages, top_k, instruction=instruction, spans=spans, timeout=timeout
-            )
+            ranking = await reranker.arank(query, passages, top_k, instruction=instruction, spans=spans, timeout=timeout)
         found = sum(ranking.counts[status] for status in FOUND)
         note(request, n_found=found, n_encoded=len(ranking.reading) - found)
         return ranking

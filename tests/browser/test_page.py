@@ -80,7 +80,7 @@ def test_passages_are_asked_by_keyboard_alone_and_ranked_as_rank_does(serve: Ser
     moves = page.locator("#before > li a").all_text_contents()
     assert [move.split(" is")[0] for move in moves] == [f"→ {places[index]}" for index in range(len(TEXTS))]
     margins = page.locator("#after .margin").all_text_contents()
-    assert margins == [f"{passage.margin:+.2f}".replace("-", "−") for passage in ranking]
+    assert margins == [f"{passage.margin:+.2f}".replace("-", "\N{MINUS SIGN}") for passage in ranking]
 
 
 def test_what_was_encoded_is_told_and_found_the_next_time(serve: Serve, open_page: Open):

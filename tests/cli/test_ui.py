@@ -21,7 +21,7 @@ def test_it_serves_the_page_with_a_file_until_it_is_stopped(tmp_path: Path) -> N
     write_jsonl(tmp_path / "p.jsonl", [{"title": "T", "body": text} for text in TEXTS])
     options = (tmp_path / "p.jsonl", "--port", 0, "--text-field", "body", "--candidates", 3, "--ratio", 8)
     with kalm_serve(tmp_path, *options, command="ui") as service:
-        assert "kalm ui" in httpx.get(f"{service.url}/").raise_for_status().text
+        assert "kalm ui" in httpx.get(service.url, follow_redirects=True).raise_for_status().text
         facts = httpx.get(f"{service.url}/ui/facts").raise_for_status().json()
         assert facts["collection"]["first_stage"] == "BM25"
         assert (facts["collection"]["n_passages"], facts["collection"]["limit"], facts["ratio"]) == (4, 3, 8)

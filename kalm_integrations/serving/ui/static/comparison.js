@@ -20,7 +20,8 @@ export class Comparison {
 
   /** Draw the table; rows are the best passages of the answer that is shown. */
   show(shown) {
-    const columns = [...this.#answers].sort(([, one], [, other]) => one.ratio - other.ratio || sizes(other).total - sizes(one).total);
+    const byRatioAndSize = ([, one], [, other]) => one.ratio - other.ratio || sizes(other).total - sizes(one).total;
+    const columns = [...this.#answers].sort(byRatioAndSize);
     const heads = columns.map(([name, answer]) => {
       const attributes = { scope: "col" };
       if (answer === shown) attributes["aria-current"] = "true";
@@ -54,5 +55,6 @@ function beginning(text) {
 }
 
 function row(name, columns, cell) {
-  return make("tr", {}, make("th", { scope: "row" }, name), ...columns.map((column) => make("td", {}, ...[cell(column)].flat())));
+  const cells = columns.map((column) => make("td", {}, ...[cell(column)].flat()));
+  return make("tr", {}, make("th", { scope: "row" }, name), ...cells);
 }

@@ -62,8 +62,9 @@ async function load() {
   fill("codec", facts.codecs, facts.codec);
   const { collection } = facts;
   if (collection === null || !byId("collection-choice").hidden) return;
-  const ranks = collection.first_stage ? `, of which the ${number(collection.limit)} best by ${collection.first_stage} are ranked` : "";
-  byId("collection-name").textContent = `${collection.name}: ${number(collection.n_passages)} passages${ranks}`;
+  const { name, n_passages: count, limit, first_stage: stage } = collection;
+  const ranks = stage === null ? "" : `, of which the ${number(limit)} best by ${stage} are ranked`;
+  byId("collection-name").textContent = `${name}: ${number(count)} passages${ranks}`;
   byId("collection-choice").hidden = false;
   document.querySelector("input[value=collection]").checked = true;
   showSource();
@@ -97,7 +98,8 @@ function passages(source) {
   const given = source === "file" ? chosen : readPassages(byId("pasted").value);
   if (!given.length) throw new Problem("There are no passages yet: paste some, or choose a file.");
   if (facts && given.length > facts.max_documents) {
-    throw new Problem(`At most ${number(facts.max_documents)} passages are ranked at a time, but there are ${number(given.length)}.`);
+    const limit = number(facts.max_documents);
+    throw new Problem(`At most ${limit} passages are ranked at a time, but there are ${number(given.length)}.`);
   }
   return given;
 }
@@ -173,8 +175,8 @@ function setting() {
 /** Return the settings of a select's options, the present one last, so that it stays what is shown. */
 function settingsOf(name) {
   const present = setting();
-  const others = [...byId(name).options].map((option) => ({ ...present, [name]: name === "ratio" ? Number(option.value) : option.value }));
-  return [...others.filter((other) => other[name] !== present[name]), present];
+  const values = [...byId(name).options].map(({ value }) => (name === "ratio" ? Number(value) : value));
+  return [...values.filter((value) => value !== present[name]).map((value) => ({ ...present, [name]: value })), present];
 }
 
 function showSource() {
