@@ -161,8 +161,8 @@ function text(passage) {
 function move(before, after) {
   if (before === after) return { kind: "same", sign: "=", said: "at the same place" };
   const places = Math.abs(before - after);
-  const isUp = after < before;
-  return { kind: isUp ? "up" : "down", sign: `${isUp ? "▲" : "▼"} ${places}`, said: `${isUp ? "up" : "down"} by ${places}` };
+  const [kind, arrow] = after < before ? ["up", "▲"] : ["down", "▼"];
+  return { kind, sign: `${arrow} ${places}`, said: `${kind} by ${places}` };
 }
 
 function signed(value) {
