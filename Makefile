@@ -7,11 +7,13 @@ DEMO_READY := $(VENV)/.demo
 READY := $(VENV)/.ready
 FRAMEWORKS := langchain,llama-index,haystack
 EXTRAS := all,ray
+# Thin distributions, each around one adapter.
+THIN := $(notdir $(wildcard packages/*))
 FUZZ_ROUNDS ?= 100000
 SOAK_SECONDS ?= 1800
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test browser fuzz soak alone notebooks lint types docs bench lowest clean
+.PHONY: help setup demo test browser fuzz soak packages alone notebooks lint types docs bench lowest clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,8 +37,8 @@ endef
 
 setup: $(READY) ## make .venv with the tested versions of everything (other targets do it when needed)
 
-$(READY): pyproject.toml constraints.txt
-	$(call install,$(VENV),'.[$(EXTRAS)]' --group dev)
+$(READY): pyproject.toml constraints.txt $(THIN:%=packages/%/pyproject.toml)
+	$(call install,$(VENV),'.[$(EXTRAS)]' --group dev $(THIN:%=--editable packages/%))
 	touch $(DEMO_READY) $@
 
 $(DEMO_READY): pyproject.toml constraints.txt
@@ -63,12 +65,22 @@ fuzz: $(READY) ## throw values, strings and files of all kinds at everything; ha
 soak: $(READY) ## ingest, query, update and delete in real stores, watching scores and memory; half an hour
 	KALM_SOAK_SECONDS=$(SOAK_SECONDS) ONEDNN_PRIMITIVE_CACHE_CAPACITY=16 $(BIN)/python -m pytest -s tests/soak
 
-alone: alone-langchain alone-llama-index alone-haystack ## test each adapter where only its framework is installed
+packages: $(READY) ## build what a release uploads, into dist/: kalm-integrations and the thin distributions in packages/
+	rm -rf dist
+	for folder in . $(THIN:%=packages/%); do $(BIN)/python -m build --no-isolation --outdir dist $$folder || exit 1; done
 
-alone-%:
+alone: alone-langchain alone-llama-index alone-haystack ## test each adapter where only its framework and our wheels are installed
+
+# The wheels, and `pytest` instead of `python -m pytest`: what is tested are the installed files, not those that lie here.
+alone-langchain: WHEEL := langchain_kalm
+alone-llama-index: WHEEL := llama_index_postprocessor_kalm
+alone-haystack: WHEEL := kalm_haystack
+alone-%: packages
 	rm -rf $(VENV)-$*
-	$(call install,$(VENV)-$*,'.[$*]' --group $@)
-	$(VENV)-$*/bin/python -m pytest tests/adapters/test_$(subst -,_,$*).py
+	$(call environment,$(VENV)-$*)
+	$(VENV)-$*/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --group $@ dist/kalm_integrations-*.whl dist/$(WHEEL)-*.whl
+	$(VENV)-$*/bin/pytest tests/test_packages.py -k $(WHEEL)
+	$(VENV)-$*/bin/pytest tests/adapters/test_$(subst -,_,$*).py
 	rm -rf $(VENV)-$*
 
 notebooks: $(READY) ## run the notebooks

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from kalm_integrations.core.base import RankRequest, Reranker
 from kalm_integrations.core.ranking import RankRules, sigmoid
+from kalm_integrations.core.sentences import divide
 from kalm_integrations.core.types import (
     ENCODING_KEY,
     FINGERPRINT_KEY,
@@ -19,6 +20,7 @@ from kalm_integrations.core.types import (
     Ranking,
     Reading,
     RuntimeStats,
+    Span,
     Status,
     checked_list,
     checked_texts,
@@ -28,7 +30,7 @@ from kalm_integrations.errors import SettingsError
 
 
 class FakeReranker(Reranker):
-    """Scores by the share of the query's words that a passage has, and counts encodes as a real reranker does.
+    """Scores by the share of the query's words that a passage or a sentence has, and counts encodes as a real reranker does.
 
     Deterministic and without torch. Its encodings are strings that only a fake of the same `name` accepts, so that a test can
     play through stale and corrupt metadata.
@@ -73,9 +75,11 @@ class FakeReranker(Reranker):
         """Return the ranking of each query's passages by the words that they share."""
         readings = [given if isinstance(given, Reading) else self.read(given) for given in request.lists]
         rows = zip(request.queries, readings, request.first_stages, strict=True)
-        return [self._rank_reading(query, reading, request.rules, first_stage) for query, reading, first_stage in rows]
+        return [self._rank_reading(*row, request.rules, request.spans) for row in rows]
 
-    def _rank_reading(self, query: str, reading: Reading, rules: RankRules, first_stage: list[float] | None) -> Ranking:
+    def _rank_reading(
+        self, query: str, reading: Reading, first_stage: list[float] | None, rules: RankRules, n_spans: int | None
+    ) -> Ranking:
         missing, n_stored = set(reading.unencoded), reading.tally.get("stored", 0)
         self._count(
             passages_encoded=len(missing),
@@ -89,12 +93,22 @@ class FakeReranker(Reranker):
         texts = [text or "" for text in reading.texts]
         margins = self._margins(query, texts)
         ranked = rules.apply(margins, [sigmoid(margin) for margin in margins], texts, first_stage)
+        for rank in range(min(n_spans or 0, len(ranked))):
+            ranked[rank] = replace(ranked[rank], spans=self._spans(query, texts[ranked[rank].index]))
         encoded = [index for index in reading.not_stored if texts[index] in missing]
         return Ranking(ranked, reading, encoded, lambda indices: self._metadata([texts[index] for index in indices]))
 
     def _margins(self, query: str, texts: Sequence[str]) -> list[float]:
         words = set(_words(query))
         return [8 * len(words & set(_words(text))) / max(len(words), 1) - 4 for text in texts]
+
+    def _spans(self, query: str, text: str) -> tuple[Span, ...]:
+        # One character for one, so that places stay.
+        text = _SURROGATE.sub("\ufffd", text)
+        ranges = divide(text, [token.span() for token in _TOKEN.finditer(text)])
+        margins = self._margins(query, [text[start:end] for start, end in ranges])
+        spans = [Span(*place, sigmoid(margin)) for place, margin in zip(ranges, margins, strict=True)]
+        return tuple(sorted(spans, key=lambda span: -span.score))
 
     def _status(self, passage: Passage) -> Status:
         encoding = passage.encoding
@@ -123,6 +137,10 @@ def _to_passage(passage: AnyPassage) -> Passage:
     got = f"a Passage of {type(given.text).__name__}" if isinstance(passage, Passage) else type(passage).__name__
     msg = f"a fake scores str and Passage (of str), but got {got}; it cannot read states"
     raise SettingsError(msg)
+
+
+_TOKEN = re.compile(r"\w+|[^\w\s]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _words(text: str) -> list[str]:

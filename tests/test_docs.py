@@ -16,10 +16,16 @@ from tools.paths import ROOT
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.sizes import n_pooled_states
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "tasks").glob("*.md"))]
+PACKAGES = sorted((ROOT / "packages").glob("*/README.md"))
+"""tests/test_packages.py runs the Python in these."""
 
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->\s*$")
 """A comment above a block that cannot run offline; it gives the reason."""
+
+
+TAB = re.compile(r'=== "(.+)"$', re.MULTILINE)
+"""The line above the content of a tab, which is indented."""
 
 
 class Block(NamedTuple):
@@ -28,8 +34,28 @@ class Block(NamedTuple):
     is_run: bool
 
 
-def python_blocks(page: Path) -> list[Block]:
-    tokens = MarkdownIt().parse(page.read_text(encoding="utf-8"))
+def tabs(page: Path) -> list[str]:
+    """The titles of a page's tabs; one empty title, if it has none."""
+    return list(dict.fromkeys(TAB.findall(page.read_text(encoding="utf-8")))) or [""]
+
+
+def read(page: Path, tab: str) -> str:
+    """What a reader sees who has chosen the tabs of one title: all on its line, nothing indented by a tab."""
+    shown = []
+    title = None
+    for line in page.read_text(encoding="utf-8").splitlines():
+        heading = TAB.match(line)
+        if heading is not None:
+            title = heading[1]
+        elif line and not line.startswith("    "):
+            title = None
+        hidden = heading is not None or title not in (None, tab)
+        shown.append("" if hidden else line if title is None else line[4:])
+    return "\n".join(shown)
+
+
+def python_blocks(page: Path, tab: str) -> list[Block]:
+    tokens = MarkdownIt().parse(read(page, tab))
     blocks = []
     for before, token in zip([None, *tokens], tokens, strict=False):
         if token.type == "fence" and token.info.split()[:1] == ["python"]:
@@ -47,15 +73,18 @@ def script(blocks: list[Block]) -> str:
 
 
 def links(page: Path) -> list[str]:
-    tokens = MarkdownIt().enable("table").parse(page.read_text(encoding="utf-8"))
+    tokens = MarkdownIt().enable("table").parse("\n".join(read(page, tab) for tab in tabs(page)))
     inline = [child for token in tokens for child in token.children or ()]
     return [str(token.attrGet("href") or token.attrGet("src")) for token in inline if token.type in ("link_open", "image")]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
-def test_python_blocks_run(page: Path, tmp_path: Path):
-    """The blocks of a page run from top to bottom in a new process; those marked as not run compile."""
-    blocks = python_blocks(page)
+READERS = [(page, tab) for page in PAGES for tab in tabs(page) if python_blocks(page, tab)]
+
+
+@pytest.mark.parametrize(("page", "tab"), READERS, ids=[" ".join([page.name, tab]).strip() for page, tab in READERS])
+def test_python_blocks_run(page: Path, tab: str, tmp_path: Path):
+    """The blocks that a reader sees run from top to bottom in a new process; those marked as not run compile."""
+    blocks = python_blocks(page, tab)
     for block in blocks:
         compile(block.code, f"{page}:{block.line}", "exec")
     # Not named after the page: a script called haystack.py would be what it imports.
@@ -65,7 +94,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *PACKAGES], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_relative_links_lead_to_files(page: Path):
     """`mkdocs build --strict` checks anchors too, but neither the README nor what lies outside docs/."""
     targets = {link.split("#")[0] for link in links(page) if not re.match(r"[a-z]+:|#", link)}

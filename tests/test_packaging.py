@@ -1,4 +1,4 @@
-"""The wheel holds what an installation needs, and works without the source tree."""
+"""The wheels hold what an installation needs, and kalm-integrations works without the source tree."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import subprocess
 import sys
 import zipfile
 from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 
 import pytest
 from tools.bounds import lower_bounds
+from tools.packages import PACKAGES as THIN_FOLDERS
+from tools.packages import THIN, Thin, with_version
 from tools.paths import DOCS, ROOT
 
 PACKAGES = ("kalm_integrations", "haystack_integrations")
@@ -34,11 +37,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+def held(wheel: zipfile.ZipFile) -> set[str]:
+    return {name for name in wheel.namelist() if ".dist-info/" not in name}
+
+
+def metadata(wheel: zipfile.ZipFile) -> Message:
+    [name] = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    return message_from_bytes(wheel.read(name))
+
+
 def test_wheel_holds_every_file_of_both_packages(wheel: zipfile.ZipFile):
     """Modules, the built-in checkpoint, samples and py.typed; and nothing of the tests."""
-    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     files = (path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file())
-    assert held == {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
+    assert held(wheel) == {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -78,9 +89,55 @@ def test_unpacked_wheel_is_a_command(wheel: zipfile.ZipFile, tmp_path: Path):
 
 def test_the_lower_bounds_are_those_that_make_lowest_last_passed_with(wheel: zipfile.ZipFile):
     """Whoever changes a bound runs it, and says so in the documentation."""
-    [name] = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
-    required = message_from_bytes(wheel.read(name)).get_all("Requires-Dist")
+    required = metadata(wheel).get_all("Requires-Dist")
     told = " ".join((DOCS / "contributing.md").read_text(encoding="utf-8").split())
     for package, bounds in lower_bounds(required).items():
         for bound in bounds:
             assert f"{package} {bound}" in told
+
+
+# --- the thin distributions
+
+
+@pytest.fixture(scope="module", params=THIN, ids=lambda thin: thin.wheel)
+def thin(request: pytest.FixtureRequest) -> Thin:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def thin_wheel(thin: Thin, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built from the source distribution, as `build` does unless told otherwise: so that one is whole, too."""
+    folder = tmp_path_factory.mktemp("thin")
+    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, thin.folder], check=True)
+    [path] = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_every_folder_of_packages_is_a_thin_distribution():
+    assert {path.name for path in THIN_FOLDERS.iterdir()} == {thin.name for thin in THIN}
+
+
+def test_a_thin_distribution_has_the_version_of_kalm_integrations(thin: Thin):
+    """Run `python -m tools.packages` in tests/ if this fails."""
+    text = (thin.folder / "pyproject.toml").read_text(encoding="utf-8")
+    assert text == with_version(text)
+    assert with_version(text, "9.8.7").count("9.8.7") == 2
+
+
+def test_a_thin_wheel_holds_one_module_and_collides_with_nothing(thin: Thin, thin_wheel: zipfile.ZipFile):
+    """Namespaces stay open: no `__init__.py` lies above ours."""
+    room = thin.module.replace(".", "/")
+    assert held(thin_wheel) == {f"{room}/__init__.py", f"{room}/py.typed"}
+
+
+def test_a_thin_wheel_says_what_it_is(thin: Thin, thin_wheel: zipfile.ZipFile, wheel: zipfile.ZipFile):
+    found, core = metadata(thin_wheel), metadata(wheel)
+    assert found["Name"] == thin.name
+    for field in ("Version", "Requires-Python", "License-Expression"):
+        assert found[field] == core[field]
+    extra = thin.adapter.replace("_", "-")
+    assert extra in core.get_all("Provides-Extra")
+    assert found.get_all("Requires-Dist") == [f"kalm-integrations[{extra}]=={core['Version']}"]
+    assert found.get_payload() == (thin.folder / "README.md").read_text(encoding="utf-8")
+    [text] = [thin_wheel.read(name) for name in thin_wheel.namelist() if name.endswith("licenses/LICENSE")]
+    assert text == (ROOT / "LICENSE").read_bytes()

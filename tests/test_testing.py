@@ -26,6 +26,20 @@ def test_fake_ranks_by_words_and_counts_encodes():
     assert FakeReranker("another").find_unencoded([stored]) == [0]
 
 
+def test_fake_scores_sentences_by_words():
+    text = "Rain is wet. The \ud83d panthers won!\n東京。"
+    spans = FakeReranker().highlight("who won", text)
+    assert [text[span.start : span.end] for span in spans] == ["The \ud83d panthers won!", "Rain is wet.", "東京。"]
+    assert spans[0].score > spans[1].score == spans[2].score
+    ranked = FakeReranker().rank("who won", ["rain", text, ""], spans=2)
+    assert [passage.spans for passage in ranked] == [
+        tuple(spans),
+        FakeReranker().rank("who won", ["rain"], spans=1)[0].spans,
+        None,
+    ]
+    assert FakeReranker().highlight("who won", "") == []
+
+
 def test_fake_refuses_bad_top_k():
     with pytest.raises(SettingsError, match="top_k must be a positive whole number"):
         FakeReranker().rank("q", ["a"], top_k=0)

@@ -16,6 +16,7 @@ from kalm_integrations import __version__
 from kalm_integrations.cli import evaluation
 from kalm_integrations.cli.calibrate import calibrate
 from kalm_integrations.cli.demo import demo
+from kalm_integrations.cli.doctor import doctor
 from kalm_integrations.cli.encode import encode
 from kalm_integrations.cli.info import info
 from kalm_integrations.cli.inspect import inspect
@@ -53,6 +54,6 @@ def kalm(
         print(context.get_help())
 
 
-for command in (rerank, encode, inspect, plan, serve, ui, calibrate, demo, train, mine, average, info):
+for command in (rerank, encode, inspect, plan, serve, ui, calibrate, demo, train, mine, average, info, doctor):
     app.command()(command)
 app.add_typer(evaluation.app, name="eval")

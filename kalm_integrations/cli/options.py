@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
+from kalm_integrations.cli import completion
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.remote.address import API_KEY_VARIABLE, is_address
 
@@ -22,7 +23,16 @@ Model = Annotated[
     str,
     typer.Option(
         help="nano, small, large, nano-r2, small-r2, large-r2, a hub id or a local folder; pico is built in and small, for "
-        "trying things out."
+        "trying things out.",
+        autocompletion=completion.models,
+    ),
+]
+ModelOrService = Annotated[
+    str,
+    typer.Option(
+        help="nano, small, large, nano-r2, small-r2, large-r2, a hub id, a local folder, or the address of a service "
+        "(http://host:port); pico is built in and small, for trying things out.",
+        autocompletion=completion.models,
     ),
 ]
 ApiKeyEnv = Annotated[
@@ -34,10 +44,23 @@ ApiKeyEnv = Annotated[
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.", show_default="the alias's")]
-Device = Annotated[str | None, typer.Option(help="A torch device, such as cpu or cuda:0.", show_default="CUDA if any")]
-Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="bfloat16 on CUDA, float32 elsewhere")]
-Ratio = Annotated[int | None, typer.Option(help="Tokens per stored state.", show_default="4")]
-Codec = Annotated[str | None, typer.Option(help="fp32, fp16, bf16, int8, rot4, rot3 or rot2.", show_default="rot4")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="A torch device, such as cpu or cuda:0.", show_default="CUDA if any", autocompletion=completion.devices),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32 or bfloat16.", show_default="bfloat16 on CUDA, float32 elsewhere", autocompletion=completion.dtypes
+    ),
+]
+Ratio = Annotated[
+    int | None, typer.Option(help="Tokens per stored state.", show_default="4", autocompletion=completion.ratios)
+]
+Codec = Annotated[
+    str | None,
+    typer.Option(help="fp32, fp16, bf16, int8, rot4, rot3 or rot2.", show_default="rot4", autocompletion=completion.codecs),
+]
 PayloadStore = Annotated[
     Path | None, typer.Option(help="Folder of an LMDB store for encodings that are too long for their row.")
 ]
@@ -59,8 +82,8 @@ FirstStage = Annotated[
 ]
 TopK = Annotated[int, typer.Option(min=1, help="Candidates per query, the best of the first stage.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draw and of the bootstrap.")]
-Codecs = Annotated[str, typer.Option(help="Codecs to compare.")]
-Ratios = Annotated[str, typer.Option(help="Compression ratios to compare.")]
+Codecs = Annotated[str, typer.Option(help="Codecs to compare.", autocompletion=completion.codec_lists)]
+Ratios = Annotated[str, typer.Option(help="Compression ratios to compare.", autocompletion=completion.ratio_lists)]
 Queries = Annotated[int | None, typer.Option(min=1, help="How many queries to draw.", show_default="all")]
 
 

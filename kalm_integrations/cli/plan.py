@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kalm_integrations.cli import options
+from kalm_integrations.cli import completion, options
 from kalm_integrations.cli.terminal import format_bytes, format_seconds, make_table, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
@@ -24,15 +24,24 @@ def plan(
         str,
         typer.Option(
             help="nano, small, large, nano-r2, small-r2, large-r2, pico or a local folder; only its shape is read, nothing is "
-            "fetched."
+            "fetched.",
+            autocompletion=completion.models,
         ),
     ] = "nano",
     ratio: options.Ratio = None,
     codec: options.Codec = None,
     prefix_dtype: Annotated[
-        str | None, typer.Option(help="What prefix states are kept in.", show_default="the dtype of the run")
+        str | None,
+        typer.Option(
+            help="What prefix states are kept in.",
+            show_default="the dtype of the run",
+            autocompletion=completion.prefix_dtypes,
+        ),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.", show_default="float32")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 or bfloat16.", show_default="float32", autocompletion=completion.dtypes),
+    ] = None,
     speed: Annotated[
         float | None,
         typer.Option(
@@ -46,6 +55,7 @@ def plan(
             metavar="MODEL",
             help="What the collection is encoded with now; says what changing over to --model takes.",
             show_default="none",
+            autocompletion=completion.models,
         ),
     ] = None,
     as_json: options.Json = False,

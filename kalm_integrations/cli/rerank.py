@@ -34,13 +34,7 @@ def rerank(
             "JSON array if it begins like one, else one passage a line.",
         ),
     ] = STREAM,
-    model: Annotated[
-        str,
-        typer.Option(
-            help="nano, small, large, nano-r2, small-r2, large-r2, a hub id, a local folder, or the address of a service "
-            "(http://host:port); pico is built in and small, for trying things out."
-        ),
-    ] = "pico",
+    model: options.ModelOrService = "pico",
     top_k: Annotated[int | None, typer.Option(min=1, help="How many to show at most.", show_default="all")] = None,
     score_threshold: Annotated[
         float | None, typer.Option(min=0, max=1, help="Leave out passages that score less.", show_default="none")

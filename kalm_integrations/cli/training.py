@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from kalm_integrations.cli import completion
 from kalm_integrations.cli.streams import open_output
 from kalm_integrations.cli.terminal import note
 from kalm_integrations.corpora.jsonl import to_json
@@ -60,7 +61,12 @@ def mine(
         int, typer.Option(min=0, help="How many of the very first to leave out, which may answer the query unmarked.")
     ] = 0,
     teacher: Annotated[
-        str | None, typer.Option(help="A model whose margins are written too: alias, folder or hub id.", show_default="none")
+        str | None,
+        typer.Option(
+            help="A model whose margins are written too: alias, folder or hub id.",
+            show_default="none",
+            autocompletion=completion.models,
+        ),
     ] = None,
     teacher_kind: Annotated[
         Literal["kalm", "cross-encoder", "bi-encoder"], typer.Option(help="What the teacher is.")

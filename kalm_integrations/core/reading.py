@@ -129,7 +129,10 @@ class Reader:
             text, value, origin = plain(given.text), plain(given.encoding), given.origin
             if not isinstance(text, str):
                 got = f"a Passage of {type(text).__name__}" if isinstance(passage, Passage) else type(passage).__name__
-                msg = f"passages must be str, EncodedPassage or Passage (of str), but got {got}"
+                msg = (
+                    f"passages must be str, EncodedPassage or Passage (of str), but got {got} at place {len(texts)}; take the "
+                    "text out of it, and give an encoding that is stored beside it as Passage(text, encoding)"
+                )
                 raise SettingsError(msg)
             key = self.key(text)
             # Metadata may hold anything; what is no string may not be hashable either.

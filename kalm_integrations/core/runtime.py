@@ -123,7 +123,9 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         try:
             torch.zeros(1, device=chosen).tolist()
         except (RuntimeError, NotImplementedError, AssertionError) as error:
-            msg = f"device {device!r} was asked for, but it does not work here ({error}); use device='cpu'"
+            # Torch goes on with every backend that it knows.
+            why = str(error).partition(". ")[0].partition("\n")[0]
+            msg = f"device {device!r} was asked for, but it does not work here ({why}); use device='cpu'"
             raise SettingsError(msg) from error
         return chosen
     # One name per device, so that "cuda" and "cuda:0" share their weights; CUDA is not started for that.

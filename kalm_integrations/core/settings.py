@@ -54,7 +54,8 @@ def check_codec(codec: str) -> str:
         SettingsError: it is not.
     """
     if codec not in CODEC_NAMES:
-        hint = "; what is stored in it is still read; rot4 takes about as much room and loses less" if codec == "int4" else ""
+        int4 = "; what is stored in it is still read; rot4 takes about as much room and loses less"
+        hint = int4 if codec == "int4" else did_you_mean(codec, CODEC_NAMES)
         msg = f"storage_codec must be one of {', '.join(CODEC_NAMES)}, but got {shown(codec)}{hint}"
         raise SettingsError(msg)
     return codec
@@ -218,10 +219,15 @@ def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
     known = sorted(known)
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            msg = f"{what} must be out of {', '.join(known)}, but got {name!r}{hint}"
+            msg = f"{what} must be out of {', '.join(known)}, but got {name!r}{did_you_mean(str(name), known)}"
             raise SettingsError(msg)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a hint, for the end of a message, at the known name that is close to one, whatever its case; or nothing."""
+    by_lower = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, 1)
+    return f"; did you mean {by_lower[near[0]]!r}?" if near and by_lower[near[0]] != name else ""
 
 
 def describe_problems(error: ValidationError) -> str:

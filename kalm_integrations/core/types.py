@@ -294,9 +294,11 @@ def checked_list(values: Iterable[Any], name: str) -> list[Any]:
     Raises:
         SettingsError: it is one text or passage, or not iterable.
     """
-    iterator = None if isinstance(values, (str, bytes, Passage)) else iterator_of(values)
+    # A mapping would give its keys.
+    iterator = None if isinstance(values, (str, bytes, Passage, Mapping)) else iterator_of(values)
     if iterator is None:
-        msg = f"{name} must be a list, but got one {type(values).__name__}; put it into a list"
+        remedy = f"give [] for no {name}" if values is None else "put it into a list"
+        msg = f"{name} must be a list, but got one {type(values).__name__}; {remedy}"
         raise SettingsError(msg)
     return list(iterator)
 

@@ -1,7 +1,7 @@
 """A tour on a small sample: `kalm demo`.
 
-`reranking.py` is the first part, `frameworks.py` the second. The `on_*.py` modules show what an application looks like under
-each framework; beside the adapters they are the only modules that import one.
+`reranking.py` is the first part, `frameworks.py` the second, `next_steps.py` says how to go on. The `on_*.py` modules show
+what an application looks like under each framework; beside the adapters they are the only modules that import one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def main(model: str | os.PathLike[str] = "pico", part: Part | None = None) -> No
 
     from kalm_integrations.core.reranker import KalmReranker
     from kalm_integrations.demo.frameworks import show_frameworks
-    from kalm_integrations.demo.layout import WIDTH, show_next_steps
+    from kalm_integrations.demo.layout import WIDTH
+    from kalm_integrations.demo.next_steps import show_next_steps
     from kalm_integrations.demo.reranking import show_reranking
     from kalm_integrations.samples import XQUAD_EN
 

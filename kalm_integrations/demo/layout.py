@@ -39,16 +39,3 @@ def shortened(text: str, width: int) -> Text:
     beginning = Text(text)
     beginning.truncate(width, overflow="ellipsis")
     return beginning
-
-
-def show_next_steps(model: str, console: Console) -> None:
-    """Print how to go on."""
-    heading(console, "Next")
-    if model == "pico":
-        plain(
-            console,
-            "pico is a tiny English model that comes with the package, so that everything runs at once. For real work take "
-            "nano or larger, which are fetched from the Hugging Face hub. On a CPU this demo then takes many minutes:",
-        )
-    plain(console, "  kalm demo --model nano")
-    plain(console, '  reranker = KalmReranker.from_pretrained("nano")')

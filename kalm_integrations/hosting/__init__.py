@@ -3,6 +3,7 @@
 * `models`: a component's model, from its settings to an open reranker.
 * `fields`: the settings of components as pydantic fields, checked together and assigned whole or not at all.
 * `documents`: where an encoding lies in a document's metadata, and what may be passed as documents.
+* `pruning`: which sentences of a document's own text a query finds, and the text without the others.
 * `ranking`: one query: what is missing, fetched, told and written back.
 * `fetching`: encodings that documents came without, by id from a store that may fail or hang.
 * `write_back`: the queue by which it is written after the answer.

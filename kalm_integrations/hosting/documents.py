@@ -27,7 +27,20 @@ RETRIEVAL_SCORE_KEY = "retrieval_score"
 RERANKED_KEY = "reranked"
 """Metadata key that is False on documents that were to be reranked and were not; see `on_error`."""
 
-RESERVED_KEYS = (FINGERPRINT_KEY, FUSED_SCORE_KEY, RELEVANCE_SCORE_KEY, RERANKED_KEY, RETRIEVAL_SCORE_KEY)
+RELEVANT_SPANS_KEY = "relevant_spans"
+"""Metadata key of a text's sentences with their scores, best first; see `highlight`."""
+KEPT_SPANS_KEY = "kept_spans"
+"""Metadata key of the parts of the original that a pruned text has; see `prune`."""
+
+RESERVED_KEYS = (
+    FINGERPRINT_KEY,
+    FUSED_SCORE_KEY,
+    KEPT_SPANS_KEY,
+    RELEVANCE_SCORE_KEY,
+    RELEVANT_SPANS_KEY,
+    RERANKED_KEY,
+    RETRIEVAL_SCORE_KEY,
+)
 """Metadata keys of ours that hold something else than an encoding."""
 
 _PREFIXES = ("kalm1.", "kalm1r.")
@@ -94,10 +107,22 @@ def under_key(encoding: Metadata, encoding_key: str) -> Metadata:
 def ranked_metadata(metadata: Mapping[Any, Any], place: RankedPassage, encoding_key: str, *, strip: bool) -> dict[Any, Any]:
     """Return the metadata that a document comes back with: without encodings for `strip`, and with what ranking adds."""
     kept = without_encodings(metadata, encoding_key) if strip else copied(metadata)
-    if kept.get(RERANKED_KEY) is False:
-        # From an earlier reranker, which failed.
-        del kept[RERANKED_KEY]
-    return kept | added_metadata(place)
+    return without_marks(kept) | added_metadata(place)
+
+
+def without_marks(metadata: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return metadata without what an earlier reranker says: that it failed, or which spans its query has.
+
+    What others keep under these keys stays.
+    """
+    marks = {key for key in (KEPT_SPANS_KEY, RELEVANT_SPANS_KEY) if _is_of_spans(metadata.get(key))}
+    if metadata.get(RERANKED_KEY) is False:
+        marks.add(RERANKED_KEY)
+    return {key: value for key, value in metadata.items() if key not in marks}
+
+
+def _is_of_spans(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) and {"start", "end"} <= item.keys() for item in value)
 
 
 def added_metadata(place: RankedPassage) -> dict[str, float | bool]:

@@ -28,11 +28,18 @@ from kalm_integrations.core.base import Reranker, is_reranker
 from kalm_integrations.core.fallback import OnError, check_timeout
 from kalm_integrations.core.ranking import check_count, check_fusion, check_threshold
 from kalm_integrations.core.settings import STORE_SETTINGS, check_names, describe_problems
-from kalm_integrations.core.types import ENCODING_KEY, FusionMethod, plain
+from kalm_integrations.core.types import ENCODING_KEY, FusionMethod, RankedPassage, plain
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import check_encoding_key
 from kalm_integrations.hosting.fetching import Fetch, Fetcher
 from kalm_integrations.hosting.models import FUNCTIONS, Opened, WithModel, check_model, check_model_kwargs, check_no_token
+from kalm_integrations.hosting.pruning import (
+    DEFAULT_PRUNE_THRESHOLD,
+    Excerpt,
+    check_prune_threshold,
+    check_pruning,
+    excerpt,
+)
 
 MODEL_FIELDS = (
     "revision",
@@ -68,6 +75,7 @@ Count = Annotated[int | None, BeforeValidator(_count)]
 """How many results, at most; None: all."""
 Whole = Annotated[int | None, Strict(), BeforeValidator(plain)]
 Threshold = Annotated[float | None, BeforeValidator(_threshold)]
+PruneThreshold = Annotated[float | None, BeforeValidator(check_prune_threshold)]
 Timeout = Annotated[float | None, BeforeValidator(check_timeout)]
 TorchName = Annotated[str | None, BeforeValidator(_name)]
 EncodingKey = Annotated[str, BeforeValidator(check_encoding_key)]
@@ -248,8 +256,16 @@ class RerankFields(QueryFields, EncodingFields):
     what decides the order is returned as metadata `fused_score`."""
     fusion_weight: float | None = None
     """The reranker's share in a fusion, from 0 to 1."""
+    highlight: bool = False
+    """Return in the metadata `relevant_spans` the sentences of a document's text with their scores, best first."""
+    prune: bool = False
+    """Return copies that are cut to the sentences that score `prune_threshold`, or to the best one. The metadata `kept_spans`
+    say where in the original they lie."""
+    prune_threshold: PruneThreshold = None
+    """Score that a sentence must have for `prune`, from 0 to 1; None takes 0.01."""
     strip_encodings: bool = True
-    """Leave encodings out of what is returned, and so out of prompts, traces and checkpoints."""
+    """Leave encodings out of what is returned, and so out of prompts, traces and checkpoints. They are never on a text that
+    was cut by `prune`, which they do not fit."""
     on_missing: Literal["encode", "error"] = "encode"
     """What to do about documents without a valid encoding of their text."""
     timeout: Timeout = None
@@ -284,9 +300,20 @@ class RerankFields(QueryFields, EncodingFields):
             self._fetcher = fetcher = Fetcher(self.fetch)
         return fetcher
 
+    @property
+    def needs_spans(self) -> bool:
+        """Whether the reranker is to be asked for spans."""
+        return self.highlight or self.prune
+
+    def excerpt(self, text: str, place: RankedPassage) -> Excerpt:
+        """Return what `highlight` and `prune` make of a returned document, whose own text is given."""
+        threshold = DEFAULT_PRUNE_THRESHOLD if self.prune_threshold is None else self.prune_threshold
+        return excerpt(text, place, highlight=self.highlight, threshold=threshold if self.prune else None)
+
     def _check_used(self) -> None:
         """Check that every setting has an effect."""
         check_fusion(self.fusion, self.fusion_weight)
+        check_pruning(self.prune, self.prune_threshold)
 
     @model_validator(mode="after")
     def _check_fusion(self) -> RerankFields:

@@ -138,7 +138,9 @@ class HostQuery(Generic[Doc]):
     def arguments(self) -> dict[str, Any]:
         """Return what the reranker is asked beside the passages."""
         fields = self.fields
-        return {
+        # Of a reranker of somebody else's that knows no spans, none are asked unless they are needed.
+        spans = {"spans": len(self.passages)} if fields.needs_spans else {}
+        return spans | {
             "top_k": self.top_k,
             "score_threshold": fields.score_threshold if self.score_threshold is None else self.score_threshold,
             "instruction": fields.instruction if self.instruction is None else self.instruction,
@@ -149,7 +151,13 @@ class HostQuery(Generic[Doc]):
         }
 
     def finish(self, ranking: Ranking) -> Ranking:
-        """Hand over the documents that came without a valid encoding, to be written in the background."""
+        """Hand over the documents that came without a valid encoding, to be written in the background.
+
+        Raises:
+            SettingsError: spans are needed, and the reranker gives none.
+        """
+        if self.fields.needs_spans:
+            _check_spans(ranking)
         note_answer()
         _note(ranking.reading)
         write = self.fields.write_back if self.write is None else self.write
@@ -258,6 +266,16 @@ def _check_scored(scores: Sequence[Any], names: Sequence[str]) -> None:
             f"this fusion needs a first-stage score with every document, but {len(missing)} of {len(scores)} have none, the "
             f"first being {names[missing[0]]}; use a retriever that gives scores, or fusion='reciprocal_rank' with the order "
             "of the documents"
+        )
+        raise SettingsError(msg)
+
+
+def _check_spans(ranking: Ranking) -> None:
+    missing = [place.index for place in ranking if place.is_scored and place.spans is None]
+    if missing:
+        msg = (
+            "highlight and prune need a reranker whose `rank` takes spans, but this one returned "
+            f"{len(missing)} of {len(ranking)} passages without; use another reranker, or set both to False"
         )
         raise SettingsError(msg)
 

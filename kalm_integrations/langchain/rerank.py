@@ -201,9 +201,13 @@ class KalmRerank(RerankFields, BaseDocumentCompressor):
         return _Outcome(returned, {**told, "n_returned": len(returned)})
 
     def _returned(self, document: Document, place: RankedPassage) -> Document:
-        metadata = ranked_metadata(document.metadata, place, self.encoding_key, strip=self.strip_encodings)
+        excerpt = self.excerpt(document.page_content, place)
+        # An encoding does not fit a text that was cut.
+        strip = self.strip_encodings or excerpt.text is not None
+        metadata = ranked_metadata(document.metadata, place, self.encoding_key, strip=strip)
         scored = {RELEVANCE_SCORE_KEY: place.score} if place.is_scored else {}
-        return with_metadata(document, {**metadata, **scored})
+        returned = with_metadata(document, {**metadata, **excerpt.metadata, **scored})
+        return returned if excerpt.text is None else returned.model_copy(update={"page_content": excerpt.text})
 
 
 class RerankInput(BaseModel):

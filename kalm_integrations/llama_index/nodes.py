@@ -9,18 +9,24 @@ from llama_index.core.schema import BaseNode, MetadataMode, RelatedNodeInfo
 
 from kalm_integrations.core.types import FUSED_SCORE_KEY, Metadata, Passage
 from kalm_integrations.hosting.documents import (
+    KEPT_SPANS_KEY,
+    RELEVANT_SPANS_KEY,
     RERANKED_KEY,
     RETRIEVAL_SCORE_KEY,
     encoding_keys,
     only_encodings,
     under_key,
     without_encodings,
+    without_marks,
 )
 from kalm_integrations.hosting.fields import EncodingFields, assigned
 from kalm_integrations.hosting.stores import DocumentKind
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+_ADDED_KEYS = frozenset({FUSED_SCORE_KEY, KEPT_SPANS_KEY, RELEVANT_SPANS_KEY, RERANKED_KEY, RETRIEVAL_SCORE_KEY})
 
 
 class NodeFields(EncodingFields):
@@ -45,9 +51,9 @@ def to_passage(node: BaseNode, encoding_key: str, metadata_mode: MetadataMode) -
     """Return what is encoded of a node, with the encoding that it carries.
 
     The text is that of the node without what rerankers add to it: it is the same before ingest, after retrieval, and behind
-    another reranker that keeps the retrieval score or fuses it.
+    another reranker that keeps the retrieval score, fuses it, or highlights.
     """
-    added = encoding_keys(encoding_key, node.metadata) | {FUSED_SCORE_KEY, RERANKED_KEY, RETRIEVAL_SCORE_KEY}
+    added = encoding_keys(encoding_key, node.metadata) | _ADDED_KEYS
     plain = node.model_copy(update={"metadata": {key: value for key, value in node.metadata.items() if key not in added}})
     return Passage(plain.get_content(metadata_mode=metadata_mode), node.metadata.get(encoding_key))
 
@@ -83,11 +89,16 @@ def with_hidden_metadata(node: BaseNode, metadata: Mapping[str, object]) -> Base
     )
 
 
-def without_mark(node: BaseNode) -> BaseNode:
-    """Return the node without the mark of an earlier reranker that failed."""
-    if node.metadata.get(RERANKED_KEY) is not False:
-        return node
-    return node.model_copy(update={"metadata": {key: value for key, value in node.metadata.items() if key != RERANKED_KEY}})
+def unmarked(node: BaseNode) -> BaseNode:
+    """Return a copy without what an earlier reranker says of its query."""
+    return node.model_copy(update={"metadata": without_marks(node.metadata)})
+
+
+def with_text(node: BaseNode, text: str) -> BaseNode:
+    """Return a copy with another text; all else stays, also where in its source the whole text lies."""
+    made = node.model_copy()
+    made.set_content(text)
+    return made
 
 
 def with_encoding(node: BaseNode, encoding: Metadata, encoding_key: str) -> BaseNode:

@@ -11,21 +11,23 @@ from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
+from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 
 from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.types import RankedPassage, Ranking
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import RETRIEVAL_SCORE_KEY, added_metadata, checked_documents, only_encodings
 from kalm_integrations.hosting.fields import Count, RerankFields
+from kalm_integrations.hosting.pruning import Excerpt
 from kalm_integrations.hosting.ranking import HostQuery, arank, rank
 from kalm_integrations.llama_index.nodes import (
     NodeFields,
     stripped,
     to_passage,
+    unmarked,
     with_encoding,
     with_hidden_metadata,
-    without_mark,
+    with_text,
 )
 
 dispatcher = get_dispatcher(__name__)
@@ -113,13 +115,19 @@ class KalmRerank(NodeFields, RerankFields, BaseNodePostprocessor):
         outcome = _Outcome()
         with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
             yield outcome
-            ranked = [self._output(shown[place.index], place) for place in outcome.ranking]
+            nodes = [shown[place.index] for place in outcome.ranking]
+            excerpts = [self.excerpt(_text(node), place) for node, place in zip(nodes, outcome.ranking, strict=True)]
+            ranked = [self._output(*row) for row in zip(nodes, outcome.ranking, excerpts, strict=True)]
             event.on_end(payload={EventPayload.NODES: ranked})
         dispatcher.event(ReRankEndEvent(nodes=ranked))
         if self.strip_encodings:
             outcome.nodes = ranked
             return
-        kept = [only_encodings(given[place.index].metadata, key) for place in outcome.ranking]
+        # An encoding does not fit a text that was cut.
+        kept = [
+            only_encodings(given[place.index].metadata, key) if excerpt.text is None else {}
+            for place, excerpt in zip(outcome.ranking, excerpts, strict=True)
+        ]
         outcome.nodes = [
             node.model_copy(update={"node": with_hidden_metadata(node.node, metadata)})
             for node, metadata in zip(ranked, kept, strict=True)
@@ -140,10 +148,12 @@ class KalmRerank(NodeFields, RerankFields, BaseNodePostprocessor):
             first_stage_scores=[node.score for node in nodes] if self.fusion == "z_score" else None,
         )
 
-    def _output(self, node: NodeWithScore, place: RankedPassage) -> NodeWithScore:
+    def _output(self, node: NodeWithScore, place: RankedPassage, excerpt: Excerpt) -> NodeWithScore:
         added: dict[str, object] = {RETRIEVAL_SCORE_KEY: node.score} if self.keep_retrieval_score and place.is_scored else {}
-        update = {"node": with_hidden_metadata(without_mark(node.node), added | dict(added_metadata(place)))}
-        return node.model_copy(update=update | ({"score": place.score} if place.is_scored else {}))
+        made = with_hidden_metadata(unmarked(node.node), added | dict(added_metadata(place)) | excerpt.metadata)
+        if excerpt.text is not None:
+            made = with_text(made, excerpt.text)
+        return node.model_copy(update={"node": made} | ({"score": place.score} if place.is_scored else {}))
 
 
 class _Outcome:
@@ -151,6 +161,10 @@ class _Outcome:
 
     ranking: Ranking
     nodes: list[NodeWithScore]
+
+
+def _text(node: NodeWithScore) -> str:
+    return node.node.get_content(MetadataMode.NONE)
 
 
 def _checked(nodes: Iterable[NodeWithScore], query_bundle: QueryBundle | None) -> tuple[QueryBundle, list[NodeWithScore]]:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from kalm_integrations.core.checkpoint.locate import ALIASES, BUILT_IN_ALIASES, published_max_ratio, resolve
+from kalm_integrations.core.checkpoint.locate import (
+    ALIASES,
+    BUILT_IN_ALIASES,
+    did_you_mean_model,
+    published_max_ratio,
+    resolve,
+)
 from kalm_integrations.core.checkpoint.opened import Checkpoint
 from kalm_integrations.core.checkpoint.tokenization import PromptTokenizer
 from kalm_integrations.core.settings import INSTRUCTION, SYSTEM_INSTRUCTION
@@ -66,7 +72,10 @@ def shape_of(model: str) -> Shape:
         return Shape(widths, widths, n_kv_heads, N_PREFIX, published_max_ratio(model) or DEFAULT_MAX_RATIO)
     if model not in BUILT_IN_ALIASES and not os.path.isdir(model):  # noqa: PTH112 - pathlib raises for some names
         known = ", ".join((*BUILT_IN_ALIASES, *ALIASES))
-        msg = f"a model to plan for must be one of {known}, or a local folder, but got {model!r}; plans fetch nothing"
+        msg = (
+            f"a model to plan for must be one of {known}, or a local folder, but got {model!r}; plans fetch nothing"
+            f"{did_you_mean_model(model)}"
+        )
         raise SettingsError(msg)
     checkpoint = Checkpoint.open(resolve(model))
     prefix = PromptTokenizer(checkpoint.load_tokenizer()).prompt_prefix(SYSTEM_INSTRUCTION, INSTRUCTION)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -63,7 +64,9 @@ def bind(host: str, port: int) -> socket.socket:
         listening.bind(address)
         listening.listen(BACKLOG)
     except (OSError, OverflowError) as error:
-        msg = f"host and port must be an address that this machine can listen on, but got {host}:{port} ({error})"
+        is_taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        remedy = "; end what listens there, or choose another port (--port 0 takes a free one)" if is_taken else ""
+        msg = f"host and port must be an address that this machine can listen on, but got {host}:{port} ({error}){remedy}"
         raise SettingsError(msg) from error
     listening.setblocking(False)
     return listening

@@ -173,10 +173,20 @@ class TestAssignment:
             setattr(ranker, name, value)
         assert ranker.to_dict() == before
 
-    def test_a_weight_that_is_left_without_fusion_does_not_enter_yaml(self) -> None:
+    @pytest.mark.parametrize(
+        ("settings", "off"),
+        [
+            ({"fusion": "z_score", "fusion_weight": 0.9}, {"fusion": None}),
+            ({"prune": True, "prune_threshold": 0.1}, {"prune": False}),
+        ],
+    )
+    def test_what_is_left_without_effect_does_not_enter_yaml(
+        self, settings: dict[str, object], off: dict[str, object]
+    ) -> None:
         """The constructor would refuse it."""
-        ranker = KalmRanker(fusion="z_score", fusion_weight=0.9)
-        ranker.fusion = None
+        ranker = KalmRanker(**settings)
+        [(name, value)] = off.items()
+        setattr(ranker, name, value)
         assert KalmRanker.from_dict(ranker.to_dict()).to_dict() == ranker.to_dict()
 
     def test_fetching_may_be_left_without_a_store(self, in_memory_store: InMemoryDocumentStore) -> None:
@@ -354,6 +364,25 @@ class TestPassageText:
         given = [replace(document, meta={**document.meta, "title": "Cities"}) for document in given]
         with pytest.raises(EncodingError):
             KalmRanker(model=FakeReranker(), meta_fields_to_embed=["title"], on_missing="error").run(QUERY, given)
+
+    def test_spans_are_places_in_the_content(self) -> None:
+        """What the ranker reads in front of it is in none of them, and is never cut."""
+        layout = {"meta_fields_to_embed": ["title"], "embedding_separator": " "}
+        ranker = KalmRanker(model=FakeReranker(), highlight=True, prune=True, prune_threshold=0.6, **layout)
+        text = "It is wet here. Who won the game? Nobody."
+        [document] = ranker.run("who won the game", [Document(content=text, meta={"title": "The game"})])["documents"]
+        assert [text[span["start"] : span["end"]] for span in document.meta["relevant_spans"]] == [
+            "Who won the game?",
+            "It is wet here.",
+            "Nobody.",
+        ]
+        assert (document.content, document.meta["title"]) == ("Who won the game?", "The game")
+
+    def test_without_content_there_are_no_spans(self) -> None:
+        ranker = KalmRanker(model=FakeReranker(), highlight=True, prune=True, meta_fields_to_embed=["title"])
+        [document] = ranker.run(QUERY, [Document(content=None, meta={"title": "A title. Another."})])["documents"]
+        assert document.content is None
+        assert (document.meta["relevant_spans"], document.meta["kept_spans"]) == ([], [])
 
 
 class TestEncodings:
@@ -553,6 +582,9 @@ class TestSerialisation:
                 "max_passage_tokens": None,
                 "max_query_tokens": None,
                 "calibration": None,
+                "highlight": False,
+                "prune": False,
+                "prune_threshold": None,
                 "strip_encodings": True,
                 "encoding_key": "kalm_encoding",
                 "on_missing": "encode",
@@ -613,6 +645,9 @@ class TestSerialisation:
             "system_instruction": "Judge.",
             "max_query_tokens": 40,
             "calibration": {"temperature": 2.0, "bias": -1.0},
+            "highlight": True,
+            "prune": True,
+            "prune_threshold": 0.125,
             "strip_encodings": False,
             "on_missing": "error",
             "document_store": in_memory_store,

@@ -671,9 +671,50 @@ def test_a_fused_score_is_in_no_text():
     assert after.stats.passages_encoded == 0
 
 
+@pytest.mark.parametrize("mode", [MetadataMode.ALL, MetadataMode.EMBED, MetadataMode.NONE])
+def test_spans_are_places_in_the_node_s_own_text(mode):
+    """Not in the metadata that are read with it; they are in no text, and the next reranker reads what the first one did."""
+    text = "It is wet here. Who won the game? Nobody.\n"
+    node = TextNode(text=text, metadata={"title": "Who won the game?"}, start_char_idx=7, end_char_idx=49)
+    [encoded] = KalmPassageEncoder(FakeReranker(), metadata_mode=mode)([node])
+    rerank = KalmRerank(FakeReranker(), metadata_mode=mode, highlight=True, strip_encodings=False)
+    [found] = rerank.postprocess_nodes(scored([encoded]), query_str=QUERY)
+    spans = found.node.metadata["relevant_spans"]
+    assert [text[span["start"] : span["end"]] for span in spans] == ["Who won the game?", "It is wet here.", "Nobody."]
+    assert not any("span" in found.node.get_content(shown) for shown in (MetadataMode.LLM, MetadataMode.EMBED))
+    after = FakeReranker()
+    KalmRerank(after, metadata_mode=mode).postprocess_nodes([found], query_str=QUERY)
+    assert after.stats.passages_encoded == 0
+    rerank.prune, rerank.prune_threshold = True, 0.5
+    [cut] = rerank.postprocess_nodes(scored([encoded]), query_str=QUERY)
+    assert (cut.node.text, cut.node.node_id) == ("Who won the game?", node.node_id)
+    assert (cut.node.start_char_idx, cut.node.end_char_idx) == (7, 49)
+    assert not any("span" in cut.node.get_content(shown) for shown in (MetadataMode.LLM, MetadataMode.EMBED))
+    assert encoded.text == text
+
+
+def test_other_kinds_of_nodes_are_cut_too():
+    text = "It is wet here. Who won the game?"
+    nodes = [Document(text=text), ImageNode(text=text), IndexNode(text=text, index_id="index")]
+    rerank = KalmRerank(FakeReranker(), prune=True, prune_threshold=0.5)
+    returned = rerank.postprocess_nodes(scored(nodes), query_str=QUERY)
+    assert [type(node.node) for node in returned] == [Document, ImageNode, IndexNode]
+    assert [node.node.get_content() for node in returned] == ["Who won the game?"] * 3
+    assert [node.get_content() for node in nodes] == [text] * 3
+
+
+def test_text_that_a_template_changes_has_no_spans():
+    """The node's own text does not stand in what is read."""
+    node = TextNode(text="It is wet. Who won?", metadata={"a": "b"}, text_template="{content!r:.12} {metadata_str}")
+    rerank = KalmRerank(FakeReranker(), highlight=True, prune=True, prune_threshold=0.5)
+    [found] = rerank.postprocess_nodes(scored([node]), query_str=QUERY)
+    assert (found.node.text, found.node.metadata["relevant_spans"]) == (node.text, [])
+
+
 def test_components_survive_serialisation(tiny_checkpoint):
     settings = {"top_n": 2, "score_threshold": 0.1, "metadata_mode": "llm", "model_kwargs": {"cache_bytes": 0}}
     settings |= {"fusion": "z_score", "fusion_weight": 0.25, "calibration": {"temperature": 2.0, "bias": -1.0}}
+    settings |= {"highlight": True, "prune": True, "prune_threshold": 0.125}
     postprocessor = KalmRerank(tiny_checkpoint, write_back=print, **settings)
     encoder = KalmPassageEncoder(tiny_checkpoint, compression_ratio=2, metadata_mode="all", model_kwargs={"cache_bytes": 0})
     for component in (postprocessor, encoder):
@@ -681,7 +722,7 @@ def test_components_survive_serialisation(tiny_checkpoint):
         assert pickle.loads(pickle.dumps(component)).to_dict() == component.to_dict()
     assert KalmRerank.from_dict(postprocessor.to_dict()).model == str(tiny_checkpoint)
     assert json.loads(KalmRerank(FakeReranker()).to_json())["model"] == f"FakeReranker:{FakeReranker().fingerprint}"
-    postprocessor.fusion = None
+    postprocessor.fusion, postprocessor.prune = None, False
     assert KalmRerank.from_dict(postprocessor.to_dict()).to_dict() == postprocessor.to_dict()
 
 

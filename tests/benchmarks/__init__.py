@@ -18,6 +18,10 @@
 | trials.py | options and tables that these two share |
 | stores.py, store_kinds.py, stores_page.py | bytes and milliseconds in real stores: `python -m benchmarks.stores` |
 | mep_ablation.py | what training on pooled states is worth: `python -m benchmarks.mep_ablation TRAIN TEST` |
+| spans.py, span_cases.py | which sentence answers, and what can be left out: `python -m benchmarks.spans` |
+| span_cost.py | what that costs a query: `python -m benchmarks.span_cost` |
+| batches.py | speed and memory of a GPU by batch size: `python -m benchmarks.batches` |
+| spans_page.py | tables of the last three: `python -m benchmarks.spans_page` |
 | machine.py | what the figures depend on |
 | render.py, bars.py, plots.py, tables.py, page.md | results to docs/benchmarks.md |
 """

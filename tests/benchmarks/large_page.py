@@ -11,7 +11,7 @@ from typing import Any
 from tools.paths import DOCS
 
 from benchmarks import trials
-from benchmarks.tables import significant, table
+from benchmarks.tables import between_marks, significant, table
 
 READS = trials.FOLDER / "large_reads.json"
 BACKFILL = trials.FOLDER / "large_backfill.json"
@@ -33,9 +33,7 @@ def updated_page(reads: Measured | None, backfill: Measured | None, text: str) -
         "large backfill": backfill and "\n\n".join((_about(backfill), _backfill(backfill), _grown(backfill))),
     }
     for name, made in parts.items():
-        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n{made or NOT_MEASURED}\n\n{end}{rest.partition(end)[2]}"
+        text = between_marks(text, name, made or NOT_MEASURED)
     return text
 
 

@@ -14,7 +14,7 @@ from tools.paths import DOCS
 
 from benchmarks import plan, trials
 from benchmarks.results import RATIO, Results
-from benchmarks.tables import significant, table
+from benchmarks.tables import between_marks, significant, table
 from kalm_integrations.corpora.jsonl import to_json
 from kalm_integrations.planning.arithmetic import decoder_multiply_adds, encoder_multiply_adds
 from kalm_integrations.planning.plans import MEASURED
@@ -24,8 +24,6 @@ from kalm_integrations.planning.speed import ENCODE, POOLED, PREFIX, PRODUCT
 RESULTS = trials.FOLDER / "stores.json"
 RATES = trials.FOLDER / "results.json"
 PAGE = DOCS / "stores.md"
-BEGIN, END = "<!-- encodings on disk: begin -->\n", "<!-- encodings on disk: end -->\n"
-
 PLACES = {"disk": "", "memory": ", in memory"}
 """Where bytes were weighed, and what that adds to the store's name."""
 
@@ -39,9 +37,8 @@ def render(results: Path = RESULTS, page: Path = PAGE, constants: Path = MEASURE
 
 def updated_page(measured: dict[str, Any], text: str) -> str:
     """Return a page with the tables between its marks."""
-    before, _, rest = text.partition(BEGIN)
     tables = "\n\n".join((_about(measured), _on_disk(measured), _searches(measured)))
-    return f"{before}{BEGIN}\n{tables}\n\n{END}{rest.partition(END)[2]}"
+    return between_marks(text, "encodings on disk", tables)
 
 
 def make_constants(measured: dict[str, Any], runs: dict[str, Any]) -> str:

@@ -14,3 +14,10 @@ def significant(value: float) -> str:
 def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def between_marks(text: str, name: str, made: str) -> str:
+    """Return a page with what was made between its marks of a name."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{made}\n\n{end}{rest.partition(end)[2]}"

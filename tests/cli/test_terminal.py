@@ -67,7 +67,8 @@ def test_warnings_of_the_package_are_notes() -> None:
 
 
 def test_a_fetch_is_announced_before_it_fails(tmp_path: Path) -> None:
-    done = run_process("rerank", QUERY, "--model", "nano", stdin=b"a", HF_HOME=str(tmp_path))
+    nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = run_process("rerank", QUERY, "--model", "nano", stdin=b"a", **nowhere)
     fetching, error = done.stderr.decode().splitlines()
     assert fetching == "kalm: fetching KaLM-Embedding/KaLM-Reranker-V1-Nano from the hub"
     assert error.startswith("kalm: error: checkpoint 'KaLM-Embedding/KaLM-Reranker-V1-Nano' at revision ")

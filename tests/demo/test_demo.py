@@ -1,6 +1,7 @@
 """The demo runs without a network, fits a terminal, and tells the truth."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -10,13 +11,14 @@ from statistics import fmean
 
 import pytest
 from tools.corpora import write_collection
+from tools.paths import ROOT
 
 from kalm_integrations import demo, samples
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.corpora.bm25 import BM25
 from kalm_integrations.corpora.measures import ndcg_at_10
-from kalm_integrations.demo import reranking, stage
+from kalm_integrations.demo import next_steps, reranking, stage
 from kalm_integrations.testing import FakeReranker
 
 N_PASSAGES, N_QUESTIONS = 24, 40
@@ -69,7 +71,7 @@ def test_reranking_reports_encodings_and_quality(output, sample):
     missed = {q: order for q, order in orders.items() if order[0] not in collection.qrels[q]}
     assert numbers(output, "BM25")[2:] == [f"{fmean(ndcg_at_10(collection.qrels, missed).values()):.3f}", "0"]
     assert f"the {len(missed)} of {len(orders)} whose answer BM25 does not put" in output
-    assert "kalm demo --model nano" in output
+    assert "Three things to try" in output
 
 
 def test_answers_move_as_the_demo_says(output, sample, tiny_checkpoint):
@@ -129,3 +131,44 @@ def test_sample_is_whole_and_names_its_licence():
     readme = (samples.XQUAD_EN / "README.md").read_text(encoding="utf-8")
     assert "XQuAD" in readme
     assert "Attribution-ShareAlike 4.0" in readme
+
+
+def test_three_things_to_try_work_as_typed(tmp_path, monkeypatch):
+    """In the form in which the demo was started: by a path, as make does, by its name, or as a module."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    kalm = folder / "kalm"
+    kalm.write_text(f'#!/bin/sh\nexec {sys.executable} -m kalm_integrations "$@"\n')
+    kalm.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.defpath)
+    for started, expected in (("bin/kalm", "bin/kalm"), (f"{ROOT}/kalm_integrations/__main__.py", sys.executable)):
+        monkeypatch.setattr(sys, "argv", [started, "demo"])
+        steps = list(next_steps.next_steps())
+        assert len(steps) == 3
+        assert all(step.lines[-1].strip().startswith(expected) for step in steps)
+    ranked, planned, looked = [
+        "\n".join(step.lines).replace(sys.executable + " -m kalm_integrations", "bin/kalm") for step in steps
+    ]
+    for command, words in ((ranked, "Otters live on fish."), (f"{planned} --speed 1", "1,000,000 passages of 256 tokens")):
+        done = subprocess.run(["/bin/sh", "-c", command], env=environment, capture_output=True, text=True, check=True)
+        assert words in done.stdout
+    assert looked == "bin/kalm ui"
+    monkeypatch.setenv("PATH", f"{folder}:{os.defpath}")
+    monkeypatch.setattr(sys, "argv", [str(kalm), "demo"])
+    assert next_steps.started_as() == "kalm"
+
+
+def test_what_kalm_ui_needs_is_installed_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(next_steps, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", [".venv/bin/kalm", "demo"])
+    monkeypatch.setenv("PATH", os.defpath)
+    monkeypatch.chdir(ROOT)
+    in_clone = list(next_steps.next_steps())[-1].lines
+    assert in_clone == (
+        ".venv/bin/python -m pip install -c constraints.txt -e '.[serve]'",
+        ".venv/bin/kalm ui",
+    )
+    monkeypatch.chdir(tmp_path)
+    assert "pip install 'kalm-integrations[serve]'" in list(next_steps.next_steps())[-1].lines[0]

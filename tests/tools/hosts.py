@@ -28,6 +28,7 @@ class Host(Protocol):
     def retrieved(self, document: Any, score: float | None) -> Any: ...
     def with_text(self, document: Any, text: str) -> Any: ...
     def key(self, document: Any) -> str: ...
+    def text(self, document: Any) -> str: ...
     def score(self, document: Any) -> Any: ...
     def metadata(self, document: Any) -> dict[str, Any]: ...
     def ingest(self, model: Any, documents: Sequence[Any]) -> list[Any]: ...
@@ -59,6 +60,9 @@ class LangChain:
 
     def key(self, document):
         return document.id
+
+    def text(self, document):
+        return document.page_content
 
     def score(self, document):
         return document.metadata["relevance_score"]
@@ -119,6 +123,9 @@ class LlamaIndex:
     def key(self, document):
         return document.node_id
 
+    def text(self, document):
+        return document.text
+
     def score(self, document):
         return document.score
 
@@ -151,7 +158,7 @@ class LlamaIndex:
         return list(component(documents))
 
     async def ause(self, component, query, documents):
-        nodes = [NodeWithScore(node=node, score=0.5) for node in documents]
+        nodes = [NodeWithScore(node=node, score=0.5) if isinstance(node, TextNode) else node for node in documents]
         return await component.apostprocess_nodes(nodes, QueryBundle(query))
 
     async def aencode(self, component, documents):
@@ -181,6 +188,9 @@ class Haystack:
 
     def key(self, document):
         return document.id
+
+    def text(self, document):
+        return document.content
 
     def score(self, document):
         return document.score

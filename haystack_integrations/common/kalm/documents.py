@@ -10,6 +10,7 @@ from haystack import Document
 
 from kalm_integrations.core.types import Metadata, Passage, RankedPassage
 from kalm_integrations.hosting.documents import encoding_keys, ranked_metadata, with_encoding, without_encodings
+from kalm_integrations.hosting.pruning import Excerpt
 from kalm_integrations.hosting.stores import DocumentKind
 
 
@@ -40,10 +41,18 @@ class DocumentLayout:
         """Return a copy of a document, with the same id, that carries what `Reranker.encode_to_metadata` made of it."""
         return replace(document, meta=with_encoding(document.meta, metadata, self.encoding_key))
 
-    def scored(self, document: Document, place: RankedPassage, *, strip: bool) -> Document:
-        """Return a copy of a document with its score, the old one if it was not reranked; without encodings for `strip`."""
-        meta = ranked_metadata(document.meta, place, self.encoding_key, strip=strip)
-        return replace(document, score=place.score if place.is_scored else document.score, meta=meta)
+    def scored(self, document: Document, place: RankedPassage, excerpt: Excerpt, *, strip: bool) -> Document:
+        """Return a copy of a document with its score, the old one if it was not reranked; without encodings for `strip`.
+
+        A copy whose text was cut has none in any case: an encoding does not fit it.
+        """
+        meta = ranked_metadata(document.meta, place, self.encoding_key, strip=strip or excerpt.text is not None)
+        return replace(
+            document,
+            content=document.content if excerpt.text is None else excerpt.text,
+            score=place.score if place.is_scored else document.score,
+            meta=meta | excerpt.metadata,
+        )
 
     @property
     def kind(self) -> DocumentKind[Document]:

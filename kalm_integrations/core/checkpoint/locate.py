@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from kalm_integrations.core.settings import did_you_mean
 from kalm_integrations.errors import CheckpointNotFoundError, SettingsError
 from kalm_integrations.logs import only_errors
 
@@ -27,6 +28,18 @@ class Published(NamedTuple):
     """Used by default; None, where none has been verified, is the newest."""
     max_compression_ratio: int
     """The coarsest ratio that it was trained for."""
+
+
+class Repository(NamedTuple):
+    """A repository of the hub."""
+
+    hub_id: str
+    revision: str | None
+    """None is the newest."""
+
+    def __str__(self) -> str:
+        """Return it for a message."""
+        return f"{self.hub_id!r}{f' at revision {self.revision}' if self.revision else ''}"
 
 
 ALIASES: dict[str, Published] = {
@@ -64,10 +77,21 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None, token: s
         revision: branch, tag or commit of a hub repository; None takes the pinned one of an alias.
         token: for a private repository; None leaves it to huggingface_hub (`HF_TOKEN`, a saved login).
 
+    Raises:
+        CheckpointNotFoundError: no such folder or repository, or the hub cannot be reached.
+        SettingsError: neither an alias, nor a hub id, nor a folder; or a revision of something without revisions.
+    """
+    place = place_of(model, revision)
+    return place if isinstance(place, Path) else _fetch(place, token)
+
+
+def place_of(model: str | os.PathLike[str], revision: str | None = None) -> Path | Repository:
+    """Return where a checkpoint belongs: a local folder, which is there, or a repository of the hub, which is not looked up.
+
     An alias means the same wherever it is used: a folder of that name in the working directory is `./nano`.
 
     Raises:
-        CheckpointNotFoundError: no such folder or repository, or the hub cannot be reached.
+        CheckpointNotFoundError: no such folder.
         SettingsError: neither an alias, nor a hub id, nor a folder; or a revision of something without revisions.
     """
     name = os.fspath(model)
@@ -85,14 +109,19 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None, token: s
         return Path(name)
     if name in ALIASES:
         published = ALIASES[name]
-        return _fetch(published.hub_id, revision or published.revision, token)
-    if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        return _fetch(name, revision, token)
+        return Repository(published.hub_id, revision or published.revision)
+    if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "~")):
+        return Repository(name, revision)
+    if name.lower().startswith(("http://", "https://")):
+        # Not shown: there may be a password in it.
+        msg = "model must be a checkpoint here, but got the address of a service, which RemoteReranker(address) asks"
+        raise SettingsError(msg)
     known = ", ".join((*BUILT_IN_ALIASES, *ALIASES))
     if name == "" or os.sep in name or os.path.exists(name):  # noqa: PTH110
-        msg = f"a local checkpoint must be an existing folder, but got {name!r}; check the path, or use one of: {known}"
+        home = "write the home directory out for ~, " if name.startswith("~") else ""
+        msg = f"a local checkpoint must be an existing folder, but got {name!r}; {home}check the path, or use one of: {known}"
         raise CheckpointNotFoundError(msg)
-    msg = f"model must be one of {known}, a hub id (owner/name) or a local folder, but got {name!r}"
+    msg = f"model must be one of {known}, a hub id (owner/name) or a local folder, but got {name!r}{did_you_mean_model(name)}"
     raise SettingsError(msg)
 
 
@@ -103,26 +132,72 @@ def published_max_ratio(model: str | os.PathLike[str]) -> int | None:
     return ALIASES[name].max_compression_ratio if name in ALIASES else ratios.get(name)
 
 
-def _fetch(repository: str, revision: str | None, token: str | None) -> Path:
+def did_you_mean_model(name: str) -> str:
+    """Return a hint at the alias or hub id that a name is close to, or nothing."""
+    if "kalm" in name.lower():
+        with_owner = name if "/" in name else f"KaLM-Embedding/{name}"
+        return did_you_mean(with_owner, (published.hub_id for published in ALIASES.values()))
+    return did_you_mean(name, (*BUILT_IN_ALIASES, *ALIASES))
+
+
+def is_offline() -> bool:
+    """Return whether the hub must not be asked, because the environment says so."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def cache_folder() -> Path:
+    """Return the folder in which the hub's client keeps what it has fetched; it need not be there."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def cached_folder(repository: Repository) -> Path | None:
+    """Return the folder of a repository in the hub's cache, or None. Nothing is fetched; a fetch may have been cut short."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository.hub_id, revision=repository.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        return None
+
+
+def _fetch(repository: Repository, token: str | None) -> Path:
     """Return the snapshot folder of a hub repository, from the cache if it is there."""
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    hub_id, revision = repository
     try:
-        if not isinstance(try_to_load_from_cache(repository, "config.json", revision=revision), str):
-            logger.info("fetching %s from the hub", repository)
+        if not is_offline() and not isinstance(try_to_load_from_cache(hub_id, "config.json", revision=revision), str):
+            logger.info("fetching %s from the hub", hub_id)
         # Two lines for each retry, and what comes of them is in our own message.
         with only_errors("huggingface_hub"):
-            return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=list(FILES)))
+            return Path(snapshot_download(hub_id, revision=revision, token=token, allow_patterns=list(FILES)))
     except HFValidationError as error:
-        msg = f"model must be a valid hub id (owner/name), an alias or an existing folder, but got {repository!r}: {error}"
+        msg = f"model must be a valid hub id (owner/name), an alias or an existing folder, but got {hub_id!r}: {error}"
         raise SettingsError(msg) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        at = f" at revision {revision}" if revision else ""
-        msg = (
-            f"checkpoint {repository!r}{at} must be in the local cache or on the hub, but could not be fetched "
-            f"({type(error).__name__}); check the name and the network. Without a network: download it on another machine "
-            f"(hf download {repository}) and pass the folder, set HF_HUB_OFFLINE=1 to read the cache without asking the hub, "
-            "or use the built-in checkpoint 'pico'"
+        raise CheckpointNotFoundError(_not_fetched(repository, error)) from error
+
+
+def _not_fetched(repository: Repository, error: Exception) -> str:
+    hub_id, revision = repository
+    at = f" --revision {revision}" if revision else ""
+    ways = (
+        f"download it where there is a network (hf download {hub_id}{at} --local-dir FOLDER) and pass the folder, or use the "
+        "built-in checkpoint 'pico'"
+    )
+    if is_offline():
+        return (
+            f"checkpoint {repository} must be in the local cache, because HF_HUB_OFFLINE is set, but {cache_folder()} does "
+            f"not have it; unset HF_HUB_OFFLINE to fetch it, {ways}"
         )
-        raise CheckpointNotFoundError(msg) from error
+    return (
+        f"checkpoint {repository} must be in the local cache or on the hub, but could not be fetched "
+        f"({type(error).__name__}){did_you_mean_model(hub_id)}; check the name and the network: there is no folder of that "
+        f"name either. Without a network: {ways}; HF_HUB_OFFLINE=1 reads the cache without asking the hub"
+    )

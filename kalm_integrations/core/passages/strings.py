@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kalm_integrations.core.passages.header import base64_length, check_header, from_base64, read_header, refuse
 from kalm_integrations.core.sizes import PAYLOAD_BYTES
 from kalm_integrations.core.text import without_surrogates
+from kalm_integrations.core.types import ENCODING_KEY
 
 PREFIX = "kalm1"
 REFERENCE_PREFIX = "kalm1r"
@@ -44,7 +45,8 @@ def read_string(value: object, check: Callable[[Fields], None]) -> tuple[Fields,
         CorruptEncodingError: it is anything else, or was changed in any character.
     """
     if not isinstance(value, str):
-        refuse(f"be a string, but got {type(value).__name__}")
+        whole = f" ({ENCODING_KEY!r} of the metadata is wanted, not all of them)" if isinstance(value, Mapping) else ""
+        refuse(f"be a string, but got {type(value).__name__}{whole}")
     if len(value) > MAX_VALUE_CHARS:
         refuse(f"have at most {MAX_VALUE_CHARS} characters, but got {len(value)}")
     prefix, *parts = value.split(".", 3)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,10 +67,27 @@ def use(folder: Path) -> list[float]:
 # Finding a checkpoint.
 
 
-def test_unknown_alias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("nanno", "nano"),
+        ("Small", "small"),
+        ("nano-R2", "nano-r2"),
+        ("KaLM-Reranker-V1-Nano", "KaLM-Embedding/KaLM-Reranker-V1-Nano"),
+        ("bert", None),
+    ],
+)
+def test_unknown_alias(name: str, meant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SettingsError, match=r"one of pico, nano, .* hub id .* local folder, but got 'nanno'"):
-        KalmReranker.from_pretrained("nanno")
+    hint = "" if meant is None else rf"; did you mean '{meant}'\?"
+    with pytest.raises(SettingsError, match=rf"one of pico, nano, .* hub id .* local folder, but got '{name}'{hint}$"):
+        KalmReranker.from_pretrained(name)
+
+
+def test_the_address_of_a_service_is_no_checkpoint() -> None:
+    with pytest.raises(SettingsError, match="got the address of a service, which RemoteReranker") as caught:
+        KalmReranker.from_pretrained("http://me:hunter2@host")
+    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("model", ["owner/na--me", "-owner/name", f"owner/{'x' * 200}"])
@@ -76,7 +96,7 @@ def test_names_that_can_be_no_hub_id(model: str) -> None:
         KalmReranker.from_pretrained(model)
 
 
-@pytest.mark.parametrize("model", ["", "/no/such/folder", "no/such/folder", Path("owner/name"), "~/folder"])
+@pytest.mark.parametrize("model", ["", "/no/such/folder", "no/such/folder", Path("owner/name"), "~/folder", "~/a/b"])
 def test_folders_that_are_not_there(model: str | Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"must be an existing folder, but got .* check the path"):
         KalmReranker.from_pretrained(model)
@@ -93,9 +113,27 @@ def test_hub_out_of_reach(model: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     name = ALIASES[model].hub_id if model in ALIASES else model
     with pytest.raises(
-        CheckpointNotFoundError, match=f"'{name}'.*in the local cache.*network.*folder.*HF_HUB_OFFLINE=1.*'pico'"
+        CheckpointNotFoundError, match=f"'{name}'.*must be in the local cache, because HF_HUB_OFFLINE is set.*folder.*'pico'"
     ):
         KalmReranker.from_pretrained(model)
+
+
+def test_hub_that_does_not_answer(tmp_path: Path) -> None:
+    """Nobody listens there: the message has the ways out, and the name that was meant."""
+    code = (
+        "from kalm_integrations import KalmReranker\n"
+        "from kalm_integrations.errors import CheckpointNotFoundError\n"
+        "try: KalmReranker.from_pretrained('KaLM-Embedding/KaLM-Reranker-V1-Nanno')\n"
+        "except CheckpointNotFoundError as error: print(error)"
+    )
+    nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **nowhere}, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert re.search(
+        r"in the local cache or on the hub, .*did you mean 'KaLM-Embedding/KaLM-Reranker-V1-Nano'\?.*network.*folder.*'pico'",
+        done.stdout,
+    )
 
 
 def test_revision_of_a_folder(folder: Path) -> None:

@@ -13,12 +13,13 @@ from haystack_integrations.common.kalm.stores import access_to, check_updatable,
 from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.fallback import OnError
 from kalm_integrations.core.ranking import check_count, check_fusion, check_threshold
-from kalm_integrations.core.types import ENCODING_KEY, FusionMethod, Ranking, shown
+from kalm_integrations.core.types import ENCODING_KEY, FusionMethod, RankedPassage, Ranking, shown
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import checked_documents
 from kalm_integrations.hosting.fetching import Fetcher
 from kalm_integrations.hosting.fields import Count, RerankFields
 from kalm_integrations.hosting.models import FUNCTIONS
+from kalm_integrations.hosting.pruning import check_pruning
 from kalm_integrations.hosting.ranking import HostQuery, arank, rank
 from kalm_integrations.hosting.stores import DocumentId, write_encodings
 
@@ -92,6 +93,9 @@ class KalmRanker(KalmComponent):
         max_passage_tokens: int | None = None,
         max_query_tokens: int | None = None,
         calibration: bool | dict[str, float] | None = None,
+        highlight: bool = False,
+        prune: bool = False,
+        prune_threshold: float | None = None,
         strip_encodings: bool = True,
         encoding_key: str = ENCODING_KEY,
         on_missing: Literal["encode", "error"] = "encode",
@@ -130,7 +134,12 @@ class KalmRanker(KalmComponent):
             max_query_tokens: longer queries are cut; 512 by default.
             calibration: make scores probabilities: True takes what `kalm calibrate` saved beside the checkpoint, or give
                 `{"temperature": ..., "bias": ...}`.
-            strip_encodings: return documents without encodings, so that none reaches a prompt or a trace.
+            highlight: return in `meta["relevant_spans"]` the sentences of `content` with their scores, best first.
+            prune: return copies whose `content` is cut to the sentences that score `prune_threshold`, or to the best one;
+                `meta["kept_spans"]` says where in the original they lie.
+            prune_threshold: score that a sentence must have for it, from 0 to 1; 0.01 by default.
+            strip_encodings: return documents without encodings, so that none reaches a prompt or a trace. They are never on
+                content that was cut by `prune`, which they do not fit.
             encoding_key: meta key of the encoding.
             on_missing: what to do with documents whose encoding is missing or stale: "encode" them, or raise an "error".
             timeout: seconds in which a query must be answered; None waits as long as it takes.
@@ -168,6 +177,9 @@ class KalmRanker(KalmComponent):
             max_passage_tokens=max_passage_tokens,
             max_query_tokens=max_query_tokens,
             calibration=calibration,
+            highlight=highlight,
+            prune=prune,
+            prune_threshold=prune_threshold,
             strip_encodings=strip_encodings,
             encoding_key=encoding_key,
             on_missing=on_missing,
@@ -180,6 +192,7 @@ class KalmRanker(KalmComponent):
             model_kwargs=model_kwargs,
         )
         check_fusion(fusion, fusion_weight)
+        check_pruning(prune, prune_threshold)
         if fetch_encodings and document_store is None:
             msg = "fetch_encodings=True needs document_store, which is asked, but got None; give one, or fetch"
             raise SettingsError(msg)
@@ -206,9 +219,11 @@ class KalmRanker(KalmComponent):
         """
         described = KalmComponent.to_dict(self)
         parameters = described["init_parameters"]
+        # What may have been left from before something was switched off, the constructor would refuse.
         if self.fusion is None:
-            # It may have been left from before fusion was switched off, which the constructor would refuse.
             parameters["fusion_weight"] = None
+        if not self.prune:
+            parameters["prune_threshold"] = None
         parameters["fetch_encodings"] = self.fetch_encodings and self.document_store is not None
         for name in FUNCTIONS:
             if parameters[name] is not None:
@@ -311,8 +326,12 @@ class KalmRanker(KalmComponent):
 
     def _answer(self, candidates: list[Document], ranking: Ranking) -> dict[str, list[Document]]:
         fields = self._fields
-        strip = fields.strip_encodings
-        return {"documents": [fields.layout.scored(candidates[place.index], place, strip=strip) for place in ranking]}
+        layout, strip = fields.layout, fields.strip_encodings
+
+        def returned(document: Document, place: RankedPassage) -> Document:
+            return layout.scored(document, place, fields.excerpt(document.content or "", place), strip=strip)
+
+        return {"documents": [returned(candidates[place.index], place) for place in ranking]}
 
 
 def _best_of_each_id(documents: list[Document]) -> list[Document]:

@@ -1,0 +1,148 @@
+"""Which sentences of a document's own text were judged how, and the text without those that say nothing about the query."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby, pairwise
+from typing import Any, TypeAlias
+
+from kalm_integrations.core.types import RankedPassage, Span, as_number, shown
+from kalm_integrations.errors import SettingsError
+from kalm_integrations.hosting.documents import KEPT_SPANS_KEY, RELEVANT_SPANS_KEY
+
+DEFAULT_PRUNE_THRESHOLD = 0.01
+"""Score that a sentence must have to be kept, where none is given."""
+
+Range: TypeAlias = tuple[int, int]
+"""Start and end in a text, in code points; the end does not belong to it."""
+
+
+def check_prune_threshold(threshold: object) -> float | None:
+    """Return a threshold for sentences as a float; None takes the default.
+
+    Raises:
+        SettingsError: it is no number from 0 to 1.
+    """
+    if threshold is None:
+        return None
+    checked = as_number(threshold)
+    if not 0 <= checked <= 1:
+        msg = f"prune_threshold must be a number from 0 (keep all) to 1, or None for the default, but got {shown(threshold)}"
+        raise SettingsError(msg)
+    return checked
+
+
+def check_pruning(prune: bool, threshold: float | None) -> None:
+    """Check that a threshold has an effect.
+
+    Raises:
+        SettingsError: it is given, and nothing is pruned.
+    """
+    if threshold is not None and not prune:
+        msg = f"prune_threshold={threshold} is for prune, but prune is False; set prune=True too"
+        raise SettingsError(msg)
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """What spans make of a returned document."""
+
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """To add: the spans that were asked for."""
+    text: str | None = None
+    """The text that is left; None: it stays as it is."""
+
+
+def excerpt(text: str, place: RankedPassage, *, highlight: bool, threshold: float | None) -> Excerpt:
+    """Return what the spans of a ranked document say about its own text; nothing if it was not reranked.
+
+    Args:
+        text: the document's own, as it came. What was judged may have had metadata around it.
+        place: of the document, with its spans.
+        highlight: put the spans into the metadata.
+        threshold: cut the text to the sentences that score as much; None leaves it whole.
+    """
+    if not place.is_scored:
+        return Excerpt()
+    spans = own_spans(text, place.text or "", place.spans or ())
+    metadata: dict[str, Any] = {}
+    if highlight:
+        metadata[RELEVANT_SPANS_KEY] = [span.to_dict() for span in spans]
+    if threshold is None:
+        return Excerpt(metadata)
+    kept = kept_ranges(text, spans, threshold)
+    metadata[KEPT_SPANS_KEY] = [{"start": start, "end": end} for start, end in kept]
+    pruned = cut_out(text, kept)
+    return Excerpt(metadata, None if pruned == text else pruned)
+
+
+def own_spans(text: str, judged: str, spans: Iterable[Span]) -> list[Span]:
+    """Return where spans lie in a document's own text: those that reach beyond it are clipped, those outside left out.
+
+    Args:
+        text: the document's own.
+        judged: what the spans are of. If it has the text several times, the last one counts: metadata stand in front.
+        spans: in any order, which is kept.
+
+    Returns:
+        No spans if the text is blank, or does not stand in what was judged.
+    """
+    bare = text.strip()
+    place = judged.rfind(bare) if bare else -1
+    if place < 0:
+        return []
+    # A template may have taken the blanks around the text away.
+    shift = place - (len(text) - len(text.lstrip()))
+    found = []
+    for span in spans:
+        start, end = (min(max(at - shift, 0), len(text)) for at in (span.start, span.end))
+        piece = text[start:end]
+        start, end = end - len(piece.lstrip()), start + len(piece.rstrip())
+        if start < end:
+            found.append(replace(span, start=start, end=end))
+    return found
+
+
+def kept_ranges(text: str, spans: Sequence[Span], threshold: float) -> list[Range]:
+    """Return which parts of a text are left if sentences are taken out that score less than a threshold.
+
+    The best sentence is kept in any case. Neighbours make one part with all that stands between them. What is behind the last
+    sentence was not read, and is kept too.
+
+    Args:
+        text: the text.
+        spans: its sentences, of which none reach into each other, in any order; none keeps the whole text.
+        threshold: score that a sentence must have.
+
+    Returns:
+        In order; they do not touch each other. None of a text without characters.
+    """
+    if not spans:
+        return [(0, len(text))] if text else []
+    least = min(threshold, max(span.score for span in spans))
+    in_order = sorted(spans, key=lambda span: span.start)
+    ranges: list[Range] = []
+    for is_kept, group in groupby(in_order, key=lambda span: span.score >= least):
+        neighbours = list(group)
+        if is_kept:
+            ranges.append((neighbours[0].start, neighbours[-1].end))
+    if ranges[0][0] == in_order[0].start:
+        ranges[0] = (0, ranges[0][1])
+    end = in_order[-1].end
+    if ranges[-1][1] == end:
+        ranges[-1] = (ranges[-1][0], len(text))
+    elif unread := text[end:].lstrip():
+        ranges.append((len(text) - len(unread), len(text)))
+    return ranges
+
+
+def cut_out(text: str, ranges: Sequence[Range]) -> str:
+    """Return parts of a text; a line break stands where what lay between two of them had one, else a blank."""
+    if not ranges:
+        return ""
+    pieces = [text[slice(*ranges[0])]]
+    for (_, end), (start, stop) in pairwise(ranges):
+        between = text[end:start]
+        pieces += ["\n" if "\n" in between or "\r" in between else " ", text[start:stop]]
+    return "".join(pieces)
