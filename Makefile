@@ -13,7 +13,7 @@ FUZZ_ROUNDS ?= 100000
 SOAK_SECONDS ?= 1800
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz soak packages alone notebooks lint types docs bench lowest clean
+.PHONY: help setup demo test browser fuzz soak packages alone notebooks lint types docs bench lowest clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,7 +49,14 @@ demo: $(DEMO_READY) ## rerank real passages with the built-in checkpoint
 	$(BIN)/kalm demo
 
 test: $(READY) ## run the tests, offline
-	$(BIN)/python -m pytest --ignore tests/test_notebooks.py
+	$(BIN)/python -m pytest --ignore tests/test_notebooks.py --ignore tests/browser
+
+browser: $(READY) ## run the tests of the page of `kalm ui` in chromium, which is installed where that may be
+	@command -v chromium >/dev/null || \
+	{ [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core; } >/dev/null 2>&1 || \
+	{ echo 'the tests of the page need chromium: install it (apt-get install chromium)' >&2; exit 1; }
+	$(BIN)/python -m pytest tests/browser
 
 fuzz: $(READY) ## throw values, strings and files of all kinds at everything; half an hour
 	KALM_FUZZ_ROUNDS=$(FUZZ_ROUNDS) $(BIN)/python -m pytest tests/fuzz

@@ -39,8 +39,8 @@ def test_files_are_small():
 
 
 def test_tests_mirror_the_folders_of_the_package():
-    """Hosts share one contract, so theirs stand together; what is fuzzed or soaked is all of it; helpers lie in tools."""
-    own = {"adapters", "benchmarks", "data", "fuzz", "soak", "tools", "typing"}
+    """Hosts share one contract, so theirs stand together; what is fuzzed, soaked or browsed is all; helpers lie in tools."""
+    own = {"adapters", "benchmarks", "browser", "data", "fuzz", "soak", "tools", "typing"}
     folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py") if path.parent != TESTS}
     mirrored = {folder for folder in folders if folder.parts[0] not in own}
     assert all((ROOT / "kalm_integrations" / folder).is_dir() for folder in mirrored)

@@ -20,6 +20,8 @@ PARTS = (
     "kalm_integrations/checkpoints/pico/model.safetensors",
     "kalm_integrations/checkpoints/pico/tokenizer.json",
     "kalm_integrations/samples/xquad-en/corpus.jsonl",
+    "kalm_integrations/serving/ui/static/index.html",
+    "kalm_integrations/serving/ui/static/page.js",
     "kalm_integrations/py.typed",
     "haystack_integrations/common/kalm/py.typed",
     "haystack_integrations/components/embedders/kalm/py.typed",
@@ -51,7 +53,7 @@ def test_wheel_holds_every_file_of_both_packages(wheel: zipfile.ZipFile):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_wheel_holds_checkpoint_samples_and_the_marks_of_typed_packages(wheel: zipfile.ZipFile, part: str):
+def test_wheel_holds_checkpoint_samples_page_and_the_marks_of_typed_packages(wheel: zipfile.ZipFile, part: str):
     assert part in wheel.namelist()
 
 

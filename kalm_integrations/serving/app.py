@@ -17,9 +17,12 @@ from kalm_integrations.serving import pages
 from kalm_integrations.serving.access import AccessLog
 from kalm_integrations.serving.errors import answer_errors
 from kalm_integrations.serving.formats import cohere, jina, own, tei
-from kalm_integrations.serving.guard import Guard
+from kalm_integrations.serving.guard import OPEN_PATHS, Guard
 from kalm_integrations.serving.service import OpenReranker, Service, open_kalm
 from kalm_integrations.serving.settings import ServiceSettings
+from kalm_integrations.serving.ui import routes as ui
+from kalm_integrations.serving.ui.collection import Page
+from kalm_integrations.serving.ui.variants import Variants
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ def create_app(
     open_reranker: OpenReranker = open_kalm,
     *,
     on_failure: Callable[[Exception], object] = log_failure,
+    page: Page | None = None,
 ) -> FastAPI:
     """Return the application of a service.
 
@@ -44,6 +48,7 @@ def create_app(
         settings: what to serve, and how.
         open_reranker: opens the reranker; it is called on a thread, after the application has started.
         on_failure: is told why the reranker cannot be opened; the application goes on to answer 503.
+        page: if given, the page of `kalm ui` is there.
 
     Raises:
         SettingsError: the environment variable that is to hold the key does not.
@@ -63,6 +68,8 @@ def create_app(
     security = [] if key is None else [Depends(HTTPBearer(auto_error=False))]
     routers = [kind.routes(service) for kind in (cohere, jina, tei, own, pages)]
     endpoints = {"/v2/rerank", "/v1/rerank", "/rerank", "/info", FACTS_PATH, SCORE_PATH, ENCODINGS_PATH, "/v1/models"}
+    open_paths = OPEN_PATHS | ui.OPEN_PATHS if page is not None else OPEN_PATHS
+    endpoints |= {ui.PAGE_PATH, ui.FACTS_PATH, ui.RANK_PATH} if page is not None else set()
     app = FastAPI(
         title="kalm-integrations",
         version=__version__,
@@ -72,12 +79,21 @@ def create_app(
         redoc_url=None,
         middleware=[
             Middleware(AccessLog, service=service, endpoints=endpoints | {"/health", "/ready", "/metrics", "/docs"}),
-            Middleware(Guard, key=key, max_body_bytes=settings.max_body_bytes, body_seconds=settings.body_seconds),
+            Middleware(
+                Guard,
+                key=key,
+                max_body_bytes=settings.max_body_bytes,
+                body_seconds=settings.body_seconds,
+                open_paths=open_paths,
+            ),
         ],
     )
     app.include_router(pages.open_routes(service))
     for router in routers:
         app.include_router(router, dependencies=security)
+    if page is not None:
+        app.include_router(ui.page_routes())
+        app.include_router(ui.routes(service, Variants(service, open_reranker), page.collection, key))
     answer_errors(app)
     pages.add_docs(app)
     return app

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+from collections.abc import Container
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -67,9 +68,18 @@ def check_size(size: int, max_bytes: int) -> None:
 class Guard:
     """Lets requests pass that carry the key and a body within bounds, and cancels those whose client hangs up."""
 
-    def __init__(self, app: ASGIApp, *, key: str | None, max_body_bytes: int, body_seconds: float) -> None:
-        """Guard an application; without a key everybody may ask."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        key: str | None,
+        max_body_bytes: int,
+        body_seconds: float,
+        open_paths: Container[str] = OPEN_PATHS,
+    ) -> None:
+        """Guard an application; without a key everybody may ask, and anyway for `open_paths`."""
         self._app = app
+        self._open_paths = open_paths
         self._digest = None if key is None else digest(key)
         self._max_body_bytes = max_body_bytes
         self._body_seconds = body_seconds
@@ -131,7 +141,7 @@ class Guard:
         Raises:
             RefusedError: it is missing or wrong.
         """
-        if self._digest is None or scope["path"] in OPEN_PATHS:
+        if self._digest is None or scope["path"] in self._open_paths:
             return
         given = header(scope, b"authorization").strip()
         kind, _, key = given.partition(" ")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import uvicorn
 
     from kalm_integrations.core.base import Reranker
+    from kalm_integrations.serving.ui.collection import Page
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ def serve_here(
     listening: socket.socket,
     announce: Callable[[], object] = lambda: None,
     open_reranker: Callable[[ServiceSettings], Reranker] | None = None,
+    page: Page | None = None,
 ) -> None:
     """Serve in this process.
 
@@ -107,6 +109,7 @@ def serve_here(
         listening: where clients come in.
         announce: is called as soon as a signal stops the service well.
         open_reranker: opens the reranker while the service answers already; None opens the settings' model.
+        page: if given, the page of `kalm ui` is there.
 
     Raises:
         KalmError: the model cannot be opened.
@@ -136,7 +139,7 @@ def serve_here(
     from kalm_integrations.serving.service import open_kalm
 
     config = uvicorn.Config(
-        create_app(settings, open_reranker or open_kalm, on_failure=fail),
+        create_app(settings, open_reranker or open_kalm, on_failure=fail, page=page),
         log_config=None,
         access_log=False,
         server_header=False,

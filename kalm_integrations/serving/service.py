@@ -182,11 +182,13 @@ class Service:
         passages: Sequence[AnyPassage] | Reading,
         instruction: str | None,
         top_k: int | None = None,
+        reranker: Reranker | None = None,
+        spans: int | None = None,
     ) -> Ranking:
-        """Return a ranking, in the service's time."""
-        timeout = self.settings.timeout
+        """Return a ranking, in the service's time, by its own reranker or by another of the same model."""
+        reranker, timeout = reranker or self.reranker, self.settings.timeout
         with tracing.from_headers(request.headers):
-            ranking = await self.reranker.arank(query, passages, top_k, instruction=instruction, timeout=timeout)
+            ranking = await reranker.arank(query, passages, top_k, instruction=instruction, spans=spans, timeout=timeout)
         found = sum(ranking.counts[status] for status in FOUND)
         note(request, n_found=found, n_encoded=len(ranking.reading) - found)
         return ranking

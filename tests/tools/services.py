@@ -37,16 +37,22 @@ class Running:
 
 
 @contextmanager
-def kalm_serve(folder: Path, *arguments: object, **environment: str) -> Iterator[Running]:
-    """A service on a free port, when it is ready; it is ended in the end, if it has not been."""
+def kalm_serve(folder: Path, *arguments: object, command: str = "serve", **environment: str) -> Iterator[Running]:
+    """A service on a free port, when it is ready; it is ended in the end, if it has not been.
+
+    The command may be "ui" instead, which takes any port unless it is told one.
+    """
     log = folder / "serve.log"
     with log.open("wb") as errors:
-        command = [*KALM, "serve", "--port", "0", *map(str, arguments)]
+        port = ["--port", "0"] if command == "serve" else []
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+            [*KALM, command, *port, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )
     try:
-        found = re.search(r"http://\S+", process.stdout.readline().decode())
+        found = re.search(r"http://[^/\s]+", process.stdout.readline().decode())
         assert found, log.read_text()
         wait_until_ready(found[0], process)
         yield Running(found[0], process, log)
