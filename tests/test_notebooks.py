@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from mkdocs.config import load_config
+from mkdocs.structure.files import Files
 from tools import notebooks
-from tools.paths import DOCS
+from tools.paths import DOCS, ROOT
+from tools.site_notebooks import on_files
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 SHARE, DECIMALS, COUNT = 0.03, 0.02, 1
@@ -66,6 +69,12 @@ def test_the_documentation_links_every_notebook():
     page = (DOCS / "notebooks.md").read_text(encoding="utf-8")
     linked = re.findall(r"/notebooks/([\w-]+\.ipynb)\)", page)
     assert sorted(linked) == [path.name for path in notebooks.NOTEBOOKS]
+
+
+def test_the_site_gets_a_copy_of_every_notebook():
+    files = on_files(Files([]), load_config(str(ROOT / "mkdocs.yml")))
+    assert [file.dest_uri for file in files] == [f"notebooks/{path.name}" for path in notebooks.NOTEBOOKS]
+    assert all(file.inclusion.is_included() for file in files)
 
 
 def test_the_folder_is_small():
