@@ -73,7 +73,7 @@ def is_timed(cell: NotebookNode) -> bool:
 
 def kinds(cell: NotebookNode) -> list[str]:
     """Return what a cell shows: text, tables or images."""
-    return [kind for output in cell.outputs for kind in output.get("data", [output.get("name", output.output_type)])]
+    return [kind for output in cell.outputs for kind in sorted(output.get("data", [output.get("name", output.output_type)]))]
 
 
 def text(cell: NotebookNode) -> str:
