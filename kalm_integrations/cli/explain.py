@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +13,7 @@ from kalm_integrations.cli import options, ranking
 from kalm_integrations.cli.explanation import ENCODINGS, Explained, Explanation, level_of
 from kalm_integrations.cli.streams import open_output
 from kalm_integrations.cli.terminal import make_table, print_json, print_table, printable
+from kalm_integrations.corpora.candidates import Candidate
 from kalm_integrations.corpora.text import STREAM
 from kalm_integrations.errors import SettingsError
 
@@ -54,33 +57,36 @@ def explain(
     if html is not None and as_json:
         msg = "the output must be a page or JSON, but got both --html and --json; leave one out"
         raise SettingsError(msg)
-    candidates = ranking.read_passages(passages, text_field, title_field, skip_bad=skip_bad)
-    reranker = ranking.open_model(
-        model, api_key_env, payload_store, revision=revision, device=device, dtype=dtype, compression_ratio=ratio
-    )
-    given = [candidate.passage for candidate in candidates]
-    ranked = reranker.rank(query, given, instruction=instruction, spans=top_k)
-    _, names = ranking.names_of(candidates)
-    texts = [candidate.text for candidate in candidates]
-    explanation = Explanation.of(query, reranker.model_name, ranked, names, texts, top_k)
-    if as_json:
-        results = [
-            {**ranking.to_dict(one.passage, candidates[one.passage.index]), **_places(one)} for one in explanation.after
-        ]
-        before = [_places(one) for one in explanation.before]
-        print_json({"query": query, "results": results, "before": before, "stats": reranker.stats.to_dict()})
-        return
-    if html is not None:
-        from kalm_integrations.cli.explain_html import to_html
+    # The page's place is looked at before any work.
+    with nullcontext() if html is None else open_output(html) as page:
+        candidates = ranking.read_passages(passages, text_field, title_field, skip_bad=skip_bad)
+        reranker = ranking.open_model(
+            model, api_key_env, payload_store, revision=revision, device=device, dtype=dtype, compression_ratio=ratio
+        )
+        given = [candidate.passage for candidate in candidates]
+        ranked = reranker.rank(query, given, instruction=instruction, spans=top_k)
+        _, names = ranking.names_of(candidates)
+        texts = [candidate.text for candidate in candidates]
+        explanation = Explanation.of(query, reranker.model_name, ranked, names, texts, top_k)
+        if page is not None:
+            from kalm_integrations.cli.explain_html import to_html
 
-        with open_output(html) as file:
-            file.write(to_html(explanation).encode())
-    elif ranked:
+            page.write(to_html(explanation).encode())
+    if as_json:
+        print_json({**_to_dict(explanation, candidates), "stats": reranker.stats.to_dict()})
+        return
+    if html is None and ranked:
         print_table(_overview(explanation))
         for one in explanation.after:
             print()
             print_table(_details(one))
     ranking.note_encodings(explanation.n_detailed, len(candidates), reranker.stats)
+
+
+def _to_dict(explanation: Explanation, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """Return an explanation for JSON."""
+    results = [{**ranking.to_dict(one.passage, candidates[one.passage.index]), **_places(one)} for one in explanation.after]
+    return {"query": explanation.query, "results": results, "before": [_places(one) for one in explanation.before]}
 
 
 def _places(one: Explained) -> dict[str, Any]:
@@ -96,7 +102,7 @@ def _overview(explanation: Explanation) -> Table:
         table.add_column(name, ratio=1)
     for place, (before, after) in enumerate(zip(explanation.before, explanation.after, strict=True), 1):
         came = _on_one_line(f"{before.name}  {before.text}")
-        table.add_row(str(place), came, _on_one_line(f"{after.name}  {after.passage.score:.4f}  {after.text}"))
+        table.add_row(str(place), came, _on_one_line(f"{after.passage.score:.4f}  {after.name}  {after.text}"))
     return table
 
 
@@ -113,6 +119,7 @@ def _details(one: Explained) -> Table:
     passage = one.passage
     facts = f"score {passage.score:.4f}, margin {passage.margin:+.2f}, came as {one.place} ({one.move})"
     table = make_table()
+    table.expand = True  # or the title would be as narrow as the sentences
     table.show_header = False
     table.title_justify = "left"
     table.title = Text(printable(f"{one.rank}. {one.name}: {facts}; encoding {ENCODINGS[one.status]}"), style="bold")

@@ -21,12 +21,12 @@ h1 { font-size: 1.4rem; line-height: 1.3; } h2 { font-size: 1.15rem; margin-top:
 a { color: var(--link); } .quiet { color: var(--quiet); font-size: .875rem; }
 .sides { display: grid; gap: 1rem 2rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
-ol { margin: 0; padding-left: 2rem; } li { margin-bottom: .5rem; }
+ol { margin: .5rem 0 0; padding-left: 2rem; } li { margin-bottom: .5rem; }
 article { border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; }
 .passage { white-space: pre-wrap; line-height: 1.75; margin: .75rem 0 0; }
 mark { color: inherit; padding: .1rem .15rem; border-radius: .2rem; unicode-bidi: isolate;
   -webkit-box-decoration-break: clone; box-decoration-break: clone; }
-mark b { font-size: .75rem; font-variant-numeric: tabular-nums; margin-right: .25rem; }
+mark b { font-size: .75rem; font-variant-numeric: tabular-nums; margin-inline-end: .25rem; }
 .best { text-decoration: underline; text-decoration-thickness: 2px; text-underline-offset: .25rem; }
 .best b { display: inline-block; }
 .s0 { background: var(--s0); } .s1 { background: var(--s1); } .s2 { background: var(--s2); } .s3 { background: var(--s3); }
