@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from kalm_integrations.cli import options, ranking
-from kalm_integrations.cli.explanation import ENCODINGS, Explained, Explanation, level_of
+from kalm_integrations.cli.explanation import Explained, Explanation
 from kalm_integrations.cli.streams import open_output
-from kalm_integrations.cli.terminal import make_table, print_json, print_table, printable
+from kalm_integrations.cli.terminal import print_json, print_table
 from kalm_integrations.corpora.candidates import Candidate
 from kalm_integrations.corpora.text import STREAM
 from kalm_integrations.errors import SettingsError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.text import Text
-
-STYLES = ("dim", "", "bold", "black on yellow", "bold black on yellow")
-"""Of sentences, by the level of their score; both kinds of terminals, light and dark, show them."""
 
 
 def explain(
@@ -76,10 +69,12 @@ def explain(
         print_json({**_to_dict(explanation, candidates), "stats": reranker.stats.to_dict()})
         return
     if html is None and ranked:
-        print_table(_overview(explanation))
+        from kalm_integrations.cli import explain_terminal
+
+        print_table(explain_terminal.overview(explanation))
         for one in explanation.after:
             print()
-            print_table(_details(one))
+            print_table(explain_terminal.details(one))
     ranking.note_encodings(explanation.n_detailed, len(candidates), reranker.stats)
 
 
@@ -92,42 +87,3 @@ def _to_dict(explanation: Explanation, candidates: Sequence[Candidate]) -> dict[
 def _places(one: Explained) -> dict[str, Any]:
     """Return a passage's places and its encoding's status, for JSON."""
     return {"name": one.name, "place": one.place, "rank": one.rank, "score": one.passage.score, "encoding": one.status}
-
-
-def _overview(explanation: Explanation) -> Table:
-    """Return the order of passages before and after, side by side."""
-    table = make_table()
-    table.add_column("place", justify="right", no_wrap=True)
-    for name in ("as they came", "ranked"):
-        table.add_column(name, ratio=1)
-    for place, (before, after) in enumerate(zip(explanation.before, explanation.after, strict=True), 1):
-        came = _on_one_line(f"{before.name}  {before.text}")
-        table.add_row(str(place), came, _on_one_line(f"{after.passage.score:.4f}  {after.name}  {after.text}"))
-    return table
-
-
-def _on_one_line(text: str) -> Text:
-    from rich.text import Text
-
-    return Text(printable(text), no_wrap=True, overflow="ellipsis")
-
-
-def _details(one: Explained) -> Table:
-    """Return a passage, a sentence a line, each behind its score."""
-    from rich.text import Text
-
-    passage = one.passage
-    facts = f"score {passage.score:.4f}, margin {passage.margin:+.2f}, came as {one.place} ({one.move})"
-    table = make_table()
-    table.expand = True  # or the title would be as narrow as the sentences
-    table.show_header = False
-    table.title_justify = "left"
-    table.title = Text(printable(f"{one.rank}. {one.name}: {facts}; encoding {ENCODINGS[one.status]}"), style="bold")
-    table.add_column("score", justify="right", no_wrap=True, vertical="top")
-    table.add_column("sentence", overflow="fold")
-    for text, span in one.pieces():
-        if span is not None:
-            table.add_row(f"{span.score:.4f}", Text(printable(text), style=STYLES[level_of(span.score)]))
-        elif text.strip():
-            table.add_row("not read", Text(printable(text.strip()), style="dim"))
-    return table

@@ -15,8 +15,7 @@ from tools.command_line import QUERY, Run, assert_fails, write_jsonl
 from tools.stub_service import serve
 
 from kalm_integrations import KalmReranker
-from kalm_integrations.cli import explain as explain_module
-from kalm_integrations.cli import explain_html
+from kalm_integrations.cli import explain_html, explain_terminal, ranking
 from kalm_integrations.cli.explanation import Explained, level_of
 from kalm_integrations.core.settings import DEFAULT_CODEC
 from kalm_integrations.core.types import RankedPassage, Span
@@ -159,7 +158,7 @@ def test_hostile_passages_are_text(run: Run, model: Any) -> None:
 
 def test_what_is_not_read_is_said(run: Run, make_reranker: Callable[..., KalmReranker], monkeypatch: Any) -> None:
     short = make_reranker(max_passage_tokens=24)
-    monkeypatch.setattr(explain_module.ranking, "open_model", lambda *_, **__: short)
+    monkeypatch.setattr(ranking, "open_model", lambda *_, **__: short)
     Path("p.txt").write_text("One sentence. " * 20)
     [span, *_] = short.highlight(QUERY, ("One sentence. " * 20).strip())
     assert span.end < 200
@@ -175,7 +174,7 @@ def test_colours_add_to_the_scores(width: int) -> None:
     one = Explained(1, passage, "p2", passage.text or "", "stored")
     console = Console(width=width, force_terminal=True, color_system="standard", highlight=False)
     with console.capture() as capture:
-        console.print(explain_module._details(one))
+        console.print(explain_terminal.details(one))
     printed = capture.get()
     plain = re.sub(r"\x1b\[[\d;]*m", "", printed)
     assert max(map(len, plain.splitlines())) <= width
@@ -190,7 +189,7 @@ def test_colours_add_to_the_scores(width: int) -> None:
 def test_levels_cover_all_scores() -> None:
     assert [level_of(score) for score in (0.0, 0.19, 0.2, 0.5, 0.61, 0.8, 1.0)] == [0, 0, 1, 2, 3, 4, 4]
     assert all(f".s{level_of(score)} " in explain_html._STYLE for score in (0.0, 0.3, 0.5, 0.7, 0.9))
-    assert len(explain_module.STYLES) == level_of(1.0) + 1
+    assert len(explain_terminal.STYLES) == level_of(1.0) + 1
 
 
 def test_a_service_explains_as_the_model_does(

@@ -67,7 +67,8 @@ def test_only_the_best_above_the_threshold(client, expected):
         assert places(results[0]["relevant_spans"]) == wanted
     assert "relevant_spans" not in ask(client, "/v2/rerank", {"mode": "enabled", "threshold": 1})[0]
     default = ask(client, "/v2/rerank", {"mode": "enabled"})
-    assert default == ask(client, "/v2/rerank", {"mode": "enabled", "threshold": 0.1})
+    for threshold in (0.1, None):
+        assert default == ask(client, "/v2/rerank", {"mode": "enabled", "threshold": threshold, "max_spans": None})
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -21,11 +21,17 @@ EXAMPLE: dict[str, JsonValue] = {
 }
 
 
+DEFAULT_THRESHOLD = 0.1
+"""Cohere's."""
+
+
 class RelevantSpans(Body):
     """Whether results hold the spans of their documents that are relevant, and which."""
 
     mode: Literal["enabled", "disabled"]
-    threshold: float = Field(default=0.1, ge=0, le=1, description="Spans must score higher than this.")
+    threshold: float | None = Field(
+        default=None, ge=0, le=1, description=f"Spans must score higher than this; none: {DEFAULT_THRESHOLD}."
+    )
     max_spans: int | None = Field(default=None, ge=1, description="How many of a document at most, the best; none: all.")
 
 
@@ -59,7 +65,8 @@ class CohereRequest(Body):
         wanted = self.relevant_spans
         if wanted is None or passage.spans is None:
             return None
-        spans = [CohereSpan(**span.to_dict()) for span in passage.spans if span.score > wanted.threshold]
+        threshold = DEFAULT_THRESHOLD if wanted.threshold is None else wanted.threshold
+        spans = [CohereSpan(**span.to_dict()) for span in passage.spans if span.score > threshold]
         return spans[: wanted.max_spans] or None
 
 
