@@ -41,7 +41,7 @@ def explain(
     skip_bad: options.SkipBad = False,
     as_json: options.Json = False,
 ) -> None:
-    """Show which sentences speak for the best passages.
+    """Show which sentences speak for a passage.
 
     Passages are ranked as `kalm rerank` does it, and shown in the order in which they came beside the order in which they are
     ranked. Each sentence of the best ones is shown with its score: P(yes) of the passage if it said no more than this.

@@ -38,7 +38,7 @@ def details(one: Explained) -> Table:
     table.title_justify = "left"
     table.title = Text(printable(f"{one.rank}. {one.name}: {facts}; encoding {ENCODINGS[one.status]}"), style="bold")
     table.add_column("score", justify="right", no_wrap=True, vertical="top")
-    table.add_column("sentence", overflow="fold")
+    table.add_column("sentence", overflow="fold", ratio=1)
     for text, span in one.pieces():
         if span is not None:
             table.add_row(f"{span.score:.4f}", Text(printable(text), style=STYLES[level_of(span.score)]))
