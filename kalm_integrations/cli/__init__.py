@@ -1,6 +1,6 @@
 """The command line, `kalm`: a file for each command or group, and what they share.
 
-* `terminal`: errors, notes, tables and JSON. `options`: what several commands take.
+* `terminal`: errors, notes, tables and JSON. `options`: what several commands take. `ranking`: what those that rank share.
 * `streams`: files and standard output, gzipped or not.
 
 Heavy imports stand inside the commands, so that help comes at once.
@@ -18,6 +18,7 @@ from kalm_integrations.cli.calibrate import calibrate
 from kalm_integrations.cli.demo import demo
 from kalm_integrations.cli.doctor import doctor
 from kalm_integrations.cli.encode import encode
+from kalm_integrations.cli.explain import explain
 from kalm_integrations.cli.info import info
 from kalm_integrations.cli.inspect import inspect
 from kalm_integrations.cli.plan import plan
@@ -54,6 +55,6 @@ def kalm(
         print(context.get_help())
 
 
-for command in (rerank, encode, inspect, plan, serve, ui, calibrate, demo, train, mine, average, info, doctor):
+for command in (rerank, explain, encode, inspect, plan, serve, ui, calibrate, demo, train, mine, average, info, doctor):
     app.command()(command)
 app.add_typer(evaluation.app, name="eval")

@@ -17,7 +17,7 @@ from kalm_integrations.core.passages.prefixes import Candidate
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.core.scoring import Scorer, candidate_of
 from kalm_integrations.core.sentences import Range, divide
-from kalm_integrations.core.text import positions_in, without_surrogates
+from kalm_integrations.core.text import ranges_in, without_surrogates
 from kalm_integrations.core.types import Span
 
 _TEXT_STARTS = len(passage_text(""))
@@ -69,7 +69,7 @@ class Highlighter:
         spans = []
         for one, found in zip(asked, ranges, strict=True):
             own, margins = margins[: len(found)], margins[len(found) :]
-            rows = zip(own, self._to_scores(own), _in_text(one.text, [place for place, _ in found]), strict=True)
+            rows = zip(own, self._to_scores(own), ranges_in(one.text, [place for place, _ in found]), strict=True)
             best_first = sorted(rows, key=lambda row: -row[0])
             spans.append(tuple(Span(start, end, score) for _, score, (start, end) in best_first))
         return spans
@@ -96,11 +96,3 @@ def _part(encoding: EncodedPassage, first: int, stop: int) -> Candidate:
     """Return some states of an encoding as a passage of their own."""
     whole = candidate_of(encoding)
     return Candidate(whole.states[first:stop], (*whole.key, first, stop))
-
-
-def _in_text(text: str, ranges: Sequence[Range]) -> Sequence[Range]:
-    """Return where ranges of a text without surrogates lie in the text itself."""
-    if len(without_surrogates(text)) == len(text):
-        return ranges
-    positions = positions_in(text)
-    return [(positions[start], positions[end]) for start, end in ranges]

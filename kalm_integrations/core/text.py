@@ -37,6 +37,14 @@ def check_instruction_length(instruction: str) -> str:
     return instruction
 
 
+def ranges_in(text: str, ranges: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+    """Return where ranges of `without_surrogates(text)`, in code points, lie in the text itself."""
+    if len(without_surrogates(text)) == len(text):
+        return ranges
+    positions = positions_in(text)
+    return [(positions[start], positions[end]) for start, end in ranges]
+
+
 def positions_in(text: str) -> Sequence[int]:
     """Return where each character of `without_surrogates(text)` begins in the text, and where the last one ends."""
     positions, place = [], 0

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kalm_integrations.core.types import Metadata, Status
 
+Score = Annotated[float, Field(ge=0, le=1)]
+
 FACTS_PATH = "/v1/kalm"
 SCORE_PATH = "/v1/score"
 ENCODINGS_PATH = "/v1/encodings"
@@ -42,6 +44,8 @@ class ServiceFacts(_Answer):
     compression_ratio: int
     storage_codec: str
     version: str
+    spans: bool = False
+    """Whether it scores sentences too; services before that said nothing."""
 
 
 class SentPassage(_Request):
@@ -61,6 +65,16 @@ class ScoreRequest(_Request):
     instruction: str | None = None
     client: str | None = None
     """A random name of the client, under which what it sends is kept in memory; None keeps nothing."""
+    spans: bool = False
+    """Whether the scores of the passages' sentences are wanted too."""
+
+
+class SentSpan(_Answer):
+    """A sentence's place in the text that was sent, in code points, and its score."""
+
+    start: Annotated[int, Field(ge=0)]
+    end: int
+    score: Score
 
 
 class ScoreAnswer(_Answer):
@@ -68,11 +82,13 @@ class ScoreAnswer(_Answer):
 
     fingerprint: str
     margins: list[float] = Field(default_factory=list)
-    scores: list[Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=list)
+    scores: list[Score] = Field(default_factory=list)
     statuses: list[Status] = Field(default_factory=list)
     """What the service had of each passage before it encoded what was missing."""
     wanted: list[int] = Field(default_factory=list)
     """Indices of the passages whose encoding is to be sent; of those that hold one and did not bring it."""
+    spans: list[list[SentSpan]] = Field(default_factory=list)
+    """Those of each passage, best first, if they were asked for."""
 
 
 class EncodingsRequest(_Request):

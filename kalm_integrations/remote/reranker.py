@@ -23,6 +23,7 @@ from kalm_integrations.core.types import (
     FINGERPRINT_KEY,
     AnyPassage,
     Metadata,
+    RankedPassage,
     Ranking,
     Reading,
     RuntimeStats,
@@ -219,21 +220,27 @@ class RemoteReranker(Reranker):
         rankings = []
         for query, given, first_stage in zip(request.queries, request.lists, request.first_stages, strict=True):
             started = time.perf_counter()
-            reading, scored = yield from self._score(query, given, request.instruction, deadline)
+            reading, scored, ranked = yield from self._rank(query, given, first_stage, request, deadline)
             self._count_scored(reading, scored, time.perf_counter() - started)
-            rankings.append(self._ranking(reading, scored, request.rules, first_stage))
+            rankings.append(self._ranking(reading, scored, ranked))
         return rankings
 
-    def _score(
-        self, query: str, given: Any, instruction: str | None, deadline: Deadline | None
-    ) -> Conversation[tuple[Reading, Scored]]:
-        """Return the reading of passages, and what the service says of them; should it get another model, all anew."""
+    def _rank(
+        self, query: str, given: Any, first_stage: list[float] | None, request: RankRequest, deadline: Deadline | None
+    ) -> Conversation[tuple[Reading, Scored, list[RankedPassage]]]:
+        """Return the reading of passages, what the service says of them, and their order.
+
+        Should the service get another model meanwhile, all is done anew.
+        """
         is_read = isinstance(given, Reading)
         for is_last in (is_read, True):
             reading = given if is_read else (yield from self._read(given, deadline))
             if not reading:
-                return reading, Scored()
+                return reading, Scored(), []
             facts = yield from self._meet(deadline)
+            if request.spans is not None and not facts.spans:
+                facts = yield from self._renew(deadline)
+                _check_spans(facts, self._to.url)
             if reading.read_by != name_of(facts):
                 if not is_last:
                     continue
@@ -242,19 +249,23 @@ class RemoteReranker(Reranker):
                     "the passages again"
                 )
                 raise ServiceError(msg)
-            asked: Query = yield Aside(partial(Query.of, self._to, facts.fingerprint, query, instruction, reading))
+            asked: Query = yield Aside(partial(Query.of, self._to, facts.fingerprint, query, request.instruction, reading))
             try:
-                return reading, (yield from asked.score(deadline))
+                scored = yield from asked.score(deadline)
+                ranked = _apply(request.rules, reading, scored, first_stage)
+                if best := ranked[: request.spans or 0]:
+                    best_keys = [reading.keys[passage.index] for passage in best]
+                    ranked[: len(best)] = yield from asked.with_spans(best, best_keys, deadline)
             except OtherModelError:
                 yield from self._renew(deadline)
                 if is_last:
                     raise
+            else:
+                return reading, scored, ranked
         raise AssertionError  # the last turn returns or raises
 
-    def _ranking(self, reading: Reading, scored: Scored, rules: RankRules, first_stage: list[float] | None) -> Ranking:
+    def _ranking(self, reading: Reading, scored: Scored, ranked: list[RankedPassage]) -> Ranking:
         keys = reading.keys
-        margins, scores = [scored.margins[key] for key in keys], [scored.scores[key] for key in keys]
-        ranked = rules.apply(margins, scores, reading.texts, first_stage)
         statuses = tuple(scored.status(key, status) for key, status in zip(keys, reading.statuses, strict=True))
         told = replace(reading, statuses=statuses)
         made = scored.encoded
@@ -336,6 +347,27 @@ class RemoteReranker(Reranker):
             msg = "a RemoteReranker must have no transport to go to another process, but has one; make it there"
             raise SettingsError(msg)
         return _reopen, (self._to.url, self._to.timeout, self._to.max_retries)
+
+
+def _apply(rules: RankRules, reading: Reading, scored: Scored, first_stage: list[float] | None) -> list[RankedPassage]:
+    """Return passages in the order that a service's scores give them."""
+    keys = reading.keys
+    margins, scores = [scored.margins[key] for key in keys], [scored.scores[key] for key in keys]
+    return rules.apply(margins, scores, reading.texts, first_stage)
+
+
+def _check_spans(facts: ServiceFacts, url: str) -> None:
+    """Check that a service scores sentences.
+
+    Raises:
+        SettingsError: it is older than that.
+    """
+    if not facts.spans:
+        msg = (
+            f"spans need a service that scores sentences, but the one at {url} is older than that (version {facts.version}); "
+            "upgrade kalm-integrations there and start it anew, or ask without spans"
+        )
+        raise SettingsError(msg)
 
 
 def _reopen(url: str, timeout: float | None, max_retries: int) -> RemoteReranker:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from kalm_integrations.core.text import without_surrogates
-from kalm_integrations.core.types import Reading, Status
+from kalm_integrations.core.text import ranges_in, without_surrogates
+from kalm_integrations.core.types import RankedPassage, Reading, Span, Status
 from kalm_integrations.errors import ServiceError
 from kalm_integrations.remote.conversation import Call, Conversation, Deadline, ask, not_ours
-from kalm_integrations.remote.protocol import SCORE_PATH, ScoreAnswer, ScoreRequest, SentPassage, name_encoding
+from kalm_integrations.remote.protocol import SCORE_PATH, ScoreAnswer, ScoreRequest, SentPassage, SentSpan, name_encoding
 
 MAX_PASSAGES = 1000
 """Passages of a request; the service takes no more."""
 MAX_CHARACTERS = 4 * 2**20
 """Of texts and encodings in a request; each is at most six bytes of JSON, and the service takes 32 MiB."""
+
+MAX_SPANS_BYTES = 2**27
+"""Of an answer with spans, of which a request's characters may make two million."""
 
 _MARK = 100
 """Characters that stand around a passage in JSON."""
@@ -53,6 +56,8 @@ class Scored:
     """What it had of each."""
     sent: set[Hashable] = field(default_factory=set)
     """Whose encoding was sent."""
+    spans: dict[Hashable, list[SentSpan]] = field(default_factory=dict)
+    """Those of the texts as they were sent, if they were asked for."""
 
     def status(self, key: Hashable, read: Status) -> Status:
         """Return a passage's status: what its metadata are worth, if there are any, or else what the service had.
@@ -89,6 +94,8 @@ class Query:
     """Those that may be sent."""
     names: Mapping[Hashable, str]
     """Of the encodings."""
+    spans: bool = False
+    """Whether the spans of the passages are asked for too."""
 
     @classmethod
     def of(cls, to: Service, fingerprint: str, query: str, instruction: str | None, reading: Reading) -> Query:
@@ -111,6 +118,23 @@ class Query:
             yield from self._ask(keys, frozenset(), scored, deadline)
         return scored
 
+    def with_spans(
+        self, ranked: Sequence[RankedPassage], keys: Sequence[Hashable], deadline: Deadline | None
+    ) -> Conversation[list[RankedPassage]]:
+        """Return passages with their spans.
+
+        Args:
+            ranked: the passages, each with its text.
+            keys: of each.
+            deadline: of the answer.
+
+        Raises:
+            OtherModelError: the service has another model.
+        """
+        asked = replace(self, texts={key: self.texts[key] for key in keys}, spans=True)
+        scored = yield from asked.score(deadline)
+        return [_with_spans(passage, scored.spans[key]) for passage, key in zip(ranked, keys, strict=True)]
+
     def _ask(
         self, keys: Sequence[Hashable], sent: frozenset[Hashable], scored: Scored, deadline: Deadline | None
     ) -> Conversation[None]:
@@ -120,8 +144,9 @@ class Query:
             passages=[self._passage(key, sent) for key in keys],
             instruction=self.instruction,
             client=self.to.client,
+            spans=self.spans,
         )
-        call = Call(SCORE_PATH, ScoreAnswer, body)
+        call = Call(SCORE_PATH, ScoreAnswer, body, MAX_SPANS_BYTES) if self.spans else Call(SCORE_PATH, ScoreAnswer, body)
         answer = yield from ask(call, self.to.url, deadline or self.to.deadline(), self.to.max_retries)
         if answer.fingerprint != self.fingerprint:
             msg = f"the service at {self.to.url} must keep its model during a query, but has another one now; ask again"
@@ -150,12 +175,25 @@ class Query:
         scored.scores.update(zip(keys, answer.scores, strict=True))
         scored.statuses.update(zip(keys, answer.statuses, strict=True))
         scored.sent.update(sent)
+        if self.spans:
+            if len(answer.spans) != len(keys):
+                raise not_ours(self.to.url, f"sent spans of {len(answer.spans)} passages for {len(keys)} passages")
+            for key, spans in zip(keys, answer.spans, strict=True):
+                if not all(span.start < span.end <= len(self.texts[key]) for span in spans):
+                    raise not_ours(self.to.url, "sent spans that lie outside their texts")
+                scored.spans[key] = spans
 
     def _slices(self, keys: Iterable[Hashable], sent: frozenset[Hashable]) -> Iterator[list[Hashable]]:
         def size(key: Hashable) -> int:
             return len(self.texts[key]) + (len(self.encodings[key]) if key in sent else 0)
 
         return slices([(key, size(key)) for key in keys], MAX_PASSAGES, MAX_CHARACTERS)
+
+
+def _with_spans(passage: RankedPassage, spans: Sequence[SentSpan]) -> RankedPassage:
+    """Return a passage with spans of its text as it was sent: without surrogates."""
+    ranges = ranges_in(passage.text or "", [(span.start, span.end) for span in spans])
+    return replace(passage, spans=tuple(Span(*place, span.score) for place, span in zip(ranges, spans, strict=True)))
 
 
 def slices(sized: Iterable[tuple[Item, int]], max_items: int, max_characters: int) -> Iterator[list[Item]]:

@@ -59,6 +59,8 @@ class Question:
     instruction: str | None = None
     max_tokens: int | None = None
     """Of each text, its first ones."""
+    spans: bool = False
+    """Whether the texts that are returned come with their spans."""
 
 
 class Service:
@@ -158,6 +160,7 @@ class Service:
             compression_ratio=1 if kalm is None else kalm.compression_ratio,
             storage_codec="fp32" if kalm is None else kalm.storage_codec,
             version=__version__,
+            spans=True,
         )
 
     async def answer(self, request: Request, question: Question) -> Ranking:
@@ -173,7 +176,8 @@ class Service:
         reranker, texts = self.reranker, question.texts
         if question.max_tokens is not None and texts:
             texts = await asyncio.to_thread(truncate, reranker, texts, question.max_tokens)
-        return await self.rank(request, question.query, texts, question.instruction, question.top_n or None)
+        spans = len(texts) if question.spans and texts else None
+        return await self.rank(request, question.query, texts, question.instruction, question.top_n or None, spans)
 
     async def rank(
         self,

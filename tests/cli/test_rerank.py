@@ -39,6 +39,21 @@ def test_rerank_passes_its_options_on(run: Run, model: Any, make_reranker: Calla
     assert [(r["index"], r["score"]) for r in results] == [(p.index, p.score) for p in expected[:2]]
 
 
+def test_rerank_with_spans(run: Run, model: Any, make_reranker: Callable[..., KalmReranker]) -> None:
+    texts = ["It rained. Denver won Super Bowl 50.", "A wing stalls.", "naïve 東京"]
+    Path("p.txt").write_text("\n".join(texts), encoding="utf-8")
+    expected = make_reranker(storage_codec=DEFAULT_CODEC).rank(QUERY, texts, spans=2)
+    results = json.loads(run("rerank", QUERY, "p.txt", "--json", "--spans", 2, *model).stdout)["results"]
+    assert [result.get("spans") for result in results] == [
+        None if passage.spans is None else [span.to_dict() for span in passage.spans] for passage in expected
+    ]
+    assert "spans" not in results[2]
+    table = run("rerank", QUERY, "p.txt", "--spans", 3, *model).stdout.splitlines()
+    for passage, line in zip(make_reranker(storage_codec=DEFAULT_CODEC).rank(QUERY, texts, spans=3), table[1:], strict=True):
+        best = passage.spans[0]
+        assert line.rstrip().endswith(f"  {texts[passage.index][best.start : best.end]}")
+
+
 def test_rerank_of_nothing_is_nothing(run: Run, model: Any) -> None:
     result = run("rerank", QUERY, "--json", *model)
     assert (result.exit_code, json.loads(result.stdout)["results"]) == (0, [])

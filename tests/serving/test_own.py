@@ -111,6 +111,18 @@ def test_a_bad_encoding_is_made_anew(client, encodings, make_reranker, bad):
     assert number_of(client, "kalm_encodings_corrupt_total") == number_of(client, "kalm_encodings_stale_total") == 1
 
 
+def test_spans_come_where_they_are_asked_for(client, make_reranker):
+    texts = ["Denver won. The Panthers lost.", ""]
+    answer = score(client, of(texts), spans=True)
+    ranking = sorted(make_reranker().rank(QUERY, texts, spans=2), key=lambda passage: passage.index)
+    for spans, passage in zip(answer.spans, ranking, strict=True):
+        assert [(span.start, span.end) for span in spans] == [(span.start, span.end) for span in passage.spans]
+        assert [span.score for span in spans] == pytest.approx([span.score for span in passage.spans], abs=1e-6)
+    assert score(client, of(texts)).spans == []
+    assert score(client, [], spans=True).spans == []
+    assert ServiceFacts.model_validate_json(client.get("/v1/kalm").content).spans is True
+
+
 # --- encodings
 
 

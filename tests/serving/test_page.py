@@ -62,7 +62,7 @@ def test_requests_are_answered_as_shown(service: Running, request_of_page: Shown
 
 
 def test_all_formats_are_shown():
-    assert [request.path for request in shown()] == ["/v2/rerank", "/v1/rerank", "/rerank", "/v1/encodings"]
+    assert [request.path for request in shown()] == ["/v2/rerank", "/v1/rerank", "/rerank", "/v2/rerank", "/v1/encodings"]
 
 
 def test_the_table_of_errors_is_that_of_the_code():

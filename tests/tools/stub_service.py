@@ -18,6 +18,7 @@ from kalm_integrations.remote.protocol import (
     EncodingsRequest,
     ScoreAnswer,
     ScoreRequest,
+    SentSpan,
     ServiceFacts,
 )
 
@@ -34,6 +35,8 @@ class Service:
     key: str | None = None
     prefix: str = ""
     ratio: int = 4
+    spans: bool = True
+    """Whether it says that it scores sentences."""
     requests: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)
     """Path, headers and body of each."""
     instead: deque[Callable[[Any], Answer | None]] = field(default_factory=deque)
@@ -51,6 +54,7 @@ class Service:
                 compression_ratio=self.ratio,
                 storage_codec="fp32",
                 version="0",
+                spans=self.spans,
             )
             return as_json(facts)
         if path == self.prefix + "/v1/encodings":
@@ -66,12 +70,15 @@ class Service:
         wanted = [index for index, passage in enumerate(asked.passages) if passage.held and reading[index] == "missing"]
         if wanted:
             return ScoreAnswer(fingerprint=self.reranker.fingerprint, wanted=wanted)
-        ranked = sorted(self.reranker.rank(asked.query, reading, instruction=asked.instruction), key=lambda place: place.index)
+        spans = len(reading) if asked.spans else None
+        ranking = self.reranker.rank(asked.query, reading, instruction=asked.instruction, spans=spans)
+        ranked = sorted(ranking, key=lambda place: place.index)
         return ScoreAnswer(
             fingerprint=self.reranker.fingerprint,
             margins=[place.margin for place in ranked],
             scores=[place.score for place in ranked],
             statuses=list(reading),
+            spans=[[SentSpan(**span.to_dict()) for span in place.spans] for place in ranked if place.spans is not None],
         )
 
 

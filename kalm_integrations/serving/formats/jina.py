@@ -10,8 +10,8 @@ from pydantic import ConfigDict, Field
 from kalm_integrations.core.types import RankedPassage
 from kalm_integrations.serving.errors import documented
 from kalm_integrations.serving.formats import Answer, printable
-from kalm_integrations.serving.formats.cohere import CohereRequest
-from kalm_integrations.serving.service import Question, Service
+from kalm_integrations.serving.formats.cohere import CohereRequest, CohereResult
+from kalm_integrations.serving.service import Service
 
 
 class JinaRequest(CohereRequest):
@@ -26,11 +26,9 @@ class JinaDocument(Answer):
     text: str
 
 
-class JinaResult(Answer):
+class JinaResult(CohereResult):
     """A document's place in the list that was sent, and its P(yes)."""
 
-    index: int
-    relevance_score: float
     document: JinaDocument | None = None
 
 
@@ -53,14 +51,13 @@ class JinaAnswer(Answer):
 
 async def answer(service: Service, request: Request, body: JinaRequest) -> JinaAnswer:
     """Answer a request in this format."""
-    ranking = await service.answer(
-        request, Question(body.query, body.documents, body.model, body.top_n, body.instruction, body.max_tokens_per_doc)
-    )
+    ranking = await service.answer(request, body.question())
 
     def result(passage: RankedPassage) -> JinaResult:
         text = printable(body.documents[passage.index]) if body.return_documents else None
         document = None if text is None else JinaDocument(text=text)
-        return JinaResult(index=passage.index, relevance_score=passage.score, document=document)
+        spans = body.spans_of(passage)
+        return JinaResult(index=passage.index, relevance_score=passage.score, relevant_spans=spans, document=document)
 
     return JinaAnswer(id=str(uuid.uuid4()), model=service.name(body.model), results=[result(passage) for passage in ranking])
 

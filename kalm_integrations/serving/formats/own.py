@@ -15,6 +15,7 @@ from kalm_integrations.remote.protocol import (
     EncodingsRequest,
     ScoreAnswer,
     ScoreRequest,
+    SentSpan,
     ServiceFacts,
 )
 from kalm_integrations.serving.errors import documented
@@ -78,13 +79,15 @@ def routes(service: Service) -> APIRouter:
         if wanted:
             note(request, n_wanted=len(wanted))
             return ScoreAnswer(fingerprint=fingerprint, wanted=wanted)
-        ranking = await service.rank(request, body.query, reading, body.instruction)
+        spans = len(reading) if body.spans and reading else None
+        ranking = await service.rank(request, body.query, reading, body.instruction, spans=spans)
         ordered = sorted(ranking, key=lambda passage: passage.index)
         return ScoreAnswer(
             fingerprint=fingerprint,
             margins=[passage.margin for passage in ordered],
             scores=[passage.score for passage in ordered],
             statuses=list(reading.statuses),
+            spans=[[SentSpan(**span.to_dict()) for span in passage.spans] for passage in ordered if passage.spans is not None],
         )
 
     @router.post(
