@@ -177,7 +177,7 @@ class Service:
         if question.max_tokens is not None and texts:
             texts = await asyncio.to_thread(truncate, reranker, texts, question.max_tokens)
         spans = len(texts) if question.spans and texts else None
-        return await self.rank(request, question.query, texts, question.instruction, question.top_n or None, spans)
+        return await self.rank(request, question.query, texts, question.instruction, question.top_n or None, spans=spans)
 
     async def rank(
         self,
