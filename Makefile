@@ -89,7 +89,7 @@ notebooks: $(READY) ## run the notebooks
 lint: $(READY) ## check style, format, spelling and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/codespell README.md docs notebooks tests kalm_integrations haystack_integrations
+	$(BIN)/codespell README.md docs notebooks packages tests kalm_integrations haystack_integrations
 	$(BIN)/lint-imports --no-logo
 
 types: $(READY) ## check types
