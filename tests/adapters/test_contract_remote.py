@@ -99,6 +99,19 @@ def test_fused_rankings_are_the_same(host, url, make_reranker):
         assert outcome(host, host.fuse(url, QUERY, retrieved, **settings)) == like(expected)
 
 
+def test_sentences_are_told_and_pruned_as_by_a_reranker_in_the_process(host, url, make_reranker):
+    text = "The Panthers defense gave up just 308 points.  Who won the super bowl?\nNobody knows \ud83d\ude00. A slender wing."
+    settings = {"highlight": True, "prune": True, "prune_threshold": 0.9}
+    given = [host.document("id", text, {})]
+    [expected] = host.use(host.reranker(model=make_reranker(), **settings), QUERY, given)
+    [found] = host.use(host.reranker(model=url, **settings), QUERY, given)
+    assert host.text(found) == host.text(expected) != text
+    told, wanted = host.metadata(found), host.metadata(expected)
+    assert told["kept_spans"] == wanted["kept_spans"]
+    assert told["relevant_spans"] == [pytest.approx(span, abs=1e-6) for span in wanted["relevant_spans"]]
+    assert len(wanted["relevant_spans"]) == 4
+
+
 def test_encoders_give_what_the_service_makes_and_keep_what_is_valid(host, url, behind, make_reranker):
     expected = host.encode(host.encoder(model=make_reranker()), documents(host))
     encoder = host.encoder(model=url)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kalm_integrations import EncodedPassage, KalmReranker, Passage, Span
 from kalm_integrations.core.checkpoint.prompts import passage_text
@@ -103,6 +105,15 @@ def test_offsets_are_those_of_the_text_that_was_given(pico):
     assert set(SENTENCES) <= set(found)
     assert "And a lone one: \ud83d." in found
     assert "\ud83d\ude00 A pair of surrogates." in found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(), max_size=120))
+def test_spans_of_any_text_lie_in_it_and_apart(text):
+    spans = sorted(KalmReranker.from_pretrained("pico").highlight(QUERY, text), key=lambda span: span.start)
+    assert all(0 <= span.start < span.end <= len(text) for span in spans)
+    assert all(first.end <= second.start for first, second in itertools.pairwise(spans))
+    assert all(not span[0].isspace() and not span[-1].isspace() for span in cut(text, spans))
 
 
 def test_special_tokens_of_a_text_are_text(pico):
