@@ -262,7 +262,7 @@ class RerankFields(QueryFields, EncodingFields):
     """Return copies that are cut to the best sentence and to those that `prune_threshold` lets stay. The metadata `kept_spans`
     say where in the original they lie."""
     prune_threshold: PruneThreshold = None
-    """Part of the best sentence's odds, score / (1 - score), that a sentence must have for `prune`; None takes 0.0003."""
+    """Part of the best sentence's odds, score / (1 - score), that a sentence must have for `prune`; None takes 0.001."""
     strip_encodings: bool = True
     """Leave encodings out of what is returned, and so out of prompts, traces and checkpoints. They are never on a text that
     was cut by `prune`, which they do not fit."""

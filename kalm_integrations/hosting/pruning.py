@@ -11,7 +11,7 @@ from kalm_integrations.core.types import RankedPassage, Span, as_number, shown
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import KEPT_SPANS_KEY, RELEVANT_SPANS_KEY
 
-DEFAULT_PRUNE_THRESHOLD = 0.0003
+DEFAULT_PRUNE_THRESHOLD = 0.001
 """Part of the best sentence's odds that another must have to be kept, where none is given. By docs/spans.md."""
 
 _LEAST_DOUBT = 2.0**-24

@@ -137,7 +137,7 @@ class KalmRanker(KalmComponent):
             highlight: return in `meta["relevant_spans"]` the sentences of `content` with their scores, best first.
             prune: return copies whose `content` is cut to the best sentence and to those that `prune_threshold` lets stay;
                 `meta["kept_spans"]` says where in the original they lie.
-            prune_threshold: part of the best sentence's odds, score / (1 - score), that a sentence must have for it; 0.0003
+            prune_threshold: part of the best sentence's odds, score / (1 - score), that a sentence must have for it; 0.001
                 by default.
             strip_encodings: return documents without encodings, so that none reaches a prompt or a trace. They are never on
                 content that was cut by `prune`, which they do not fit.
