@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, trials
+from benchmarks.plan import SHORT
 from benchmarks.rows import progress, timed
 from benchmarks.ways import DTYPES
 from benchmarks.workload import MAKERS, Workload, make_workload_checkpoint
@@ -30,14 +31,15 @@ def measure(folder: Path, dtype: str, options: Any) -> dict[str, Any]:
     """Return the seconds of each round by what is asked for."""
     open_one = partial(KalmReranker.from_pretrained, folder, device=options.device, dtype=dtype)
     without_prefixes, with_prefixes = open_one(prefix_cache_bytes=0), open_one()
-    texts = sentences(Workload(folder), options)
+    workload = Workload(folder)
+    texts = sentences(workload, options)
     encodings = [metadata["kalm_encoding"] for metadata in without_prefixes.encode_to_metadata(texts)]
     passages = [Passage(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
-    query = "Which team gave up just 308 points?"
+    query, instruction = workload.query(SHORT, 0), workload.instruction(SHORT)
     asked = {
-        POOLED: partial(without_prefixes.rank, query, passages),
-        PREFIX: partial(with_prefixes.rank, query, passages),
-        SPANS: partial(without_prefixes.rank, query, passages, spans=len(passages)),
+        POOLED: partial(without_prefixes.rank, query, passages, instruction=instruction),
+        PREFIX: partial(with_prefixes.rank, query, passages, instruction=instruction),
+        SPANS: partial(without_prefixes.rank, query, passages, instruction=instruction, spans=len(passages)),
     }
     for ask in asked.values():
         ask()

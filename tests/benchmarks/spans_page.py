@@ -14,7 +14,7 @@ from benchmarks.spans import KEPT
 from benchmarks.tables import between_marks, significant, table
 from benchmarks.trials import FOLDER
 
-SPAN_COSTS = ("span_cost", "span_cost_nano_cuda", "span_cost_small_cuda")
+SPAN_COSTS = ("span_cost",)
 BATCHES = ("batches_nano", "batches_small")
 
 
