@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kalm_integrations.cli import options
+from kalm_integrations.cli.ranking import read_passages
 from kalm_integrations.cli.serve import (
     ApiKeyEnv,
     Host,
@@ -20,9 +21,7 @@ from kalm_integrations.cli.serve import (
     check_installed,
     warn_of_strangers,
 )
-from kalm_integrations.cli.terminal import note, report_bad
-from kalm_integrations.corpora.candidates import read_candidates
-from kalm_integrations.corpora.jsonl import PassageFields
+from kalm_integrations.cli.terminal import note
 from kalm_integrations.corpora.text import name_of
 from kalm_integrations.errors import SettingsError
 
@@ -99,8 +98,7 @@ def ui(
     warn_of_strangers(settings, host)
     collection = None
     if passages is not None:
-        fields = PassageFields(text_field, title_field or None)
-        rows = list(read_candidates(passages, fields, report_bad if skip_bad else None, takes_plain_lines=True))
+        rows = read_passages(passages, text_field, title_field, skip_bad=skip_bad)
         collection = Collection(name_of(passages), rows, min(candidates, max_documents))
     with _bind(host, port) as listening:
         configure_logging(log_level)

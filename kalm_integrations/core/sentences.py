@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 from sentencex import segment
 
+from kalm_integrations.core.text import Range, without_blanks
+
 LONGEST_SENTENCE = 128
 """Tokens of a sentence at most; a longer piece is cut into windows."""
 
 WINDOW_TOKENS = 64
 """Tokens of a window at most."""
-
-Range = tuple[int, int]
-"""Start and end, in characters; the end does not belong to it."""
 
 
 def divide(text: str, offsets: Sequence[Range]) -> list[Range]:
@@ -40,7 +39,7 @@ def divide(text: str, offsets: Sequence[Range]) -> list[Range]:
     for sentence in segment("en", text[:end]):
         pieces += _windows(text, place, place + len(sentence), starts)
         place += len(sentence)
-    trimmed = (_without_blanks(text, *piece) for piece in pieces)
+    trimmed = (without_blanks(text, *piece) for piece in pieces)
     return [piece for piece in trimmed if piece[0] < piece[1]]
 
 
@@ -69,9 +68,3 @@ def _best_cut(text: str, places: Sequence[int]) -> int:
     )
     good = (place for rule in rules for place in reversed(places) if rule(place))
     return next(good, places[-1])
-
-
-def _without_blanks(text: str, start: int, end: int) -> Range:
-    """Return a range without the blanks at its ends."""
-    piece = text[start:end]
-    return end - len(piece.lstrip()), start + len(piece.rstrip())

@@ -227,7 +227,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a hint, for the end of a message, at the known name that is close to one, whatever its case; or nothing."""
     by_lower = {each.lower(): each for each in known}
     near = difflib.get_close_matches(name.lower(), by_lower, 1)
-    return f"; did you mean {by_lower[near[0]]!r}?" if near and by_lower[near[0]] != name else ""
+    return f"; did you mean {by_lower[near[0]]!r}?" if near else ""
 
 
 def describe_problems(error: ValidationError) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from kalm_integrations.core.checkpoint.prompts import passage_text
 from kalm_integrations.core.flows import Flow
@@ -16,8 +17,8 @@ from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.passages.prefixes import Candidate
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.core.scoring import Scorer, candidate_of
-from kalm_integrations.core.sentences import Range, divide
-from kalm_integrations.core.text import ranges_in, without_surrogates
+from kalm_integrations.core.sentences import divide
+from kalm_integrations.core.text import Range, ranges_in, without_surrogates
 from kalm_integrations.core.types import Span
 
 _TEXT_STARTS = len(passage_text(""))
@@ -61,18 +62,19 @@ class Highlighter:
             asked: passages, each for one of the queries.
             instruction: of the call; None takes the reranker's.
         """
-        ranges = [self._sentences(one) for one in asked]
-        candidates = [_part(one.encoding, *states) for one, found in zip(asked, ranges, strict=True) for _, states in found]
-        owners = [one.query for one, found in zip(asked, ranges, strict=True) for _ in found]
+        # A text may come several times.
+        sentences = {one: self._sentences(one) for one in dict.fromkeys(asked)}
+        candidates = [_part(one.encoding, *states) for one, found in sentences.items() for _, states in found]
+        owners = [one.query for one, found in sentences.items() for _ in found]
         pairs = [(query, index) for index, query in enumerate(owners)]
-        margins = yield from self._scorer.margins_of(queries, candidates, pairs, instruction, keeps_states=False)
-        spans = []
-        for one, found in zip(asked, ranges, strict=True):
-            own, margins = margins[: len(found)], margins[len(found) :]
+        margins = iter((yield from self._scorer.margins_of(queries, candidates, pairs, instruction, keeps_states=False)))
+        spans = {}
+        for one, found in sentences.items():
+            own = list(islice(margins, len(found)))
             rows = zip(own, self._to_scores(own), ranges_in(one.text, [place for place, _ in found]), strict=True)
             best_first = sorted(rows, key=lambda row: -row[0])
-            spans.append(tuple(Span(start, end, score) for _, score, (start, end) in best_first))
-        return spans
+            spans[one] = tuple(Span(start, end, score) for _, score, (start, end) in best_first)
+        return [spans[one] for one in asked]
 
     def _sentences(self, asked: Asked) -> list[tuple[Range, Range]]:
         """Return the sentences of a passage: where each lies in the text without surrogates, and which states it has."""

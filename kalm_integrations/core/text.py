@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from kalm_integrations.errors import SettingsError
+
+Range: TypeAlias = tuple[int, int]
+"""Start and end in a text, in code points; the end does not belong to it."""
 
 MAX_INSTRUCTION_CHARACTERS = 16_384
 """Of an instruction, and of a system instruction. They are never cut, and every query's prompt repeats them."""
@@ -37,7 +41,13 @@ def check_instruction_length(instruction: str) -> str:
     return instruction
 
 
-def ranges_in(text: str, ranges: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+def without_blanks(text: str, start: int, end: int) -> Range:
+    """Return a range of a text without the blanks at its ends; of blanks alone, one that ends before it starts."""
+    piece = text[start:end]
+    return end - len(piece.lstrip()), start + len(piece.rstrip())
+
+
+def ranges_in(text: str, ranges: Sequence[Range]) -> Sequence[Range]:
     """Return where ranges of `without_surrogates(text)`, in code points, lie in the text itself."""
     if len(without_surrogates(text)) == len(text):
         return ranges

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
+from kalm_integrations.core.text import Range, without_blanks
 from kalm_integrations.core.types import RankedPassage, Span, as_number, shown
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import KEPT_SPANS_KEY, RELEVANT_SPANS_KEY
@@ -16,9 +17,6 @@ DEFAULT_PRUNE_THRESHOLD = 0.001
 
 _LEAST_DOUBT = 2.0**-24
 """What float32 leaves between 1 and the next score."""
-
-Range: TypeAlias = tuple[int, int]
-"""Start and end in a text, in code points; the end does not belong to it."""
 
 
 def check_prune_threshold(threshold: object) -> float | None:
@@ -100,8 +98,7 @@ def own_spans(text: str, judged: str, spans: Iterable[Span]) -> list[Span]:
     found = []
     for span in spans:
         start, end = (min(max(at - shift, 0), len(text)) for at in (span.start, span.end))
-        piece = text[start:end]
-        start, end = end - len(piece.lstrip()), start + len(piece.rstrip())
+        start, end = without_blanks(text, start, end)
         if start < end:
             found.append(replace(span, start=start, end=end))
     return found

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kalm_integrations.core.sentences import Range
+from kalm_integrations.core.text import Range
 
 LONGEST_DOCUMENT = 3000
 """Characters of a document that is joined of sections: no token of it may lie behind `max_passage_tokens`."""

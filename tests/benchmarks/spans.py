@@ -17,7 +17,7 @@ from benchmarks import machine, trials
 from benchmarks.rows import progress
 from benchmarks.span_cases import Case, answered, joined, sample
 from kalm_integrations import KalmReranker
-from kalm_integrations.core.sentences import Range
+from kalm_integrations.core.text import Range
 from kalm_integrations.corpora.bm25 import BM25
 from kalm_integrations.corpora.peers import score_by_bi_encoder
 from kalm_integrations.hosting.pruning import odds

@@ -134,12 +134,11 @@ def published_max_ratio(model: str | os.PathLike[str]) -> int | None:
 
 def did_you_mean_model(name: str) -> str:
     """Return a hint at the alias or hub id that a name is close to, or nothing."""
+    hub_ids = [published.hub_id for published in ALIASES.values()]
+    if name in hub_ids:
+        return ""
     if "kalm" in name.lower():
-        hub_ids = [published.hub_id for published in ALIASES.values()]
-        with_owner = name if "/" in name else f"KaLM-Embedding/{name}"
-        if with_owner != name and with_owner in hub_ids:
-            return f"; did you mean {with_owner!r}?"
-        return did_you_mean(with_owner, hub_ids)
+        return did_you_mean(name if "/" in name else f"KaLM-Embedding/{name}", hub_ids)
     return did_you_mean(name, (*BUILT_IN_ALIASES, *ALIASES))
 
 

@@ -16,7 +16,7 @@ from starlette.responses import RedirectResponse
 
 from kalm_integrations import __version__
 from kalm_integrations.core.types import ENCODING_KEY, Passage, RankedPassage, Ranking, Status
-from kalm_integrations.remote.protocol import SentPassage
+from kalm_integrations.remote.protocol import SentPassage, SentSpan
 from kalm_integrations.serving.formats import Answer, Body, Instruction, Query, printable
 from kalm_integrations.serving.service import Service, note
 from kalm_integrations.serving.ui.collection import Collection
@@ -90,14 +90,6 @@ class RankBody(Body):
     """How many of the best passages are wanted with the scores of their sentences."""
 
 
-class Sentence(Answer):
-    """A part of a passage's text, in code points, and its P(yes)."""
-
-    start: int
-    end: int
-    score: float
-
-
 class Shown(Answer):
     """A passage with what is known of it; the list of them is in the first stage's order."""
 
@@ -112,7 +104,7 @@ class Shown(Answer):
     n_bytes: int
     """Of the string to store with it."""
     n_text_bytes: int
-    spans: list[Sentence] | None
+    spans: list[SentSpan] | None
     """In the text's order."""
 
 
@@ -274,8 +266,8 @@ def _shown(names: Sequence[str], passages: Sequence[Passage], ranking: Ranking) 
     return [one for _, one in sorted(zip((ranked.index for ranked in ranking), shown, strict=True), key=lambda pair: pair[0])]
 
 
-def _sentences(ranked: RankedPassage) -> list[Sentence] | None:
+def _sentences(ranked: RankedPassage) -> list[SentSpan] | None:
     """Return the sentences of a passage in the order of its text, if they were asked for."""
     if ranked.spans is None:
         return None
-    return [Sentence(**span.to_dict()) for span in sorted(ranked.spans, key=lambda span: span.start)]
+    return [SentSpan(**span.to_dict()) for span in sorted(ranked.spans, key=lambda span: span.start)]
