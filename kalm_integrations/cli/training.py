@@ -119,6 +119,10 @@ def average(
         list[str], typer.Argument(metavar="MODEL", help="Two or more checkpoints: folders, hub ids or aliases.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; a checkpoint that is there is replaced.")],
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        typer.Option(help="What the weights are written in; bfloat16 takes half the space and rounds them."),
+    ] = "float32",
 ) -> None:
     """Average the weights of checkpoints.
 
@@ -126,4 +130,4 @@ def average(
     """
     from kalm_integrations.training.exporting import average_checkpoints
 
-    print(average_checkpoints(models, output))
+    print(average_checkpoints(models, output, dtype))

@@ -49,7 +49,7 @@ FINISHED = "model.safetensors"
 
 
 def train(config: TrainConfig) -> Path:
-    """Run every phase of a configuration and return the folder of the trained checkpoint (bfloat16).
+    """Run every phase of a configuration and return the folder of the trained checkpoint.
 
     A run that was interrupted goes on where its newest saved step was. Finished phases are not repeated, nor is a finished
     run. Started by `torchrun` or `accelerate launch`, the processes share the work. Only what the run has made is deleted or
@@ -103,7 +103,7 @@ def train(config: TrainConfig) -> Path:
         _run_phase(model, dataset, config, index)
     with arguments.main_process_first(local=False, desc="the export"):
         if arguments.process_index == 0:
-            export_checkpoint(start, model.weights(), target)
+            export_checkpoint(start, model.weights(), target, config.export_dtype)
     return target
 
 
