@@ -144,8 +144,8 @@ def _drop_calibration(path: Path, folder: Path) -> None:
     if fields.pop("calibration", None) is not None:
         path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         logger.warning(
-            "the calibration of the start is left out, because it was fitted to other weights; to fit a new one: kalm calibrate "
-            "DATA --model %s --save",
+            "the calibration of the start is left out, because it was fitted to other weights; to fit a new one: kalm "
+            "calibrate DATA --model %s --save",
             folder,
         )
 
