@@ -109,7 +109,7 @@ class OutputError(KalmError, OSError):
 
 
 class TrainingError(KalmError):
-    """A training run cannot go on or be exported: its loss or its weights are not finite."""
+    """A training run cannot go on, or weights cannot be exported: they or the loss are not finite."""
 
 
 class NonFiniteScoreError(KalmError, ArithmeticError):

@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> Path:
         run_phase(model, dataset, config, index, folder.phase(index), evaluation)
     with arguments.main_process_first(local=False, desc="the export"):
         if is_first:
-            export_checkpoint(folder.start, model.weights(), folder.model)
+            export_checkpoint(folder.start, model.weights(), folder.model, config.export_dtype)
             folder.finish()
     return folder.model
 
