@@ -244,6 +244,7 @@ def test_a_run_with_a_teacher_semantic_start_and_pseudo_queries(tmp_path, bi_enc
         teacher=TeacherConfig(bi_encoder=bi_encoder, max_tokens=16),
         pseudo_queries=PseudoQueryConfig(),
         phases=(PhaseConfig(steps=2, passages_per_cluster=3),),
+        keep_intermediate=True,
     )
     model = train(config)
     assert len(KalmReranker.from_pretrained(model).score(QUERIES[0], PASSAGES)) == len(PASSAGES)
