@@ -1,4 +1,4 @@
-"""What a run does beside its steps: it stops when asked, refuses numbers that are none, evaluates, reports and says what bites."""
+"""What a run does beside its steps: it stops when asked, evaluates, reports, and says what bites."""
 
 from __future__ import annotations
 
@@ -358,7 +358,7 @@ def test_a_run_reports_to_tensorboard(tmp_path, lines):
 
 
 def test_a_report_that_cannot_be_made_is_refused_before_any_work(tmp_path, lines):
-    with pytest.raises(SettingsError, match="report_to must be among .*tensorboard.*, but got 'a printer'"):
+    with pytest.raises(SettingsError, match=r"report_to must be among .*tensorboard.*, but got 'a printer'"):
         train(configuration(tmp_path / "run", lines, report_to=("a printer",)))
     with pytest.raises(MissingExtraError, match="reporting to wandb needs it installed: pip install wandb"):
         train(configuration(tmp_path / "run", lines, report_to=("wandb",)))
