@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from kalm_integrations.training.config import (
     TeacherConfig,
     TrainConfig,
 )
-from kalm_integrations.training.data import Cluster, ClusterDataset, Collator, Source
+from kalm_integrations.training.data import N_NEIGHBOURS, Cluster, ClusterDataset, Collator, Source
 from kalm_integrations.training.distillation import fit_conditional_logit
 from kalm_integrations.training.initialize import token_embeddings
 from kalm_integrations.training.sources import TrainingSet, read_training_set
@@ -96,15 +97,54 @@ def test_a_query_without_negatives_is_asked_with_its_neighbours(tmp_path, tokeni
     assert {len(c.prompts) for c in dataset(texts, tokenizer, passages_per_cluster=4, grouped=True)} == {1}
 
 
-def test_another_passage_that_answers_is_no_negative(tmp_path, tokenizer):
+def repeated_lines(folder: Path) -> Path:
+    """One positive a line, once more with white space and as a negative."""
     rows = [
-        {"query": QUERIES[0], "positives": [PASSAGES[0], PASSAGES[2]]},
+        *({"query": QUERIES[0], "positives": [PASSAGES[i]]} for i in (0, 2)),
+        {"query": f"{QUERIES[0]}\n", "positives": [f" {PASSAGES[0]}"]},
         *({"query": text, "positives": [text]} for text in PASSAGES),
     ]
-    for cluster in dataset(read(write_lines(tmp_path / "l.jsonl", rows)), tokenizer, passages_per_cluster=4, steps=20):
+    return write_lines(folder / "repeated.jsonl", rows)
+
+
+def repeated_lines_with_negatives(folder: Path) -> Path:
+    rows = [{"query": QUERIES[0], "positives": [PASSAGES[i]], "negatives": [PASSAGES[2 - i], PASSAGES[3]]} for i in (0, 2)]
+    return write_lines(folder / "negatives.jsonl", rows)
+
+
+def repeated_ids(folder: Path) -> Path:
+    """A BEIR folder in which two passages and the query have two ids, and no query id knows all."""
+    beir = write_collection(folder / "beir")
+    for name, rows in (("corpus", [(8, PASSAGES[0]), (9, PASSAGES[2])]), ("queries", [(7, QUERIES[0])])):
+        with (beir / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"_id": row_id, "text": text}) + "\n" for row_id, text in rows)
+    with (beir / "qrels" / "train.tsv").open("a", encoding="utf-8") as file:
+        file.write("7\t9\t1\n")
+    return beir
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("write", [repeated_lines, repeated_lines_with_negatives, repeated_ids])
+def test_another_passage_that_answers_is_no_negative(tmp_path, tokenizer, write, grouped):
+    """Whatever the path: lines that repeat a query, negatives that other lines bring, the same texts under other ids."""
+    n_asked = 0
+    clusters = dataset(read(write(tmp_path)), tokenizer, passages_per_cluster=4, steps=20, grouped=grouped)
+    for cluster in (clusters[i] for i in range(len(clusters))):
         for prompt, candidates in texts_of(cluster, tokenizer):
             if prompt == tokenizer.prompt(*INSTRUCTIONS, QUERIES[0]):
-                assert len({PASSAGES[0], PASSAGES[2]} & set(candidates)) == 1
+                assert candidates[0] in (PASSAGES[0], PASSAGES[2])
+                assert not {PASSAGES[0], PASSAGES[2]} & set(candidates[1:])
+                assert PASSAGES[3] in candidates[1:]
+                n_asked += 1
+    assert n_asked
+
+
+def test_neighbours_are_not_used_up_by_positives(tmp_path, tokenizer):
+    """However many passages answer a query, it is asked with some that do not."""
+    positives = [f"{QUERIES[0]} {n}" for n in range(2 * N_NEIGHBOURS)]
+    rows = [{"query": QUERIES[0], "positives": positives}, {"query": QUERIES[1], "positives": ["Otters do not."]}]
+    source = Source.build(read(write_lines(tmp_path / "l.jsonl", rows)), seed=0)
+    assert source.neighbours[0] == [len(positives)]
 
 
 def test_pseudo_queries_fill_up_and_take_places(tmp_path, tokenizer):
