@@ -61,8 +61,10 @@ class Collection:
         passages = _read(folder / "corpus.jsonl", PassageFields(), "passage", found)
         queries = _read(folder / "queries.jsonl", PassageFields(title=None), "query", found)
         judged = {query_id: query for query_id, query in queries.items() if query_id in qrels}
-        found["judged queries that are not there"] += len(qrels) - len(judged)
-        found["judged passages that are not there"] += sum(p not in passages for grades in qrels.values() for p in grades)
+        found["judged queries missing from queries.jsonl"] += len(qrels) - len(judged)
+        found["judged passages missing from corpus.jsonl"] += sum(
+            p not in passages for grades in qrels.values() for p in grades
+        )
         found["blank queries"] += sum(not query.strip() for query in judged.values())
         found["blank passages"] += sum(not passage.strip() for passage in passages.values())
         if oddities is not None:

@@ -141,7 +141,7 @@ class _Texts:
             for passage in passages:
                 position = self._position(passage)
                 if position is not None:
-                    self._oddities["passages that a query has twice"] += position in known
+                    self._oddities["passages that the query had already"] += position in known
                     known[position] = None
         for passage, margin in example.margins.items():
             if passage.strip():
@@ -152,7 +152,7 @@ class _Texts:
         kept = {passage_id: text for passage_id, text in collection.passages.items() if text.strip()}
         for text in kept.values():
             n_known = len(self._passages)
-            self._oddities["passages with the text of another"] += self._position(text) != n_known
+            self._oddities["passages with the same text as an earlier one"] += self._position(text) != n_known
         for query_id, text in collection.queries.items():
             if text.strip():
                 relevant = [kept[p] for p, grade in collection.qrels[query_id].items() if grade > 0 and p in kept]
@@ -163,11 +163,11 @@ class _Texts:
         queries = []
         for united in self._queries.values():
             if not united.positives:
-                self._oddities["queries without a positive, left out"] += 1
+                self._oddities["queries dropped because they have no positive"] += 1
                 continue
             negatives = tuple(position for position in united.negatives if position not in united.positives)
             n_both = len(united.negatives) - len(negatives)
-            self._oddities["negatives that are positives of the same query, too, which they are taken for"] += n_both
+            self._oddities["negatives dropped because they are positives of the same query"] += n_both
             queries.append(Query(united.text, united.instruction, tuple(united.positives), negatives, united.margins))
         margins = [margin for query in queries for margin in query.margins.values()]
         if all(0 <= margin <= 1 for margin in margins):

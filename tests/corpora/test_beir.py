@@ -102,8 +102,8 @@ def test_what_is_odd_is_counted_and_said_in_a_line(tmp_path: Path, caplog: pytes
     expected = {
         "repeated judgements": 1,
         "repeated passage ids, of which the last counts": 1,
-        "judged queries that are not there": 1,
-        "judged passages that are not there": 1,
+        "judged queries missing from queries.jsonl": 1,
+        "judged passages missing from corpus.jsonl": 1,
         "blank queries": 1,
         "blank passages": 1,
     }

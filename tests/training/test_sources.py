@@ -99,7 +99,7 @@ def test_one_positive_a_line_gives_one_query_with_all(tmp_path, caplog):
     assert texts.passages == [OTTERS, RHINE, SNOW, SEALS]
     assert texts.queries == [Query(EAT, None, (0, 3), (2,)), Query(RISE, None, (1,), (2,))]
     assert texts.n_real == 2
-    assert told(caplog) == ["rows united with an earlier row of the same query: 1; passages that a query has twice: 1"]
+    assert told(caplog) == ["rows united with an earlier row of the same query: 1; passages that the query had already: 1"]
 
 
 def test_the_same_query_with_another_instruction_is_another(tmp_path, caplog):
@@ -118,7 +118,7 @@ def test_a_positive_of_one_line_is_no_negative_of_another(tmp_path, caplog):
     texts = read_lines(tmp_path, *rows)
     found = [(texts_of(texts, query.positives), texts_of(texts, query.negatives)) for query in texts.queries]
     assert found == [([OTTERS, SEALS], [SNOW, RHINE]), ([RHINE], [SNOW])]
-    assert "negatives that are positives of the same query, too, which they are taken for: 3" in told(caplog)[0]
+    assert "negatives dropped because they are positives of the same query: 3" in told(caplog)[0]
 
 
 def test_a_teacher_s_margins_are_kept(tmp_path, caplog):
@@ -152,7 +152,7 @@ def test_blank_texts_are_left_out(tmp_path, caplog):
     ]
     texts = read_lines(tmp_path, *rows)
     assert (texts.passages, texts.queries) == ([OTTERS, SNOW], [Query(EAT, None, (0,))])
-    assert told(caplog) == ["blank queries: 1; blank passages: 3; queries without a positive, left out: 1"]
+    assert told(caplog) == ["blank queries: 1; blank passages: 3; queries dropped because they have no positive: 1"]
 
 
 def test_a_sound_collection_is_read_without_a_word(tmp_path, caplog):
@@ -178,12 +178,12 @@ def test_a_beir_folder_is_united_by_text_too(tmp_path, caplog):
     assert texts.queries == [Query(EAT, None, (0, 4)), Query(RISE, None, (1,))]
     assert dict(part.rsplit(": ", 1) for part in told(caplog)[0].split("; ")) == {
         "repeated judgements": "1",
-        "judged passages that are not there": "1",
+        "judged passages missing from corpus.jsonl": "1",
         "blank queries": "1",
         "blank passages": "1",
-        "passages with the text of another": "1",
+        "passages with the same text as an earlier one": "1",
         "rows united with an earlier row of the same query": "1",
-        "passages that a query has twice": "1",
-        "queries without a positive, left out": "1",
+        "passages that the query had already": "1",
+        "queries dropped because they have no positive": "1",
     }
     assert len(caplog.records) == 1
