@@ -23,6 +23,7 @@ JUDGING = ("label", "labels", "score", "scores")
 """Columns that say what a passage is worth, and must not be left out of a pair or triplet unseen."""
 
 OWN = {"query", "positives"}
+"""What the layout that `kalm mine` writes is known by."""
 
 FLAG_EMBEDDING = {
     "query": "query",
@@ -67,10 +68,10 @@ class Example(BaseModel):
         return self
 
     @property
-    def margins(self) -> dict[str, float]:
-        """The teacher's margin of each passage; nothing without a teacher."""
+    def margins(self) -> list[tuple[str, float]]:
+        """The passages with the teacher's margins; nothing without a teacher."""
         texts, scores = [*self.positives, *self.negatives], [*(self.positive_scores or ()), *(self.negative_scores or ())]
-        return dict(zip(texts, scores, strict=False))
+        return list(zip(texts, scores, strict=False))
 
 
 class _Line(Example):

@@ -143,7 +143,7 @@ class _Texts:
                 if position is not None:
                     self._oddities["passages that the query had already"] += position in known
                     known[position] = None
-        for passage, margin in example.margins.items():
+        for passage, margin in example.margins:
             if passage.strip():
                 united.margins.setdefault(self._positions[passage.strip()], margin)
 
