@@ -19,6 +19,7 @@ KalmError
 │   └── ServiceError                    a service cannot be reached, or does not answer as one of ours
 ├── StoreError                          a payload or prefix store cannot be used
 ├── OutputError (OSError)               the output of bulk work cannot be written any more
+├── TrainingError                       a training run cannot go on or be exported
 └── NonFiniteScoreError (ArithmeticError)   the model produced NaN or infinity
 ```
 
@@ -105,6 +106,10 @@ class StoreError(KalmError):
 
 class OutputError(KalmError, OSError):
     """The output of bulk work cannot be written any more; what was written is kept."""
+
+
+class TrainingError(KalmError):
+    """A training run cannot go on, or weights cannot be exported: they or the loss are not finite."""
 
 
 class NonFiniteScoreError(KalmError, ArithmeticError):

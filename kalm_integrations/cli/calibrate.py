@@ -49,6 +49,7 @@ def calibrate(
     half. Calibrate on candidates such as the retriever will find: the bias learns how common relevant passages are among them.
     """
     from kalm_integrations.corpora.beir import Collection
+    from kalm_integrations.corpora.first_stage import find_candidates
     from kalm_integrations.evaluation.calibration import (
         calibrate as fit,
     )
@@ -58,7 +59,6 @@ def calibrate(
         read_judged,
         save_calibration,
     )
-    from kalm_integrations.evaluation.candidates import find_candidates
 
     if save:
         check_savable(model)

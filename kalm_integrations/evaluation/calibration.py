@@ -17,9 +17,9 @@ from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.checkpoint.locate import ALIASES, BUILT_IN_ALIASES, DEFAULTS_FILE
 from kalm_integrations.core.settings import Calibration
 from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.first_stage import Candidates
 from kalm_integrations.corpora.jsonl import PassageFields, parse_file, parse_object, to_json
 from kalm_integrations.errors import MissingExtraError, SettingsError
-from kalm_integrations.evaluation.candidates import Candidates
 from kalm_integrations.evaluation.differences import load_scipy
 from kalm_integrations.files import written_beside
 

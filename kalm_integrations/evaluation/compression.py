@@ -13,20 +13,11 @@ from kalm_integrations.core.ranking import sigmoid
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.core.types import Passage
 from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.first_stage import BM25_NAME, Candidates, find_candidates, order
 from kalm_integrations.corpora.measures import ndcg_at_10
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation.candidates import (
-    BM25_NAME,
-    EXACT,
-    Candidates,
-    Scored,
-    check_ratios_and_codecs,
-    encode_candidates,
-    find_candidates,
-    order,
-    score_settings,
-)
 from kalm_integrations.evaluation.differences import Difference, check_comparable, kendall_tau, mean_differences
+from kalm_integrations.evaluation.scoring import EXACT, Scored, check_ratios_and_codecs, encode_candidates, score_settings
 
 N_TIMED = 100
 """Candidates that a timed query has; where there are fewer, the time is scaled to as many."""

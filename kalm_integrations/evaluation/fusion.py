@@ -13,17 +13,11 @@ from kalm_integrations.core.ranking import RankRules, check_fusion
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.core.types import FusionMethod
 from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.first_stage import BM25_NAME, find_candidates, first_stage_name
 from kalm_integrations.corpora.measures import ndcg_at_10
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation.candidates import (
-    BM25_NAME,
-    count_pairs,
-    encode_candidates,
-    find_candidates,
-    first_stage_name,
-    score_candidates,
-)
 from kalm_integrations.evaluation.differences import Difference, check_comparable, mean_differences
+from kalm_integrations.evaluation.scoring import count_pairs, encode_candidates, score_candidates
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,19 +12,11 @@ from kalm_integrations.core.ranking import fuse
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.corpora import peers
 from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.first_stage import BM25_NAME, Candidates, find_candidates, first_stage_name, order
 from kalm_integrations.corpora.measures import measure
 from kalm_integrations.corpora.runs import write_run
-from kalm_integrations.evaluation.candidates import (
-    BM25_NAME,
-    Candidates,
-    check_ratios_and_codecs,
-    encode_candidates,
-    find_candidates,
-    first_stage_name,
-    order,
-    score_settings,
-)
 from kalm_integrations.evaluation.differences import Difference, check_comparable, mean_differences
+from kalm_integrations.evaluation.scoring import check_ratios_and_codecs, encode_candidates, score_settings
 
 if TYPE_CHECKING:
     from rich.table import Table

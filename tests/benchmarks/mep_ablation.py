@@ -17,9 +17,10 @@ import torch
 
 from kalm_integrations import KalmReranker
 from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.first_stage import find_candidates, order
 from kalm_integrations.corpora.measures import ndcg_at_10
-from kalm_integrations.evaluation.candidates import encode_candidates, find_candidates, order, score_settings
 from kalm_integrations.evaluation.differences import mean_differences
+from kalm_integrations.evaluation.scoring import encode_candidates, score_settings
 from kalm_integrations.training.config import ArchitectureConfig, CollectionConfig, PhaseConfig, TrainConfig
 from kalm_integrations.training.trainer import train
 

@@ -22,8 +22,9 @@ from benchmarks.tables import table
 from kalm_integrations import EncodedPassage, KalmReranker
 from kalm_integrations.core.ranking import sigmoid
 from kalm_integrations.corpora.beir import Collection
-from kalm_integrations.evaluation.candidates import Candidates, encode_candidates, find_candidates, score_candidates
+from kalm_integrations.corpora.first_stage import Candidates, find_candidates
 from kalm_integrations.evaluation.differences import kendall_tau
+from kalm_integrations.evaluation.scoring import encode_candidates, score_candidates
 from kalm_integrations.samples import XQUAD_EN
 
 EXACT, BASE = "float32", "float16"

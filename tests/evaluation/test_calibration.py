@@ -15,6 +15,7 @@ from kalm_integrations import KalmReranker
 from kalm_integrations.cli import app
 from kalm_integrations.core.settings import Calibration
 from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.first_stage import Candidates
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.calibration import (
     UNCALIBRATED,
@@ -26,7 +27,6 @@ from kalm_integrations.evaluation.calibration import (
     read_judged,
     save_calibration,
 )
-from kalm_integrations.evaluation.candidates import Candidates
 from kalm_integrations.testing import FakeReranker
 
 

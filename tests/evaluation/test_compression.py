@@ -14,9 +14,9 @@ from tools.corpora import draw_collection
 
 from kalm_integrations import KalmReranker, Passage
 from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.first_stage import find_candidates
 from kalm_integrations.corpora.measures import ndcg_at_10
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation.candidates import find_candidates
 from kalm_integrations.evaluation.compression import (
     CollectionCosts,
     Cost,

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from kalm_integrations import KalmReranker
 from kalm_integrations.cli import app
 from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.first_stage import find_candidates
 from kalm_integrations.corpora.measures import ndcg_at_10
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation.candidates import find_candidates
 from kalm_integrations.evaluation.differences import mean_differences
 from kalm_integrations.evaluation.fusion import WEIGHTS, FusionReport, compare_fusions
 

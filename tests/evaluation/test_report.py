@@ -15,12 +15,13 @@ from kalm_integrations import EncodedPassage, KalmReranker
 from kalm_integrations.core.ranking import fuse
 from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.corpora.bm25 import BM25
+from kalm_integrations.corpora.first_stage import find_candidates
 from kalm_integrations.corpora.measures import ndcg_at_10
 from kalm_integrations.corpora.peers import search
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation.candidates import encode_candidates, find_candidates, score_settings
 from kalm_integrations.evaluation.differences import mean_differences
 from kalm_integrations.evaluation.report import Report, evaluate
+from kalm_integrations.evaluation.scoring import encode_candidates, score_settings
 
 
 @pytest.fixture(scope="module")

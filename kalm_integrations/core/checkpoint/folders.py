@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from kalm_integrations.core.checkpoint.locate import TOKENIZER_FILES
+from kalm_integrations.core.checkpoint.locate import LICENCE_FILES, TOKENIZER_FILES
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.files import folder_written_beside
 
 PARTS = ("*.json", "*.safetensors", "*.jinja", *TOKENIZER_FILES)
 """Files that a checkpoint consists of."""
 
-PLAIN_FILES = (*PARTS, "*.md", "*.toml", "README*", "LICENSE*", ".gitattributes")
+PLAIN_FILES = (*PARTS, *LICENCE_FILES, "*.md", "*.toml", "README*", ".gitattributes")
 """What a plain checkpoint may hold; a folder with anything else in it is somebody's, and is not replaced."""
 
 
@@ -82,10 +82,13 @@ def check_target(folder: Path, sources: Iterable[Path] = ()) -> Path:
 
 
 def copy_files(source: Path, folder: Path, *, weights: bool) -> None:
-    """Copy configuration, tokenizer, defaults and chat template of a checkpoint, and its weights if they are wanted."""
+    """Copy configuration, tokenizer, defaults, chat template and licences of a checkpoint, and its weights if wanted.
+
+    Its README stays behind: it tells of that checkpoint, not of one that is made from it.
+    """
     for path in source.iterdir():
         is_weights = path.suffix == ".safetensors" or path.name.endswith(".index.json")
-        if path.is_file() and _matches(path, PARTS) and (weights or not is_weights):
+        if path.is_file() and _matches(path, (*PARTS, *LICENCE_FILES)) and (weights or not is_weights):
             shutil.copy(path, folder / path.name)
 
 

@@ -65,8 +65,11 @@ TOKENIZER_FILES = (
 DEFAULTS_FILE = "kalm_reranker.json"
 """A checkpoint's own defaults; see `opened.CheckpointDefaults`."""
 
-FILES = ("config.json", DEFAULTS_FILE, *TOKENIZER_FILES, "*.safetensors", "*.index.json")
-"""What is fetched from the hub: configuration, tokenizer and safetensors; never code, pickles or other formats."""
+LICENCE_FILES = ("LICENSE*", "NOTICE*")
+"""Files that must go with the weights and with what is made from them."""
+
+FILES = ("config.json", DEFAULTS_FILE, *TOKENIZER_FILES, *LICENCE_FILES, "*.safetensors", "*.index.json")
+"""What is fetched from the hub: configuration, tokenizer, safetensors and licences; never code, pickles or other formats."""
 
 
 def resolve(model: str | os.PathLike[str], revision: str | None = None, token: str | None = None) -> Path:

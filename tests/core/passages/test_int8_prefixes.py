@@ -14,8 +14,8 @@ from kalm_integrations.core.model import kv_cache
 from kalm_integrations.core.model.prefix_states import PrefixStates, keep, kept_bytes
 from kalm_integrations.core.passages import prefixes
 from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.first_stage import find_candidates
 from kalm_integrations.errors import NonFiniteScoreError
-from kalm_integrations.evaluation.candidates import find_candidates
 from kalm_integrations.samples import XQUAD_EN
 
 MakeReranker = Callable[..., KalmReranker]
