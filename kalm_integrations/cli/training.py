@@ -107,7 +107,7 @@ def _show(forecast: Forecast) -> None:
 
 def mine(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A BEIR folder, or JSON lines of training data, gzipped or not.")
+        Path, typer.Argument(metavar="SOURCE", help="A BEIR folder, or training data in any format that kalm train reads.")
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="JSONL file to write, gzipped if it is named .gz; - is standard output.")
@@ -144,7 +144,7 @@ def mine(
             show_default="none",
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Which judgements of a BEIR folder.")] = "train",
+    split: Annotated[str, typer.Option(help="Which judgements of a BEIR folder, or which split of a dataset.")] = "train",
     instruction: Annotated[
         str | None, typer.Option(help="Instruction of queries that bring none.", show_default="the checkpoint's")
     ] = None,

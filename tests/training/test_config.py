@@ -19,7 +19,7 @@ from kalm_integrations.training.config import (
     TeacherConfig,
     TrainConfig,
 )
-from kalm_integrations.training.sources import Example
+from kalm_integrations.training.layouts import Example
 
 
 def toml(path: Path, text: str) -> TrainConfig:
@@ -41,6 +41,13 @@ def test_paths_count_from_the_file_s_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "models")
     assert TrainConfig.read(Path("../t.toml")).output.is_absolute()
     assert toml(tmp_path / "t.toml", 'model = "nano"\n' + MINIMAL).model == "nano"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("a/b.jsonl", "b"), ("b.parquet", "b"), ("b.csv", "b"), ("b.tsv", "b"), ("b-v1.5", "b-v1.5")]
+)
+def test_a_collection_is_called_as_its_file_without_the_format(tmp_path, path, name):
+    assert toml(tmp_path / "t.toml", MINIMAL.replace("data/beir", path)).collections[0].name == name
 
 
 @pytest.mark.parametrize(
