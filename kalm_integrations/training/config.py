@@ -107,6 +107,45 @@ class PseudoQueryConfig(_Section):
         return self
 
 
+class DevConfig(_Section):
+    """A small collection that is ranked during training: the best step is kept, and training can stop early.
+
+    A BEIR folder is ranked as in use: the first stage finds candidates. In a file of training data, a query's candidates are
+    its positives and negatives; where it has none, BM25 finds them among the file's passages.
+    """
+
+    path: Path
+    split: str = "dev"
+    """Of a BEIR folder."""
+    first_stage: str = "bm25"
+    """Of a BEIR folder: bm25, a bi-encoder of sentence-transformers, or a run file."""
+    queries: PositiveInt = 200
+    """How many are drawn, if there are more."""
+    top_k: PositiveInt = 20
+    """Candidates of each."""
+    compression_ratio: PositiveInt = 4
+    every_steps: PositiveInt = 100
+    """Steps from one evaluation to the next; the start and the end of each phase are evaluated, too."""
+    patience: PositiveInt | None = None
+    """Evaluations in a row without a new best one, after which a phase ends. Unset: it runs to its end."""
+    instruction: str | None = None
+    """Of queries that do not bring their own; unset, the checkpoint's."""
+
+
+class CardConfig(_Section):
+    """What the model card of the export says that the run does not know."""
+
+    name: str | None = None
+    """Title; `owner/name` if it is known where on the hub the checkpoint will be. Unset, the output folder's name."""
+    description: str | None = None
+    license: str | None = None
+    """Of the trained weights, as the hub names it, such as apache-2.0."""
+    languages: tuple[str, ...] = ()
+    """ISO 639-1 codes, such as en."""
+    datasets: tuple[str, ...] = ()
+    """Data of the hub that was trained on, by its ids."""
+
+
 class LossConfig(_Section):
     """Weights of the losses that are summed."""
 
@@ -133,8 +172,10 @@ class PhaseConfig(_Section):
     """Instead of `steps`: how often to go through the examples."""
     collections: tuple[str, ...] | None = None
     """Names of the collections to train on; unset, all."""
-    max_passage_tokens: PositiveInt = 208
-    max_query_tokens: PositiveInt = 48
+    max_passage_tokens: PositiveInt | None = None
+    """Longer passages are cut. Unset: the checkpoint's limit, which holds in use, too."""
+    max_query_tokens: PositiveInt | None = None
+    """Likewise, of queries."""
     clusters_per_step: PositiveInt = 2
     """On each device."""
     accumulated_steps: PositiveInt = 1
@@ -157,7 +198,8 @@ class PhaseConfig(_Section):
     """Of AdamW. Unset: 2e-3 for a model from nothing, 2e-4 with LoRA, 2e-5 for all weights of a trained model."""
     weight_decay: NonNegativeFloat = 0.01
     """Of the layers' matrices."""
-    warmup_steps: NonNegativeInt = 60
+    warmup_steps: NonNegativeInt | None = None
+    """Unset: 60, but at most a tenth of the phase."""
 
     @model_validator(mode="after")
     def _check_length(self) -> PhaseConfig:
@@ -180,15 +222,24 @@ class TrainConfig(_Section):
     teacher: TeacherConfig | None = None
     pseudo_queries: PseudoQueryConfig | None = None
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
+    dev: DevConfig | None = None
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Longer gradients are scaled down to this length; 0: none is."""
     bf16: bool = True
     """Compute in bfloat16; the weights are kept in float32."""
     checkpointed_passages: PositiveInt | None = None
     """Gradient checkpointing: how many passages' activations are in memory at a time (those of the others are computed again
     for the backward pass). Unset: all."""
     save_steps: PositiveInt = 500
-    logging_steps: PositiveInt = 50
+    logging_steps: PositiveInt | None = None
+    """Unset: 50, but at least ten times in a phase."""
+    report_to: tuple[str, ...] = ()
+    """Where transformers' Trainer reports to, such as tensorboard or wandb."""
+    keep_intermediate: bool = False
+    """Keep what only an unfinished run needs: the start's copy, the teacher's embeddings, the weights after each phase."""
     export_dtype: ExportDtype = "float32"
     """Of the weights in the exported checkpoint. bfloat16 takes half the space and rounds most of a short fine-tune away."""
+    card: CardConfig = CardConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -247,6 +298,9 @@ class TrainConfig(_Section):
             "model": _model_from(base, self.model),
             "architecture": _with_model_from(base, self.architecture, "token_embeddings"),
         }
+        if self.dev is not None:
+            dev = self.dev.model_copy(update={"path": base / self.dev.path})
+            update["dev"] = dev.model_copy(update={"first_stage": _first_stage_from(base, dev.first_stage)})
         if self.teacher is not None:
             update["teacher"] = _with_model_from(base, self.teacher, "bi_encoder")
         return self.model_copy(update=update)
@@ -273,6 +327,11 @@ def _model_from(base: Path, model: str | None) -> str | None:
     if model is None or model in (*BUILT_IN_ALIASES, *ALIASES) or not (base / model).is_dir():
         return model
     return str(base / model)
+
+
+def _first_stage_from(base: Path, first_stage: str) -> str:
+    """Return the path of a run file or bi-encoder below `base`, and any other name as it is."""
+    return str(base / first_stage) if (base / first_stage).exists() else first_stage
 
 
 def _with_model_from(base: Path, section: Any, field: str) -> Any:

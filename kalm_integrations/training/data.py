@@ -7,19 +7,20 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import islice
+from typing import Literal, TypeVar
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from kalm_integrations.core.checkpoint import prompts
-from kalm_integrations.core.checkpoint.tokenization import PromptTokenizer, n_shared
+from kalm_integrations.core.checkpoint.tokenization import n_shared
 from kalm_integrations.core.passes import pad_token_ids
 from kalm_integrations.corpora.bm25 import BM25
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.training.config import PhaseConfig
 from kalm_integrations.training.distillation import ClusterTeacher, fit_conditional_logit
+from kalm_integrations.training.pairs import PairTokenizer
 from kalm_integrations.training.sources import TrainingSet
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,9 @@ FITTED_CANDIDATES = 10
 
 Start = tuple[Literal["query", "passage"], int]
 """What a cluster begins with: a query that brings its negatives, or a passage that has neighbours."""
+
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -130,15 +134,15 @@ class Cluster:
 class ClusterDataset(Dataset[Cluster]):
     """The clusters of a phase, each drawn from its own seed, so that a resumed run sees what the first one would have seen.
 
-    The examples of a collection are gone through in shuffled order, and again in another one after the last.
+    Examples are gone through in shuffled order, and again in another one after the last: all together, or with weights those
+    of each collection.
     """
 
     def __init__(
         self,
         sources: Sequence[Source],
         weights: Sequence[float | None],
-        tokenizer: PromptTokenizer,
-        instructions: tuple[str, str],
+        tokenizer: PairTokenizer,
         phase: PhaseConfig,
         clusters_per_step: int,
         seed: int,
@@ -149,9 +153,8 @@ class ClusterDataset(Dataset[Cluster]):
         Args:
             sources: where clusters come from.
             weights: shares of the sources; None: by their numbers of examples.
-            tokenizer: the checkpoint's.
-            instructions: system instruction, and the instruction of queries without one.
-            phase: sizes and limits.
+            tokenizer: the checkpoint's, with the limits of the phase.
+            phase: sizes.
             clusters_per_step: of all devices together.
             seed: the same seed gives the same clusters.
             pseudo_rate: how often a query made of the passage takes the place of a real one.
@@ -161,12 +164,11 @@ class ClusterDataset(Dataset[Cluster]):
         """
         self._sources = sources
         self._tokenizer = tokenizer
-        self._system_instruction, self._instruction = instructions
         self._phase = phase
         self._seed = seed
         self._pseudo_rate = pseudo_rate
-        n_examples = sum(len(source.examples) for source in sources)
-        self.n_steps = phase.steps or math.ceil((phase.epochs or 1) * n_examples / clusters_per_step)
+        self.n_examples = sum(len(source.examples) for source in sources)
+        self.n_steps = phase.steps or math.ceil((phase.epochs or 1) * self.n_examples / clusters_per_step)
         self._plan = _plan(sources, weights, self.n_steps * clusters_per_step, random.Random(seed))
         if phase.losses.distillation:
             for source in sources:
@@ -195,8 +197,8 @@ class ClusterDataset(Dataset[Cluster]):
                 margins.append(source.teacher.margins(query_index, positions) if source.teacher else None)
         return Cluster(
             index,
-            passages=self._passages([source.texts.passages[m] for m in members]),
-            prompts=[self._prompt(source, query_index) for query_index, _ in asked],
+            passages=self._tokenizer.passages([source.texts.passages[m] for m in members]),
+            prompts=[self._tokenizer.prompt(q.text, q.instruction) for q in (source.texts.queries[i] for i, _ in asked)],
             candidates=candidates,
             margins=margins,
         )
@@ -228,15 +230,6 @@ class ClusterDataset(Dataset[Cluster]):
         spare = generator.sample(pseudo, len(pseudo))
         drawn = [spare.pop() if spare and generator.random() < self._pseudo_rate else index for index in drawn]
         return [*drawn, *spare[: n_queries - len(drawn)]]
-
-    def _passages(self, texts: list[str]) -> list[list[int]]:
-        ids = self._tokenizer.passages([prompts.passage_text(text) for text in texts])
-        return [passage[: self._phase.max_passage_tokens] for passage in ids]
-
-    def _prompt(self, source: Source, index: int) -> list[int]:
-        query = source.texts.queries[index]
-        text = self._tokenizer.truncate_query(query.text, self._phase.max_query_tokens)
-        return self._tokenizer.prompt(self._system_instruction, query.instruction or self._instruction, text)
 
 
 @dataclass(frozen=True)
@@ -288,13 +281,15 @@ def _plan(
                 f"but {source.texts.name!r} gives no cluster; add passages or negatives"
             )
             raise SettingsError(msg)
-    shares = [weight or len(own) for own, weight in zip(examples, weights, strict=True)]
-    drawn = generator.choices(range(len(sources)), shares, k=n_clusters)
+    if all(weight is None for weight in weights):
+        together = [(which, start) for which, own in enumerate(examples) for start in own]
+        return list(islice(_shuffled_forever(together, generator), n_clusters))
+    drawn = generator.choices(range(len(sources)), [weight or 0.0 for weight in weights], k=n_clusters)
     orders = [_shuffled_forever(own, generator) for own in examples]
     return [(which, next(orders[which])) for which in drawn]
 
 
-def _shuffled_forever(examples: list[Start], generator: random.Random) -> Iterator[Start]:
+def _shuffled_forever(examples: Sequence[Item], generator: random.Random) -> Iterator[Item]:
     while True:
         yield from generator.sample(examples, len(examples))
 

@@ -102,6 +102,26 @@ class TrainableReranker(nn.Module):
             loss, and margins (n_ratios, n_queries, n_candidates), 0 where there is no candidate.
         """
         is_pair = candidates >= 0
+        margins = self.score(passages, n_tokens, prefix, queries, last, candidates, compression_ratios)
+        labels = soft_labels(teacher, self.teacher_weight)
+        losses = [combined_loss(each, is_pair, labels, teacher, self.losses) for each in margins]
+        return {"loss": torch.stack(losses).sum(), "margins": margins.detach()}
+
+    def score(
+        self,
+        passages: torch.Tensor,
+        n_tokens: torch.Tensor,
+        prefix: torch.Tensor,
+        queries: torch.Tensor,
+        last: torch.Tensor,
+        candidates: torch.Tensor,
+        compression_ratios: tuple[int, ...],
+    ) -> torch.Tensor:
+        """Return the margins of every query's candidates, 0 where there is none: (n_ratios, n_queries, n_candidates).
+
+        See `forward` for the arguments.
+        """
+        is_pair = candidates >= 0
         pair_queries, pair_columns = is_pair.nonzero(as_tuple=True)
         pair_passages = candidates[is_pair]
         tensors = self.weights()
@@ -127,9 +147,7 @@ class TrainableReranker(nn.Module):
             margins = margins.index_put(
                 (torch.arange(len(values), device=rows.device)[:, None], rows, pair_columns[here]), values
             )
-        labels = soft_labels(teacher, self.teacher_weight)
-        losses = [combined_loss(each, is_pair, labels, teacher, self.losses) for each in margins]
-        return {"loss": torch.stack(losses).sum(), "margins": margins.detach()}
+        return margins
 
     def _margins(
         self,

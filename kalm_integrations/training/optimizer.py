@@ -16,10 +16,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def __init__(self, model: nn.Module, matrix_learning_rate: float, learning_rate: float, weight_decay: float) -> None:
         """Split a model's parameters between the two."""
         matrices, others = split_parameters(model)
-        self._parts: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(matrices, lr=matrix_learning_rate, weight_decay=weight_decay),
-            torch.optim.AdamW(others, lr=learning_rate, betas=BETAS, weight_decay=0.0),
-        )
+        parts: list[torch.optim.Optimizer] = []
+        # With LoRA there are only matrices.
+        if matrices:
+            parts.append(torch.optim.Muon(matrices, lr=matrix_learning_rate, weight_decay=weight_decay))
+        if others:
+            parts.append(torch.optim.AdamW(others, lr=learning_rate, betas=BETAS, weight_decay=0.0))
+        self._parts = tuple(parts)
         super().__init__([*matrices, *others], {})
         self.param_groups = [group for part in self._parts for group in part.param_groups]
 

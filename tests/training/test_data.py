@@ -28,10 +28,9 @@ from kalm_integrations.training.config import (
 from kalm_integrations.training.data import Cluster, ClusterDataset, Collator, Source
 from kalm_integrations.training.distillation import fit_conditional_logit
 from kalm_integrations.training.initialize import token_embeddings
+from kalm_integrations.training.pairs import PairTokenizer
 from kalm_integrations.training.sources import TrainingSet, read_training_set
 from kalm_integrations.training.trainer import train
-
-INSTRUCTIONS = (SYSTEM_INSTRUCTION, INSTRUCTION)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,8 @@ def dataset(
 ) -> ClusterDataset:
     settings = PhaseConfig(**{"steps": 8, **phase})
     sources = [Source.build(texts, seed=0)]
-    return ClusterDataset(sources, [None], tokenizer, INSTRUCTIONS, settings, clusters_per_step, 0, pseudo_rate)
+    pairs = PairTokenizer(tokenizer, SYSTEM_INSTRUCTION, INSTRUCTION, 1024, 512).limited_to(settings)
+    return ClusterDataset(sources, [None], pairs, settings, clusters_per_step, 0, pseudo_rate)
 
 
 def texts_of(cluster: Cluster, tokenizer: PromptTokenizer) -> list[tuple[list[int], list[str]]]:
@@ -143,7 +143,7 @@ def test_a_query_without_negatives_is_asked_with_its_neighbours(tmp_path, tokeni
     seen = set()
     for cluster in dataset(texts, tokenizer, passages_per_cluster=4):
         for prompt, candidates in texts_of(cluster, tokenizer):
-            asked = next(i for i, q in enumerate(QUERIES) if prompt == tokenizer.prompt(*INSTRUCTIONS, q))
+            asked = next(i for i, q in enumerate(QUERIES) if prompt == tokenizer.prompt(SYSTEM_INSTRUCTION, INSTRUCTION, q))
             assert candidates[0] == PASSAGES[asked]
             assert sorted(candidates) == sorted(PASSAGES)
             seen.add(len(cluster.prompts))
@@ -158,14 +158,14 @@ def test_another_passage_that_answers_is_no_negative(tmp_path, tokenizer):
     ]
     for cluster in dataset(read(write_lines(tmp_path / "l.jsonl", rows)), tokenizer, passages_per_cluster=4, steps=20):
         for prompt, candidates in texts_of(cluster, tokenizer):
-            if prompt == tokenizer.prompt(*INSTRUCTIONS, QUERIES[0]):
+            if prompt == tokenizer.prompt(SYSTEM_INSTRUCTION, INSTRUCTION, QUERIES[0]):
                 assert len({PASSAGES[0], PASSAGES[2]} & set(candidates)) == 1
 
 
 def test_pseudo_queries_fill_up_and_take_places(tmp_path, tokenizer):
     config = PseudoQueryConfig(per_passage=2, min_words=2, max_words=3)
     texts = read(write_collection(tmp_path / "beir")).with_pseudo_queries(config, seed=0)
-    real = [tokenizer.prompt(*INSTRUCTIONS, query) for query in QUERIES]
+    real = [tokenizer.prompt(SYSTEM_INSTRUCTION, INSTRUCTION, query) for query in QUERIES]
     sizes = {"passages_per_cluster": 4, "queries_per_passage": 2, "steps": 20}
     for rate, expected in ((0.0, {2}), (1.0, {0})):
         clusters = list(dataset(texts, tokenizer, pseudo_rate=rate, **sizes))
@@ -195,7 +195,7 @@ def test_texts_are_cut_as_the_reranker_cuts_them(tmp_path, tokenizer):
     texts = read(write_lines(tmp_path / "l.jsonl", [{"query": long, "positives": [long], "negatives": ["no"]}]))
     [cluster] = dataset(texts, tokenizer, steps=1, max_passage_tokens=9, max_query_tokens=5)
     assert cluster.passages[0] == tokenizer.passages([prompts.passage_text(long)])[0][:9]
-    assert cluster.prompts == [tokenizer.prompt(*INSTRUCTIONS, tokenizer.truncate_query(long, 5))]
+    assert cluster.prompts == [tokenizer.prompt(SYSTEM_INSTRUCTION, INSTRUCTION, tokenizer.truncate_query(long, 5))]
 
 
 def test_a_batch_shares_what_all_prompts_begin_with(tmp_path, tokenizer):
