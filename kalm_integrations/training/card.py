@@ -42,6 +42,8 @@ class Figure:
     """Of the start; None: not measured."""
     n_queries: int | None = None
     compression_ratio: int | None = None
+    chose_step: bool = False
+    """The weights are those of the step that this measure was best at."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
     parts = [
         f"# {facts.name}",
         facts.description or "A reranker: it scores how well passages answer a query.",
-        f"The weights were made from {facts.made_from} with kalm_integrations {__version__}." if facts.made_from else "",
+        f"The weights were made with kalm_integrations {__version__} from {facts.made_from}." if facts.made_from else "",
         "## Use\n\n```console\npip install kalm-integrations\n```",
         f"```python\n{USE.format(name=facts.name)}```",
         *_data(facts.collections),
@@ -218,7 +220,10 @@ def _figures(figures: Sequence[Figure]) -> list[str]:
         )
         for each in figures
     ]
-    return ["## Figures", _table(("collection", "ratio", "queries", "measure", "start", "this checkpoint"), rows)]
+    chosen = [each.collection for each in figures if each.chose_step]
+    note = f"The step was chosen by {', '.join(chosen)}: on data that chose nothing, expect a little less." if chosen else ""
+    head = ("collection", "ratio", "queries", "measure", "start", "this checkpoint")
+    return ["## Figures", _table(head, rows), note]
 
 
 def _recipe(recipe: Mapping[str, Any] | None) -> list[str]:
@@ -231,8 +236,8 @@ def _licence(facts: CardFacts, files: Sequence[str]) -> str:
     said = (
         f"{facts.license}."
         if facts.license
-        else "No licence was stated. Until its owner states one, in the field `license` at the top of this file, nobody else may "
-        "use this checkpoint."
+        else "No licence was stated. Until its owner states one, in the field `license` at the top of this file, nobody else "
+        "may use this checkpoint."
     )
     based = f" The licence of {facts.made_from} applies as well." if facts.base_models else ""
     kept = f" Its texts: {', '.join(files)}." if files else ""

@@ -24,7 +24,13 @@ MAX_NAMED = 3
 """Tensors that an error names."""
 
 
-def export_checkpoint(start: Path, weights: Mapping[str, torch.Tensor], folder: Path, dtype: ExportDtype = "float32") -> Path:
+def export_checkpoint(
+    start: Path,
+    weights: Mapping[str, torch.Tensor],
+    folder: Path,
+    dtype: ExportDtype = "float32",
+    card: CardFacts | None = None,
+) -> Path:
     """Write a checkpoint in one file: the weights given, and everything else as `start` has it.
 
     Copies of the token embeddings that some files hold beside them are left out: they would no longer be copies. A

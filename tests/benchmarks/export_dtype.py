@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 import torch
+from tools.corpora import write_collection
 
 from benchmarks.tables import table
 from kalm_integrations import KalmReranker
@@ -29,7 +30,6 @@ from kalm_integrations.evaluation.scoring import encode_candidates, score_candid
 from kalm_integrations.training.config import CollectionConfig, LoraConfig, PhaseConfig, TrainConfig
 from kalm_integrations.training.exporting import export_checkpoint
 from kalm_integrations.training.trainer import train
-from tools.corpora import write_collection
 
 START = "pico"
 TOP_K = 20
