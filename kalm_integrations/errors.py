@@ -20,6 +20,7 @@ KalmError
 ├── StoreError                          a payload or prefix store cannot be used
 ├── OutputError (OSError)               the output of bulk work cannot be written any more
 ├── TrainingError                       a training run cannot go on or be exported
+├── PublishError                        the hub does not take a checkpoint, or cannot be reached
 └── NonFiniteScoreError (ArithmeticError)   the model produced NaN or infinity
 ```
 
@@ -110,6 +111,10 @@ class OutputError(KalmError, OSError):
 
 class TrainingError(KalmError):
     """A training run cannot go on, or weights cannot be exported: they or the loss are not finite."""
+
+
+class PublishError(KalmError):
+    """The hub does not take a checkpoint, or cannot be reached; the message says what to do about it."""
 
 
 class NonFiniteScoreError(KalmError, ArithmeticError):

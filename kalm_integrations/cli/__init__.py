@@ -25,7 +25,7 @@ from kalm_integrations.cli.plan import plan
 from kalm_integrations.cli.rerank import rerank
 from kalm_integrations.cli.serve import serve
 from kalm_integrations.cli.terminal import OneLineErrors, prepare
-from kalm_integrations.cli.training import average, mine, train
+from kalm_integrations.cli.training import average, mine, push, train
 from kalm_integrations.cli.ui import ui
 
 app = typer.Typer(name="kalm", cls=OneLineErrors, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -55,6 +55,6 @@ def kalm(
         print(context.get_help())
 
 
-for command in (rerank, explain, encode, inspect, plan, serve, ui, calibrate, demo, train, mine, average, info, doctor):
+for command in (rerank, explain, encode, inspect, plan, serve, ui, calibrate, demo, train, mine, average, push, info, doctor):
     app.command()(command)
 app.add_typer(evaluation.app, name="eval")

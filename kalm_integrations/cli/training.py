@@ -1,4 +1,4 @@
-"""`kalm train`, `kalm mine` and `kalm average`."""
+"""`kalm train`, `kalm mine`, `kalm average` and `kalm push`."""
 
 from __future__ import annotations
 
@@ -197,3 +197,35 @@ def average(
     from kalm_integrations.training.exporting import average_checkpoints
 
     print(average_checkpoints(models, output, dtype))
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the checkpoint.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Where it goes on the hub: owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a repository that only its owner can read.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to write to, which is made if it is not there.", show_default="main")
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.", show_default="Upload a reranker")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded, and upload nothing.")] = False,
+) -> None:
+    """Publish a checkpoint on the hub.
+
+    The repository is made if it is not there, and its address is printed. Only files of a checkpoint are uploaded. Log in with
+    `hf auth login`, or set HF_TOKEN.
+    """
+    from kalm_integrations.training.publishing import check_publishable
+    from kalm_integrations.training.publishing import push as run
+
+    checkpoint = check_publishable(folder)
+    if checkpoint.others:
+        note(f"left out, as no part of a checkpoint: {', '.join(checkpoint.others)}")
+    if dry_run:
+        table = make_table()
+        table.add_column("file")
+        table.add_column("size", justify="right")
+        for path in checkpoint.files:
+            table.add_row(path.name, format_bytes(path.stat().st_size))
+        print_table(table)
+        return
+    print(run(checkpoint, repo_id, private=private, revision=revision, message=message))

@@ -132,6 +132,20 @@ class DevConfig(_Section):
     """Of queries that do not bring their own; unset, the checkpoint's."""
 
 
+class CardConfig(_Section):
+    """What the model card of the export says that the run does not know."""
+
+    name: str | None = None
+    """Title; `owner/name` if it is known where on the hub the checkpoint will be. Unset, the output folder's name."""
+    description: str | None = None
+    license: str | None = None
+    """Of the trained weights, as the hub names it, such as apache-2.0."""
+    languages: tuple[str, ...] = ()
+    """ISO 639-1 codes, such as en."""
+    datasets: tuple[str, ...] = ()
+    """Data of the hub that was trained on, by its ids."""
+
+
 class LossConfig(_Section):
     """Weights of the losses that are summed."""
 
@@ -225,6 +239,7 @@ class TrainConfig(_Section):
     """Keep what only an unfinished run needs: the start's copy, the teacher's embeddings, the weights after each phase."""
     export_dtype: ExportDtype = "float32"
     """Of the weights in the exported checkpoint. bfloat16 takes half the space and rounds most of a short fine-tune away."""
+    card: CardConfig = CardConfig()
 
     @model_validator(mode="before")
     @classmethod

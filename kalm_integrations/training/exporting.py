@@ -15,6 +15,7 @@ from kalm_integrations.core.checkpoint.folders import check_target, checkpoint_w
 from kalm_integrations.core.checkpoint.locate import DEFAULTS_FILE, resolve
 from kalm_integrations.core.checkpoint.opened import Checkpoint
 from kalm_integrations.errors import SettingsError, TrainingError
+from kalm_integrations.training.card import CardFacts, base_of, stated_licence, write_card
 from kalm_integrations.training.config import ExportDtype
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,13 @@ MAX_NAMED = 3
 """Tensors that an error names."""
 
 
-def export_checkpoint(start: Path, weights: Mapping[str, torch.Tensor], folder: Path, dtype: ExportDtype = "float32") -> Path:
+def export_checkpoint(
+    start: Path,
+    weights: Mapping[str, torch.Tensor],
+    folder: Path,
+    dtype: ExportDtype = "float32",
+    card: CardFacts | None = None,
+) -> Path:
     """Write a checkpoint in one file: the weights given, and everything else as `start` has it.
 
     Copies of the token embeddings that some files hold beside them are left out: they would no longer be copies. A
@@ -34,6 +41,7 @@ def export_checkpoint(start: Path, weights: Mapping[str, torch.Tensor], folder: 
         weights: tensors by their names in `start`.
         folder: where to write; a checkpoint that is there is replaced.
         dtype: what the weights are written in.
+        card: what the model card tells; None: there is no card.
 
     Returns:
         `folder`.
@@ -57,6 +65,8 @@ def export_checkpoint(start: Path, weights: Mapping[str, torch.Tensor], folder: 
         copy_files(start, part, weights=False)
         _say_dtype(part / "config.json", dtype)
         _drop_calibration(part / DEFAULTS_FILE, folder)
+        if card is not None:
+            write_card(part, card)
         save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -101,7 +111,21 @@ def average_checkpoints(models: Sequence[str], folder: Path, dtype: ExportDtype 
                 msg = f"checkpoints to average must be of one shape, but {name} of {model!r} and {models[0]!r} has {shapes}"
                 raise SettingsError(msg)
             sums[name] = sums[name].add_(tensor) if name in sums else tensor.float()
-    return export_checkpoint(folders[0], {name: total / len(models) for name, total in sums.items()}, folder, dtype)
+    means = {name: total / len(models) for name, total in sums.items()}
+    return export_checkpoint(folders[0], means, folder, dtype, _facts_of_mean(models, folders, folder.absolute().name))
+
+
+def _facts_of_mean(models: Sequence[str], folders: Sequence[Path], name: str) -> CardFacts:
+    """Return what the card of a mean tells; it has a licence where all that are averaged state the same."""
+    bases = [base_of(model) for model in models]
+    licences = {stated_licence(each) for each in folders}
+    return CardFacts(
+        name=name,
+        made_from=f"the mean of the weights of {', '.join(words for words, _ in bases)}",
+        base_models=tuple(dict.fromkeys(hub_id for _, hub_ids in bases for hub_id in hub_ids)),
+        relation="merge",
+        license=licences.pop() if len(licences) == 1 else None,
+    )
 
 
 def _check_finite(tensors: Iterable[tuple[str, torch.Tensor]], what: str, where: str) -> None:

@@ -8,15 +8,17 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 from kalm_integrations.core.checkpoint.folders import checkpoint_written_beside, copy_files
 from kalm_integrations.core.checkpoint.locate import resolve
 from kalm_integrations.core.checkpoint.opened import Checkpoint
 from kalm_integrations.errors import MissingExtraError
+from kalm_integrations.training.callbacks import dev_values
+from kalm_integrations.training.card import Figure, facts_of_run
 from kalm_integrations.training.config import TrainConfig
 from kalm_integrations.training.data import ClusterDataset, Source, fit_teachers
-from kalm_integrations.training.dev import read_dev_set
+from kalm_integrations.training.dev import DevSet, read_dev_set
 from kalm_integrations.training.distillation import embed_training_set
 from kalm_integrations.training.exporting import export_checkpoint
 from kalm_integrations.training.initialize import create_checkpoint
@@ -81,7 +83,8 @@ def train(config: TrainConfig) -> Path:
         run_phase(model, dataset, config, index, folder.phase(index), evaluation)
     with arguments.main_process_first(local=False, desc="the export"):
         if is_first:
-            export_checkpoint(folder.start, model.weights(), folder.model, config.export_dtype)
+            card = facts_of_run(config, sets, dev_figures(dev, folder))
+            export_checkpoint(folder.start, model.weights(), folder.model, config.export_dtype, card)
             folder.finish()
     return folder.model
 
@@ -152,6 +155,25 @@ def make_datasets(
             )
         )
     return datasets
+
+
+def dev_figures(dev: DevSet | None, folder: RunFolder) -> list[Figure]:
+    """Return what the dev collection measured of the start and of the trained weights, after the last phase."""
+    if dev is None:
+        return []
+    last = len(folder.config.phases) - 1
+    start, end = (TrainerState.load_from_json(str(folder.phase(i) / "trainer_state.json")) for i in (0, last))
+    assert end.best_metric is not None
+    figure = Figure(
+        dev.collection.name,
+        "nDCG@10",
+        end.best_metric,
+        before=dev_values(start)[0],
+        n_queries=len(dev.candidates),
+        compression_ratio=dev.compression_ratio,
+        chose_step=True,
+    )
+    return [figure]
 
 
 def say_cuts(config: TrainConfig, sets: Mapping[str, TrainingSet], tokenizer: PairTokenizer) -> list[str]:
