@@ -39,6 +39,7 @@ def beir(
     ratios: options.Ratios = "1,2,4,8,16,32",
     codecs: options.Codecs = "rot4",
     first_stage: options.FirstStage = "bm25",
+    skip_missing_queries: options.SkipMissingQueries = False,
     cross_encoder: Annotated[
         list[str] | None, typer.Option(help="A cross-encoder of sentence-transformers to compare with; may be repeated.")
     ] = None,
@@ -67,11 +68,10 @@ def beir(
     and that of the sum of both stages' z-scores. Differences come with a 95 % interval (paired bootstrap over the queries).
     Each different candidate is encoded once and kept in memory: for large collections draw --queries, or leave out ratio 1.
     """
-    from kalm_integrations.corpora.beir import Collection
     from kalm_integrations.evaluation.report import DEFAULT_MEASURE, evaluate
 
     chosen_ratios, chosen_codecs = options.parse_ratios(ratios), options.parse_codecs(codecs)
-    collections = [Collection.read(folder, split) for folder in folders]
+    collections = options.read_collections(folders, split, [first_stage], skip_missing_queries=skip_missing_queries)
     reranker = options.open_reranker(
         model,
         revision=revision,
@@ -159,6 +159,7 @@ def compression(
     ratios: options.Ratios = "1,2,4,8,16,32",
     codecs: options.Codecs = "fp32,fp16,bf16,int8,rot4,rot3,rot2",
     first_stage: options.FirstStage = "bm25",
+    skip_missing_queries: options.SkipMissingQueries = False,
     top_k: options.TopK = 20,
     queries: options.Queries = None,
     seed: options.Seed = 0,
@@ -174,12 +175,11 @@ def compression(
     candidates. Each different candidate is encoded once, at ratio 1, and kept in memory: for large collections draw
     --queries.
     """
-    from kalm_integrations.corpora.beir import Collection
     from kalm_integrations.evaluation.compression import measure_costs, to_markdown, to_report
     from kalm_integrations.evaluation.plots import plot_costs
 
     chosen_ratios, chosen_codecs = options.parse_ratios(ratios), options.parse_codecs(codecs)
-    collections = [Collection.read(folder, split) for folder in folders]
+    collections = options.read_collections(folders, split, [first_stage], skip_missing_queries=skip_missing_queries)
     settings = {
         "revision": revision,
         "device": device,
@@ -224,6 +224,7 @@ def fusion(
         str, typer.Option(help="The reranker's shares to compare, from 0 to 1.")
     ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
     first_stage: options.FirstStage = "bm25",
+    skip_missing_queries: options.SkipMissingQueries = False,
     top_k: options.TopK = 20,
     queries: options.Queries = None,
     seed: options.Seed = 0,
@@ -237,11 +238,10 @@ def fusion(
     By method and weight, the fused order is compared with the first stage's and with the reranker's own: nDCG@10, differences
     with a 95 % interval (paired bootstrap over the queries).
     """
-    from kalm_integrations.corpora.beir import Collection
     from kalm_integrations.evaluation.fusion import compare_fusions
 
     shares = options.parse_list(weights, "--weights", "numbers from 0 to 1 such as 0.4,0.6", float)
-    collections = [Collection.read(folder, split) for folder in folders]
+    collections = options.read_collections(folders, split, [first_stage], skip_missing_queries=skip_missing_queries)
     reranker = options.open_reranker(
         model, revision=revision, device=device, dtype=dtype, compression_ratio=ratio, cache_bytes=0
     )

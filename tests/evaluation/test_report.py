@@ -1,4 +1,4 @@
-"""Candidates, and the report that compares their orders."""
+"""The report that compares orders of the same candidates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.corpora.bm25 import BM25
 from kalm_integrations.corpora.first_stage import find_candidates
 from kalm_integrations.corpora.measures import ndcg_at_10
-from kalm_integrations.corpora.peers import search
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.differences import mean_differences
 from kalm_integrations.evaluation.report import Report, evaluate
@@ -112,14 +111,6 @@ def test_peers_order_the_same_candidates_by_their_own_scores(
     assert set(systems["reranked r4 fp32"].differences) == {"bm25", "cross-encoder", "bi-encoder"}
 
 
-def test_a_bi_encoder_is_a_first_stage(collection: Collection, bi_encoder: str) -> None:
-    candidates = find_candidates(collection, bi_encoder, top_k=3)
-    run = search(bi_encoder, collection.passages, collection.queries, k=3)
-    assert {q: list(zip(found.ids, found.scores, strict=True)) for q, found in candidates.items()} == run
-    with pytest.raises(SettingsError, match=r"a bi-encoder must be a folder or a hub id .*, but 'no/where' is not"):
-        find_candidates(collection, "no/where")
-
-
 def test_candidates_are_encoded_once(collection: Collection, make_reranker: Callable[..., KalmReranker]) -> None:
     """Whatever number of queries, ratios and codecs; passages that are no candidate are not encoded at all."""
     reranker = make_reranker(compression_ratio=2)
@@ -139,22 +130,6 @@ def test_stored_size_is_that_of_the_metadata(
             [collection.passages[i] for i in encoded]
         )
         assert scored.mean_bytes == pytest.approx(fmean(len(metadata["kalm_encoding"]) for metadata in stored))
-
-
-def test_query_sample_depends_on_the_seed_only(collection: Collection) -> None:
-    def draw(seed: int, n_queries: int | None) -> list[str]:
-        return list(find_candidates(collection, top_k=3, n_queries=n_queries, seed=seed))
-
-    assert draw(0, 2) == draw(0, 2)
-    assert len({tuple(draw(seed, 2)) for seed in range(5)}) > 1
-    assert draw(0, 100) == draw(1, None) == sorted(collection.queries)
-
-
-def test_query_is_not_its_own_candidate() -> None:
-    """As in BEIR, where queries of some collections are passages of the corpus."""
-    passages = {"a": "wing drag", "b": "wing lift", "c": "bowl"}
-    [found] = find_candidates(Collection("own", passages, {"a": "wing drag"}, {"a": {"b": 1}}), top_k=2).values()
-    assert found.ids == ["b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -198,17 +173,3 @@ def test_orders_are_written_and_a_run_is_a_first_stage(tmp_path: Path, collectio
     assert {q: sorted(found.ids) for q, found in reversed_run.items()} == {
         q: sorted(found.ids) for q, found in find_candidates(collection, top_k=4).items()
     }
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("q0 Q0 p99 1 2 t", "must be a run on words for all judged queries, but names p99, which is no passage"),
-        ("q1 Q0 p1 1 2 t", "but has no passage for query q0"),
-    ],
-)
-def test_runs_that_do_not_fit_are_refused(tmp_path: Path, collection: Collection, line: str, message: str) -> None:
-    path = tmp_path / "run"
-    path.write_text(line)
-    with pytest.raises(SettingsError, match=message):
-        find_candidates(collection, str(path))
