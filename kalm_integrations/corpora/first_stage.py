@@ -79,7 +79,7 @@ def without_missing_queries(collection: Collection, first_stage: str) -> Collect
     Raises:
         SettingsError: the run has none of the queries, or is malformed.
     """
-    path = _run_path(first_stage, collection)
+    path = run_path(first_stage, collection)
     if not path.is_file():
         return collection
     run = read_run(path)
@@ -96,6 +96,11 @@ def first_stage_name(first_stage: str) -> str:
     return first_stage if first_stage == BM25_NAME else Path(first_stage).name
 
 
+def run_path(first_stage: str, collection: Collection) -> Path:
+    """Return where the run file lies, if a first stage is one; see `find_candidates`."""
+    return Path(first_stage.replace("{collection}", collection.name))
+
+
 def _search(first_stage: str, collection: Collection, queries: Mapping[str, str], k: int) -> Run:
     if first_stage == BM25_NAME:
         ids = list(collection.passages)
@@ -104,7 +109,7 @@ def _search(first_stage: str, collection: Collection, queries: Mapping[str, str]
             query_id: [(ids[index], score) for index, score in zip(indices, scores, strict=True)]
             for query_id, (indices, scores) in zip(queries, found, strict=True)
         }
-    path = _run_path(first_stage, collection)
+    path = run_path(first_stage, collection)
     if not path.is_file():
         return peers.search(first_stage, collection.passages, queries, k)
     run = read_run(path)
@@ -124,10 +129,6 @@ def _search(first_stage: str, collection: Collection, queries: Mapping[str, str]
         )
         raise SettingsError(msg)
     return run
-
-
-def _run_path(first_stage: str, collection: Collection) -> Path:
-    return Path(first_stage.replace("{collection}", collection.name))
 
 
 def order(ids: Sequence[str], scores: Sequence[float]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -17,8 +18,9 @@ from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.corpora.bm25 import BM25
 from kalm_integrations.corpora.first_stage import find_candidates
 from kalm_integrations.corpora.measures import ndcg_at_10
+from kalm_integrations.corpora.runs import write_run
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation.differences import mean_differences
+from kalm_integrations.evaluation.differences import Difference, mean_differences
 from kalm_integrations.evaluation.report import Report, evaluate
 from kalm_integrations.evaluation.scoring import encode_candidates, score_settings
 
@@ -109,6 +111,82 @@ def test_peers_order_the_same_candidates_by_their_own_scores(
         (expected.mean, expected.low, expected.high), abs=0.05
     )
     assert set(systems["reranked r4 fp32"].differences) == {"bm25", "cross-encoder", "bi-encoder"}
+
+
+def test_several_rerankers_are_compared_with_the_first_at_the_same_setting(
+    collection: Collection, report: Report, make_reranker: Callable[..., KalmReranker]
+) -> None:
+    """On the same candidates; each has the orders that it has alone. They are opened one after the other."""
+    n_open, most = 0, 0
+
+    def opener(model: str | None) -> Callable[[], KalmReranker]:
+        def open_reranker() -> KalmReranker:
+            nonlocal n_open, most
+            settings = {"compression_ratio": 1, "storage_codec": "fp32"}
+            opened = make_reranker(**settings) if model is None else KalmReranker.from_pretrained(model, **settings)
+            n_open += 1
+            most = max(most, n_open)
+            weakref.finalize(opened, closed)
+            return opened
+
+        return open_reranker
+
+    def closed() -> None:
+        nonlocal n_open
+        n_open -= 1
+
+    options = {"ratios": [1, 32], "codecs": ["fp32", "rot2"], "top_k": 5}
+    openers = {"tiny": opener(None), "pico": opener("pico")}
+    compared = evaluate(openers, collection, **options)
+    assert (n_open, most) == (0, 1)
+    pico = evaluate(openers["pico"](), collection, **options)
+    first, *others = compared.systems
+    assert first == report.systems[0]
+    tiny_systems, pico_systems = others[:8], others[8:]
+    settings = [f"{name} {s}" for s in ("r1 fp32", "r1 rot2", "r32 fp32", "r32 rot2") for name in ("", "+ bm25")]
+    assert [s.name for s in others] == [
+        " ".join(f"{label} {setting}".split()) for label in ("tiny", "pico") for setting in settings
+    ]
+    for own, single in ((tiny_systems, report.systems[1:]), (pico_systems, pico.systems[1:])):
+        assert [s.means for s in own] == [s.means for s in single]
+        assert [s.differences for s in own] == [s.differences for s in single]
+    assert {s.model for s in tiny_systems} == {"tiny"}
+    assert all(s.to_first_model is None for s in [first, *tiny_systems, *pico.systems])
+    for base, other in zip(tiny_systems, pico_systems, strict=True):
+        assert other.to_first_model is not None
+        assert other.to_first_model.mean == pytest.approx(other.means["nDCG@10"] - base.means["nDCG@10"])
+        assert other.to_first_model.low < other.to_first_model.high
+    assert compared.to_table().columns[-1].header == "to tiny"
+    with pytest.raises(SettingsError, match="there must be a reranker at least"):
+        evaluate({}, collection, **options)
+
+
+def test_differences_to_the_first_reranker_are_paired(
+    collection: Collection, make_reranker: Callable[..., KalmReranker]
+) -> None:
+    """One that orders as the first does differs by nothing, with certainty."""
+    openers = {label: lambda: make_reranker(storage_codec="fp32") for label in ("a", "b")}
+    report = evaluate(openers, collection, ratios=[4], codecs=["fp32"], top_k=5)
+    assert [s.to_first_model for s in report.systems[3:]] == [Difference(0, 0, 0)] * 2
+
+
+def test_another_run_is_measured_with_its_own_passages(
+    tmp_path: Path, collection: Collection, make_reranker: Callable[..., KalmReranker]
+) -> None:
+    """Whatever the first stage found; every order is compared with it."""
+    best = {q: sorted(grades, key=lambda i: -grades[i]) for q, grades in collection.qrels.items()}
+    write_run(tmp_path / "words.best.trec", "best", best)
+    run = str(tmp_path / "{collection}.best.trec")
+    report = evaluate(make_reranker(), collection, ratios=[4], codecs=["rot4"], runs=[run], top_k=2)
+    system = report.systems[1]
+    assert system.name == "{collection}.best.trec"
+    assert system.means == {"nDCG@10": 1}
+    assert report.systems[0].means["nDCG@10"] < 1
+    difference = report.systems[0].differences[system.name]
+    assert difference.mean == pytest.approx(report.systems[0].means["nDCG@10"] - 1)
+    assert all(set(s.differences) == {"bm25", system.name} for s in report.systems[2:])
+    with pytest.raises(SettingsError, match=r"a run to compare with must be a TREC run file, but 'no\.trec' is none"):
+        evaluate(make_reranker(), collection, ratios=[4], codecs=["rot4"], runs=["no.trec"])
 
 
 def test_candidates_are_encoded_once(collection: Collection, make_reranker: Callable[..., KalmReranker]) -> None:
