@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -168,11 +169,11 @@ def evaluate(
             orders[_free_name(model, orders)] = _order_by_peer(score, model, collection, candidates)
     baselines = list(orders)
     openers = {"": lambda: reranker} if isinstance(reranker, KalmReranker) else reranker
-    # Nothing refers to a reranker when the next one is opened.
-    reranked = [
-        _rerank(open_reranker(), label, collection, candidates, ratios, codecs, show_progress)
-        for label, open_reranker in openers.items()
-    ]
+    reranked = []
+    for label, open_reranker in openers.items():
+        reranked.append(_rerank(open_reranker(), label, collection, candidates, ratios, codecs, show_progress))
+        # The parts of a reranker refer to each other: without this its weights may stay while the next one's are loaded.
+        gc.collect()
     settings = {setting.name(first_name): setting for each in reranked for setting in each.orders}
     orders |= {setting.name(first_name): rankings for each in reranked for setting, rankings in each.orders.items()}
     if run_folder is not None:

@@ -82,6 +82,18 @@ def test_another_run_is_a_row(run: Run, model: Any, beir_folder: Path) -> None:
     assert collection["systems"][1]["means"] == {"nDCG@10": 0}
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), "name one, such as --task SciFact, or a benchmark, such as --benchmark BEIR"),
+        (("--task", "SciFacts"), "'SciFacts' not found. Did you mean: 'SciFact'?"),
+    ],
+)
+def test_eval_mteb_says_what_to_name(run: Run, model: Any, names: tuple[str, ...], message: str) -> None:
+    assert_fails(run("eval", "mteb", "-o", "out", *names, *model), message)
+    assert not Path("out").exists()
+
+
 def test_eval_compression_writes_its_figures(run: Run, model: Any, beir_folder: Path) -> None:
     """As JSON, the same as a table, and as a plot."""
     options = ("--ratios", "1,8", "--codecs", "int8", "--top-k", 3, "--rounds", 1, *model)
@@ -92,6 +104,8 @@ def test_eval_compression_writes_its_figures(run: Run, model: Any, beir_folder: 
     assert settings == [(1, "fp32"), (1, "int8"), (8, "fp32"), (8, "int8")]
     assert all(f"| {ratio} | `{codec}` |" in printed for ratio, codec in settings)
     assert Path("report/compression.svg").read_text().startswith("<?xml")
+    assert report["recommended"]["order"] is None
+    assert "No setting is recommended: a recommendation needs 200 queries at least, but beir gives 2" in printed
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from tools.corpora import draw_collection
 
 from kalm_integrations import EncodedPassage, KalmReranker
+from kalm_integrations.core.checkpoint.locate import BUILT_IN
 from kalm_integrations.core.ranking import fuse
 from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.corpora.bm25 import BM25
@@ -114,19 +116,22 @@ def test_peers_order_the_same_candidates_by_their_own_scores(
 
 
 def test_several_rerankers_are_compared_with_the_first_at_the_same_setting(
-    collection: Collection, report: Report, make_reranker: Callable[..., KalmReranker]
+    tmp_path: Path, tiny_checkpoint: Path, collection: Collection, report: Report
 ) -> None:
-    """On the same candidates; each has the orders that it has alone. They are opened one after the other."""
+    """On the same candidates; each has the orders that it has alone. One is in memory at a time."""
+    # A copy, whose weights no other reranker of this process holds.
+    copied = shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+    pico_folder = shutil.copytree(BUILT_IN / "pico", tmp_path / "pico")
     n_open, most = 0, 0
 
-    def opener(model: str | None) -> Callable[[], KalmReranker]:
+    def opener(model: str | Path) -> Callable[[], KalmReranker]:
         def open_reranker() -> KalmReranker:
             nonlocal n_open, most
             settings = {"compression_ratio": 1, "storage_codec": "fp32"}
-            opened = make_reranker(**settings) if model is None else KalmReranker.from_pretrained(model, **settings)
+            opened = KalmReranker.from_pretrained(model, **settings)
             n_open += 1
             most = max(most, n_open)
-            weakref.finalize(opened, closed)
+            weakref.finalize(opened.runtime, closed)
             return opened
 
         return open_reranker
@@ -136,7 +141,7 @@ def test_several_rerankers_are_compared_with_the_first_at_the_same_setting(
         n_open -= 1
 
     options = {"ratios": [1, 32], "codecs": ["fp32", "rot2"], "top_k": 5}
-    openers = {"tiny": opener(None), "pico": opener("pico")}
+    openers = {"tiny": opener(copied), "pico": opener(pico_folder)}
     compared = evaluate(openers, collection, **options)
     assert (n_open, most) == (0, 1)
     pico = evaluate(openers["pico"](), collection, **options)
