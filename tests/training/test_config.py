@@ -70,6 +70,15 @@ def test_a_configuration_that_breaks_a_rule_says_which(tmp_path, text, message):
         toml(tmp_path / "t.toml", text)
 
 
+def test_one_wrong_key_is_one_problem(tmp_path):
+    """Pydantic adds that too few phases are right, which is no problem of its own."""
+    with pytest.raises(SettingsError) as raised:
+        toml(tmp_path / "t.toml", MINIMAL + "setps = 5\n")
+    assert str(raised.value).endswith("configuration: phases.0.setps: Extra inputs are not permitted, but got 5")
+    with pytest.raises(SettingsError, match="phases: Tuple should have at least 1 item"):
+        toml(tmp_path / "t.toml", 'phases = []\noutput = "run"\n[[collections]]\npath = "data"\n')
+
+
 @pytest.mark.parametrize("name", ["training.toml", "continued.toml"])
 def test_pico_s_own_configurations_are_valid(name):
     from kalm_integrations.core.checkpoint.locate import BUILT_IN
