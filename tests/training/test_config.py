@@ -98,7 +98,11 @@ def test_every_setting_is_documented():
     assert {name for name in names if f"`{name}`" not in PAGE and f"[{name}]" not in PAGE} == set()
 
 
-def test_the_published_recipe_of_the_page_is_valid(tmp_path):
-    [text] = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
-    config = toml(tmp_path / "t.toml", text)
-    assert [phase.losses.distillation for phase in config.phases] == [0, 0, 1]
+def test_the_configurations_of_the_page_are_valid(tmp_path):
+    """The published recipe, and sections that are shown on their own."""
+    rest = 'output = "run"\n{}\n[[collections]]\npath = "a"\n[[phases]]\nsteps = 1\n'
+    texts = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    configs = [toml(tmp_path / "t.toml", text if "output =" in text else rest.format(text)) for text in texts]
+    [recipe] = [config for config in configs if len(config.phases) == 3]
+    assert [phase.losses.distillation for phase in recipe.phases] == [0, 0, 1]
+    assert [config.dev.patience for config in configs if config.dev is not None] == [3]
