@@ -11,7 +11,9 @@ from tools.paths import DOCS
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.training.config import (
     ArchitectureConfig,
+    CardConfig,
     CollectionConfig,
+    DevConfig,
     LoraConfig,
     LossConfig,
     PhaseConfig,
@@ -93,7 +95,8 @@ PAGE = (DOCS / "training.md").read_text(encoding="utf-8")
 
 
 def test_every_setting_is_documented():
-    sections = (ArchitectureConfig, CollectionConfig, LoraConfig, LossConfig, PhaseConfig, PseudoQueryConfig, TeacherConfig)
+    sections = (ArchitectureConfig, CardConfig, CollectionConfig, DevConfig, LoraConfig, LossConfig, PhaseConfig)
+    sections = (*sections, PseudoQueryConfig, TeacherConfig)
     names = {name for section in (*sections, TrainConfig, Example) for name in section.model_fields}
     assert {name for name in names if f"`{name}`" not in PAGE and f"[{name}]" not in PAGE} == set()
 
