@@ -134,7 +134,7 @@ def evaluate(
         ratios: compression ratios to compare.
         codecs: storage codecs to compare.
         first_stage: where the candidates come from; see `find_candidates`.
-        other_runs: TREC run files to compare with as they are: the `top_k` best of each, whatever the first stage's candidates.
+        other_runs: TREC run files to compare with as they are: the `top_k` best of each, whatever the first stage found.
         cross_encoders: of sentence-transformers, to compare with.
         bi_encoders: of sentence-transformers, to compare with.
         measures: names of ir-measures; differences are of the first.
