@@ -27,6 +27,7 @@ def calibrate(
     model: options.Model = "pico",
     ratio: options.Ratio = None,
     first_stage: options.FirstStage = "bm25",
+    skip_missing_queries: options.SkipMissingQueries = False,
     top_k: options.TopK = 20,
     queries: options.Queries = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw of queries and of the half to measure on.")] = 0,
@@ -48,7 +49,6 @@ def calibrate(
     Temperature and bias are fitted to all pairs. How good that is, is measured with a fit to half of the queries on the other
     half. Calibrate on candidates such as the retriever will find: the bias learns how common relevant passages are among them.
     """
-    from kalm_integrations.corpora.beir import Collection
     from kalm_integrations.corpora.first_stage import find_candidates
     from kalm_integrations.evaluation.calibration import (
         calibrate as fit,
@@ -63,7 +63,7 @@ def calibrate(
     if save:
         check_savable(model)
     if data.is_dir():
-        collection = Collection.read(data, split)
+        [collection] = options.read_collections([data], split, [first_stage], skip_missing_queries=skip_missing_queries)
         judged = judge_candidates(collection, find_candidates(collection, first_stage, top_k, queries, seed))
     else:
         judged = read_judged(data)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kalm_integrations.cli import options
+from kalm_integrations.cli import completion, options
 from kalm_integrations.cli.terminal import note, print_json, print_table
 from kalm_integrations.corpora.jsonl import to_json
 
 if TYPE_CHECKING:
     from kalm_integrations.core.reranker import KalmReranker
-    from kalm_integrations.evaluation.fusion import FusionReport
-    from kalm_integrations.evaluation.report import Report
 
 FoldersArgument = Annotated[
     list[Path], typer.Argument(metavar="FOLDER", help="BEIR folders: corpus.jsonl, queries.jsonl, qrels/<split>.tsv.")
@@ -35,10 +34,27 @@ def evaluation() -> None:
 def beir(
     folders: FoldersArgument,
     split: options.Split = "test",
-    model: options.Model = "pico",
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            help="nano, small, large, nano-r2, small-r2, large-r2, a hub id or a local folder; pico is built in and small, "
+            "for trying things out. May be repeated: each is compared with the first one, too.",
+            show_default="pico",
+            autocompletion=completion.models,
+        ),
+    ] = None,
     ratios: options.Ratios = "1,2,4,8,16,32",
     codecs: options.Codecs = "rot4",
     first_stage: options.FirstStage = "bm25",
+    skip_missing_queries: options.SkipMissingQueries = False,
+    run: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A TREC run file to compare with as it is, with its own passages, the --top-k best; may be repeated. "
+            "{collection} stands for the folder's name."
+        ),
+    ] = None,
     cross_encoder: Annotated[
         list[str] | None, typer.Option(help="A cross-encoder of sentence-transformers to compare with; may be repeated.")
     ] = None,
@@ -63,31 +79,42 @@ def beir(
 ) -> None:
     """Compare orders of BEIR collections.
 
-    By ratio and codec, two orders are compared with the first stage's, and with those of other models: the reranker's own,
-    and that of the sum of both stages' z-scores. Differences come with a 95 % interval (paired bootstrap over the queries).
-    Each different candidate is encoded once and kept in memory: for large collections draw --queries, or leave out ratio 1.
+    By ratio and codec, two orders of each --model are compared with the first stage's, and with those of other models: the
+    reranker's own, and that of the sum of both stages' z-scores. Differences come with a 95 % interval (paired bootstrap over
+    the queries). Each different candidate is encoded once and kept in memory: for large collections draw --queries, or leave
+    out ratio 1.
     """
-    from kalm_integrations.corpora.beir import Collection
     from kalm_integrations.evaluation.report import DEFAULT_MEASURE, evaluate
 
     chosen_ratios, chosen_codecs = options.parse_ratios(ratios), options.parse_codecs(codecs)
-    collections = [Collection.read(folder, split) for folder in folders]
-    reranker = options.open_reranker(
-        model,
-        revision=revision,
-        device=device,
-        dtype=dtype,
-        compression_ratio=math.gcd(*chosen_ratios),
-        storage_codec="fp32",
-        cache_bytes=0,
-    )
-    reports = (
-        evaluate(
-            reranker,
+    labels = _label(models or ["pico"])
+    if revision is not None and len(labels) > 1:
+        msg = f"is of one --model, but there are {len(labels)}"
+        raise typer.BadParameter(msg, param_hint="--revision")
+    first_stages = [first_stage, *(run or ())]
+    collections = options.read_collections(folders, split, first_stages, skip_missing_queries=skip_missing_queries)
+
+    def open_at(model: str, compression_ratio: int) -> KalmReranker:
+        settings = {"revision": revision, "device": device, "dtype": dtype, "storage_codec": "fp32", "cache_bytes": 0}
+        return options.open_reranker(model, compression_ratio=compression_ratio, **settings)
+
+    # At the coarsest ratio: says before any work what cannot be opened, and what was not trained for it.
+    opened = [
+        {"label": label, "model": model, "fingerprint": open_at(model, max(chosen_ratios)).fingerprint}
+        for label, model in labels.items()
+    ]
+    openers = {label: partial(open_at, model, math.gcd(*chosen_ratios)) for label, model in labels.items()}
+    # One alone is kept for all collections.
+    rerankers = openers if len(openers) > 1 else next(iter(openers.values()))()
+    reports = []
+    for collection in collections:
+        report = evaluate(
+            rerankers,
             collection,
             ratios=chosen_ratios,
             codecs=chosen_codecs,
             first_stage=first_stage,
+            runs=run or (),
             cross_encoders=cross_encoder or (),
             bi_encoders=bi_encoder or (),
             measures=measure or [DEFAULT_MEASURE],
@@ -97,9 +124,22 @@ def beir(
             run_folder=runs,
             show_progress=sys.stderr.isatty(),
         )
-        for collection in collections
-    )
-    _show(model, reranker, reports, as_json=as_json)
+        reports.append(report)
+        if not as_json:
+            print_table(report.to_table())
+    if as_json:
+        first = {name: opened[0][name] for name in ("model", "fingerprint")}
+        print_json({**first, "models": opened, "collections": [report.to_dict() for report in reports]})
+        return
+    n_encoded = len(opened) * sum(report.n_passages for report in reports)
+    _note_times(n_encoded, sum(r.encode_seconds for r in reports), sum(r.score_seconds for r in reports))
+
+
+def _label(models: Sequence[str]) -> dict[str, str]:
+    """Return models by what tables call them: the last part of a path or hub id, or the whole where several share it."""
+    chosen = list(dict.fromkeys(models))
+    names = [Path(model).name for model in chosen]
+    return {name if names.count(name) == 1 else model: model for name, model in zip(names, chosen, strict=True)}
 
 
 @app.command()
@@ -159,6 +199,7 @@ def compression(
     ratios: options.Ratios = "1,2,4,8,16,32",
     codecs: options.Codecs = "fp32,fp16,bf16,int8,rot4,rot3,rot2",
     first_stage: options.FirstStage = "bm25",
+    skip_missing_queries: options.SkipMissingQueries = False,
     top_k: options.TopK = 20,
     queries: options.Queries = None,
     seed: options.Seed = 0,
@@ -174,12 +215,11 @@ def compression(
     candidates. Each different candidate is encoded once, at ratio 1, and kept in memory: for large collections draw
     --queries.
     """
-    from kalm_integrations.corpora.beir import Collection
     from kalm_integrations.evaluation.compression import measure_costs, to_markdown, to_report
     from kalm_integrations.evaluation.plots import plot_costs
 
     chosen_ratios, chosen_codecs = options.parse_ratios(ratios), options.parse_codecs(codecs)
-    collections = [Collection.read(folder, split) for folder in folders]
+    collections = options.read_collections(folders, split, [first_stage], skip_missing_queries=skip_missing_queries)
     settings = {
         "revision": revision,
         "device": device,
@@ -224,6 +264,7 @@ def fusion(
         str, typer.Option(help="The reranker's shares to compare, from 0 to 1.")
     ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
     first_stage: options.FirstStage = "bm25",
+    skip_missing_queries: options.SkipMissingQueries = False,
     top_k: options.TopK = 20,
     queries: options.Queries = None,
     seed: options.Seed = 0,
@@ -237,16 +278,16 @@ def fusion(
     By method and weight, the fused order is compared with the first stage's and with the reranker's own: nDCG@10, differences
     with a 95 % interval (paired bootstrap over the queries).
     """
-    from kalm_integrations.corpora.beir import Collection
     from kalm_integrations.evaluation.fusion import compare_fusions
 
     shares = options.parse_list(weights, "--weights", "numbers from 0 to 1 such as 0.4,0.6", float)
-    collections = [Collection.read(folder, split) for folder in folders]
+    collections = options.read_collections(folders, split, [first_stage], skip_missing_queries=skip_missing_queries)
     reranker = options.open_reranker(
         model, revision=revision, device=device, dtype=dtype, compression_ratio=ratio, cache_bytes=0
     )
-    reports = (
-        compare_fusions(
+    reports = []
+    for collection in collections:
+        report = compare_fusions(
             reranker,
             collection,
             weights=shares,
@@ -256,20 +297,15 @@ def fusion(
             seed=seed,
             show_progress=sys.stderr.isatty(),
         )
-        for collection in collections
-    )
-    _show(model, reranker, reports, as_json=as_json)
-
-
-def _show(model: str, reranker: KalmReranker, reports: Iterable[Report | FusionReport], *, as_json: bool) -> None:
-    """Print each report as a table as soon as it is there, or all of them as JSON at the end."""
-    shown = []
-    for report in reports:
-        shown.append(report.to_dict())
+        reports.append(report.to_dict())
         if not as_json:
             print_table(report.to_table())
     if as_json:
-        print_json({"model": model, "fingerprint": reranker.fingerprint, "collections": shown})
+        print_json({"model": model, "fingerprint": reranker.fingerprint, "collections": reports})
         return
     stats = reranker.stats
-    note(f"{stats.passages_encoded:,} passages encoded in {stats.encode_seconds:.1f} s, scored in {stats.score_seconds:.1f} s")
+    _note_times(stats.passages_encoded, stats.encode_seconds, stats.score_seconds)
+
+
+def _note_times(n_encoded: int, encode_seconds: float, score_seconds: float) -> None:
+    note(f"{n_encoded:,} passages encoded in {encode_seconds:.1f} s, scored in {score_seconds:.1f} s")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
 from kalm_integrations.cli import completion
+from kalm_integrations.cli.terminal import note
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.remote.address import API_KEY_VARIABLE, is_address
 
 if TYPE_CHECKING:
     from kalm_integrations.core.reranker import KalmReranker
+    from kalm_integrations.corpora.beir import Collection
     from kalm_integrations.remote.reranker import RemoteReranker
 
 Value = TypeVar("Value")
@@ -80,6 +82,9 @@ FirstStage = Annotated[
         "bi-encoder of sentence-transformers."
     ),
 ]
+SkipMissingQueries = Annotated[
+    bool, typer.Option("--skip-missing-queries", help="Leave out judged queries that a run file has no passage for.")
+]
 TopK = Annotated[int, typer.Option(min=1, help="Candidates per query, the best of the first stage.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draw and of the bootstrap.")]
 Codecs = Annotated[str, typer.Option(help="Codecs to compare.", autocompletion=completion.codec_lists)]
@@ -103,6 +108,37 @@ def open_reranker(model: str, **settings: Any) -> KalmReranker:
         raise SettingsError(msg)
     # Any other name becomes the real reranker, whatever else the function takes.
     return cast("KalmReranker", as_reranker(model, **settings))
+
+
+def read_collections(
+    folders: Sequence[Path], split: str, first_stages: Sequence[str], *, skip_missing_queries: bool
+) -> list[Collection]:
+    """Read BEIR folders.
+
+    Args:
+        folders: of the collections.
+        split: which judgements.
+        first_stages: where candidates come from, run files among them.
+        skip_missing_queries: leave out queries that a run file has no passage for, and say how many these are.
+
+    Raises:
+        SettingsError: a folder is no collection, or no queries are left.
+    """
+    from kalm_integrations.corpora.beir import Collection
+    from kalm_integrations.corpora.first_stage import without_missing_queries
+
+    collections = [Collection.read(folder, split) for folder in folders]
+    if not skip_missing_queries:
+        return collections
+    kept = []
+    for whole in collections:
+        collection = whole
+        for first_stage in first_stages:
+            collection = without_missing_queries(collection, first_stage)
+        if n_missing := len(whole.queries) - len(collection.queries):
+            note(f"{whole.name}: left out {n_missing:,} of {len(whole.queries):,} judged queries, which a run file lacks")
+        kept.append(collection)
+    return kept
 
 
 def open_service(url: str, api_key_env: str | None, max_retries: int = 3, **settings: Any) -> RemoteReranker:

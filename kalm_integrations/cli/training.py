@@ -5,43 +5,109 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from kalm_integrations.cli import completion
 from kalm_integrations.cli.streams import open_output
-from kalm_integrations.cli.terminal import format_bytes, make_table, note, print_table
+from kalm_integrations.cli.terminal import format_bytes, format_seconds, make_table, note, print_facts, print_table
 from kalm_integrations.corpora.jsonl import to_json
 from kalm_integrations.corpora.text import STREAM
 from kalm_integrations.errors import SettingsError
 
+if TYPE_CHECKING:
+    from kalm_integrations.training.dry_run import Forecast
+
 
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file; paths in it count from its folder.")],
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what the run would do and take, from its data and ten steps, and leave nothing."),
+    ] = False,
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="With --dry-run: a BEIR folder that will be evaluated on, to find its texts in the training data; may be "
+            "repeated.",
+            show_default="the dev collection",
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which judgements of --held-out.")] = "test",
 ) -> None:
     """Train a reranker from a TOML file.
 
-    The folder of the checkpoint is printed at the end. A run that was interrupted goes on where its newest saved step was. To
-    use several GPUs: torchrun --nproc-per-node N -m kalm_integrations train CONFIG.
+    The folder of the checkpoint is printed at the end. A run that was interrupted goes on where its newest saved step was;
+    Ctrl-C and SIGTERM save the step that was reached. To use several GPUs: torchrun --nproc-per-node N -m kalm_integrations
+    train CONFIG.
     """
     from kalm_integrations.training.config import TrainConfig
+
+    if held_out and not dry_run:
+        msg = f"--held-out is compared by --dry-run, but got {', '.join(map(str, held_out))} without it; add --dry-run"
+        raise SettingsError(msg)
+    settings = TrainConfig.read(config)
+    if dry_run:
+        from kalm_integrations.training.dry_run import forecast
+
+        _show(forecast(settings, [(folder, split) for folder in held_out or ()]))
+        return
+    from kalm_integrations.training.callbacks import TrainingStoppedError
     from kalm_integrations.training.trainer import train as run
 
-    settings = TrainConfig.read(config)
     is_first = os.environ.get("RANK", "0") == "0"
     handler = logging.StreamHandler()
     # Of the handler, because libraries turn their own loggers up.
     handler.setLevel(logging.INFO if is_first else logging.WARNING)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[handler])
-    folder = run(settings)
+    try:
+        folder = run(settings)
+    except KeyboardInterrupt as stop:
+        note(str(stop) or "stopped, with nothing to go on from beside what was saved before")
+        raise typer.Exit(128 + stop.number if isinstance(stop, TrainingStoppedError) else 130) from stop
     if is_first:
         print(folder)
 
 
+def _show(forecast: Forecast) -> None:
+    """Print what a run would do and take."""
+    table = make_table()
+    for column in ("collection", "queries", "passages"):
+        table.add_column(column, justify="left" if column == "collection" else "right")
+    for name, (n_queries, n_passages) in forecast.collections.items():
+        table.add_row(name, f"{n_queries:,}", f"{n_passages:,}")
+    print_table(table)
+    print()
+    table = make_table()
+    for column in ("phase", "examples", "steps", "clusters a step", "passes", "a step", "in all"):
+        table.add_column(column, justify="right")
+    for number, phase in enumerate(forecast.phases, 1):
+        passes = phase.n_steps * phase.clusters_per_step / phase.n_examples
+        cells = (f"{phase.n_examples:,}", f"{phase.n_steps:,}", f"{phase.clusters_per_step:,}", f"{passes:.2f}")
+        table.add_row(str(number), *cells, format_seconds(phase.step_seconds), format_seconds(phase.seconds))
+    print_table(table)
+    print()
+    n_timed = sum(phase.n_timed for phase in forecast.phases)
+    facts = {
+        "time": f"about {format_seconds(sum(phase.seconds for phase in forecast.phases))}, by {n_timed} steps on this machine",
+        "parameters": f"{forecast.n_parameters:,}, of which {forecast.n_trained:,} are trained"
+        if forecast.n_trained < forecast.n_parameters
+        else f"{forecast.n_parameters:,}",
+        "disk": f"{format_bytes(forecast.peak_bytes)} at most, {format_bytes(forecast.kept_bytes)} in the end; "
+        f"{format_bytes(forecast.free_bytes)} are free",
+    }
+    print_facts(facts)
+    for line in forecast.cuts:
+        print(f"cut: {line}")
+    for name, overlap in forecast.overlaps.items():
+        print(f"overlap with {name}: {overlap}")
+
+
 def mine(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A BEIR folder, or JSON lines of training data, gzipped or not.")
+        Path, typer.Argument(metavar="SOURCE", help="A BEIR folder, or training data in any format that kalm train reads.")
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="JSONL file to write, gzipped if it is named .gz; - is standard output.")
@@ -78,7 +144,7 @@ def mine(
             show_default="none",
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Which judgements of a BEIR folder.")] = "train",
+    split: Annotated[str, typer.Option(help="Which judgements of a BEIR folder, or which split of a dataset.")] = "train",
     instruction: Annotated[
         str | None, typer.Option(help="Instruction of queries that bring none.", show_default="the checkpoint's")
     ] = None,

@@ -234,6 +234,10 @@ def describe_problems(error: ValidationError) -> str:
     """Return pydantic's findings as one line: where, which rule, and what was given."""
     described = []
     for problem in error.errors():
+        given = problem["input"]
+        if problem["type"] == "too_short" and isinstance(given, (list, tuple)) and len(given) >= problem["ctx"]["min_length"]:
+            # Pydantic counts the items that are right. What is wrong with the others is a problem of its own.
+            continue
         place = ".".join(map(str, problem["loc"]))
         if problem["type"] == "value_error":
             # Our own validators say all of that themselves.

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from kalm_integrations.core.types import ENCODING_KEY, Passage
 from kalm_integrations.corpora.jsonl import (
+    Parsed,
     PassageFields,
     Row,
     check_object,
@@ -65,19 +66,46 @@ def read_candidates(
     Raises:
         SettingsError: a row is bad and there is no `report`, or the input cannot be read at all.
     """
-    name = name_of(path)
     with open_lines(path) as all_lines:
         kind, lines = _recognise(path, all_lines, takes_plain_lines=takes_plain_lines)
-        source = f"{name}, object " if kind == "array" else f"{name}:"
-        items, to_row = _split(kind, lines, name)
         read = (PassageFields() if kind == "plain" else fields).read
-
-        def parse(item: Any) -> tuple[Row, str] | None:
-            row = to_row(item)
-            return None if row is None else (row, read(row))
-
-        for number, (row, text) in parse_each(items, source, parse, report):
+        for source, number, (row, text) in _parse_rows(kind, lines, name_of(path), lambda row: (row, read(row)), report):
             yield Candidate(f"{source}{number}", number, row, text)
+
+
+def read_rows(path: Path, parse: Callable[[Row], Parsed]) -> Iterator[Parsed]:
+    """Read the rows of a file of JSON lines, a JSON array, CSV or TSV; the format is known as by `read_candidates`.
+
+    Args:
+        path: file.
+        parse: makes a value of a row; raises `KalmError` for a bad one.
+
+    Raises:
+        SettingsError: a row is bad: the message names file and line; or the file cannot be read at all.
+    """
+    with open_lines(path) as all_lines:
+        kind, lines = _recognise(path, all_lines, takes_plain_lines=False)
+        for _, _, parsed in _parse_rows(kind, lines, name_of(path), parse, None):
+            yield parsed
+
+
+def _parse_rows(
+    kind: Kind,
+    lines: Iterator[bytes],
+    name: str,
+    parse: Callable[[Row], Parsed],
+    report: Callable[[str], None] | None,
+) -> Iterator[tuple[str, int, Parsed]]:
+    """Yield what is before a row's number in messages, the number, and what is made of the row."""
+    source = f"{name}, object " if kind == "array" else f"{name}:"
+    items, to_row = _split(kind, lines, name)
+
+    def parse_item(item: Any) -> Parsed | None:
+        row = to_row(item)
+        return None if row is None else parse(row)
+
+    for number, parsed in parse_each(items, source, parse_item, report):
+        yield source, number, parsed
 
 
 def _recognise(path: Path, lines: Iterator[bytes], *, takes_plain_lines: bool) -> tuple[Kind, Iterator[bytes]]:

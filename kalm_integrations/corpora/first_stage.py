@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kalm_integrations.corpora import peers
@@ -29,7 +29,10 @@ class Candidates:
 def find_candidates(
     collection: Collection, first_stage: str = BM25_NAME, top_k: int = 20, n_queries: int | None = None, seed: int = 0
 ) -> dict[str, Candidates]:
-    """Return the first stage's candidates by query id. A passage with the id of its query is no candidate, as in BEIR.
+    """Return the first stage's candidates by query id.
+
+    A passage with the id of its query is no candidate, as in BEIR, where it is the query itself; it is one where it is judged
+    for this query, as in collections that count both from 1.
 
     Args:
         collection: what to search in.
@@ -60,14 +63,42 @@ def find_candidates(
     run = _search(first_stage, collection, queries, top_k + 1)
     candidates = {}
     for query_id, query in queries.items():
-        found = [(passage_id, score) for passage_id, score in run[query_id] if passage_id != query_id][:top_k]
+        judged = collection.qrels[query_id]
+        found = [(i, score) for i, score in run[query_id] if i != query_id or i in judged][:top_k]
         candidates[query_id] = Candidates(query, [i for i, _ in found], [score for _, score in found])
     return candidates
+
+
+def without_missing_queries(collection: Collection, first_stage: str) -> Collection:
+    """Return a collection with those of its queries that a run file has passages for.
+
+    Args:
+        collection: what to leave queries out of.
+        first_stage: see `find_candidates`; what is no run file has passages for all queries.
+
+    Raises:
+        SettingsError: the run has none of the queries, or is malformed.
+    """
+    path = run_path(first_stage, collection)
+    if not path.is_file():
+        return collection
+    run = read_run(path)
+    queries = {query_id: query for query_id, query in collection.queries.items() if query_id in run}
+    if not queries:
+        found = f"it names {', '.join(map(repr, list(run)[:3]))}" if run else "it is empty"
+        msg = f"{path} must have passages for judged queries of {collection.name}, but has them for none; {found}"
+        raise SettingsError(msg)
+    return replace(collection, queries=queries)
 
 
 def first_stage_name(first_stage: str) -> str:
     """Return what a report calls a first stage; see `find_candidates`."""
     return first_stage if first_stage == BM25_NAME else Path(first_stage).name
+
+
+def run_path(first_stage: str, collection: Collection) -> Path:
+    """Return where the run file lies, if a first stage is one; see `find_candidates`."""
+    return Path(first_stage.replace("{collection}", collection.name))
 
 
 def _search(first_stage: str, collection: Collection, queries: Mapping[str, str], k: int) -> Run:
@@ -78,16 +109,25 @@ def _search(first_stage: str, collection: Collection, queries: Mapping[str, str]
             query_id: [(ids[index], score) for index, score in zip(indices, scores, strict=True)]
             for query_id, (indices, scores) in zip(queries, found, strict=True)
         }
-    path = Path(first_stage.replace("{collection}", collection.name))
+    path = run_path(first_stage, collection)
     if not path.is_file():
         return peers.search(first_stage, collection.passages, queries, k)
     run = read_run(path)
     for query_id in queries:
         unknown = [passage_id for passage_id, _ in run.get(query_id, []) if passage_id not in collection.passages]
-        if unknown or not run.get(query_id):
-            problem = f"names {unknown[0]}, which is no passage," if unknown else "has no passage"
-            msg = f"{path} must be a run on {collection.name} for all judged queries, but {problem} for query {query_id}"
+        if unknown:
+            msg = (
+                f"{path} must be a run on {collection.name}, but names {unknown[0]}, which is no passage, for query {query_id}"
+            )
             raise SettingsError(msg)
+    missing = [query_id for query_id in queries if query_id not in run]
+    if missing:
+        msg = (
+            f"{path} must be a run on {collection.name} for all judged queries, but has no passage for {len(missing):,} of "
+            f"{len(queries):,}, such as {missing[0]}; leave them out with --skip-missing-queries (in Python: "
+            "without_missing_queries)"
+        )
+        raise SettingsError(msg)
     return run
 
 

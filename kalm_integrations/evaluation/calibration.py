@@ -19,15 +19,14 @@ from kalm_integrations.core.settings import Calibration
 from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.corpora.first_stage import Candidates
 from kalm_integrations.corpora.jsonl import PassageFields, parse_file, parse_object, to_json
-from kalm_integrations.errors import MissingExtraError, SettingsError
+from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.differences import load_scipy
+from kalm_integrations.evaluation.plots import plot_reliability
+from kalm_integrations.evaluation.reliability import Reliability, measure_reliability
 from kalm_integrations.files import written_beside
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-N_BINS = 10
-"""Bins of equal width that scores are sorted into, for the calibration error and the diagram."""
 
 UNCALIBRATED = Calibration(temperature=1.0, bias=0.0)
 
@@ -39,29 +38,6 @@ class Judged:
     query: str
     passages: list[str]
     is_relevant: list[bool]
-
-
-@dataclass(frozen=True)
-class Bin:
-    """The pairs whose score lies in one range."""
-
-    n_pairs: int
-    mean_score: float
-    share_relevant: float
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """How far scores are from probabilities; of each number less is better."""
-
-    negative_log_likelihood: float
-    """Mean over the pairs, in nats."""
-    brier: float
-    """Mean squared difference between the score and the label."""
-    calibration_error: float
-    """Difference between mean score and share of relevant pairs in a bin, mean over the pairs."""
-    bins: tuple[Bin, ...]
-    """Those that are not empty, by rising score."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +77,7 @@ class CalibrationReport:
         return table
 
     def save_diagram(self, path: Path) -> None:
-        """Draw the reliability diagram: in each bin, how many pairs are relevant, against how many should be.
+        """Draw the reliability diagram; see `plot_reliability`.
 
         Args:
             path: of the picture; its suffix names the format.
@@ -109,20 +85,7 @@ class CalibrationReport:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            msg = 'the diagram needs matplotlib; install it with: pip install "kalm-integrations[eval]"'
-            raise MissingExtraError(msg) from error
-        figure = Figure(figsize=(5, 5), layout="constrained")
-        axes = figure.subplots()
-        axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="probabilities")
-        for name, measured in (("plain", self.before), ("calibrated", self.after)):
-            points = [(b.mean_score, b.share_relevant) for b in measured.bins]
-            axes.plot(*zip(*points, strict=True), marker="o", label=f"{name} (error {measured.calibration_error:.3f})")
-        axes.set(xlabel="mean score", ylabel="share of relevant passages", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-        axes.legend()
-        figure.savefig(path, dpi=150)
+        plot_reliability({"plain": self.before, "calibrated": self.after}, path)
 
 
 def read_judged(path: Path) -> list[Judged]:
@@ -260,28 +223,6 @@ def _newton(x: np.ndarray, signs: np.ndarray) -> np.ndarray:
         if decrease < 1e-12:
             return weights - size * step
         weights = weights - size * step
-
-
-def measure_reliability(margins: Sequence[float], is_relevant: Sequence[bool], calibration: Calibration) -> Reliability:
-    """Return how far calibrated scores are from probabilities.
-
-    Args:
-        margins: of at least one pair.
-        is_relevant: their labels.
-        calibration: makes scores of the margins.
-    """
-    logits = np.array([calibration.apply(margin) for margin in margins], dtype=np.float64)
-    labels = np.asarray(is_relevant, dtype=np.float64)
-    scores = load_scipy("special").expit(logits)
-    places = np.minimum((scores * N_BINS).astype(int), N_BINS - 1)
-    groups = [places == place for place in range(N_BINS) if (places == place).any()]
-    bins = tuple(Bin(int(g.sum()), float(scores[g].mean()), float(labels[g].mean())) for g in groups)
-    return Reliability(
-        negative_log_likelihood=float(np.logaddexp(0, (1 - 2 * labels) * logits).mean()),
-        brier=float(((scores - labels) ** 2).mean()),
-        calibration_error=sum(b.n_pairs * abs(b.mean_score - b.share_relevant) for b in bins) / len(labels),
-        bins=bins,
-    )
 
 
 def check_savable(model: str | os.PathLike[str]) -> Path:

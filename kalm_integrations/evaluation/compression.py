@@ -26,6 +26,9 @@ MAX_LOSS = 0.01
 """A recommended setting loses at most this nDCG@10 on every collection, against ratio 1 in float32 …"""
 MAX_PLAUSIBLE_LOSS = 0.02
 """… and the 95 % interval of the difference does not reach further than this."""
+MIN_QUERIES = 200
+"""On fewer queries nothing is recommended. Most queries do not tell two settings apart, so a small sample may hold few or none
+of those that do: then the bootstrap's interval is too narrow, and of many settings some pass by chance."""
 MAX_CODEC_CHANGE = 0.01
 """Where scores count, its codec moves none by more: a passage scores the same whether its encoding is read or made."""
 
@@ -195,17 +198,38 @@ def _score_changes(first: Scored, second: Scored) -> list[float]:
     ]
 
 
-def recommend(collections: Sequence[CollectionCosts]) -> dict[str, tuple[int, str]]:
-    """Return which ratio and codec to store at: "order", if only the order counts, and "scores", if a threshold does too.
+@dataclass(frozen=True)
+class Recommendation:
+    """Which ratio and codec to store at, as far as the queries say."""
 
-    For the order it is the setting with the fewest bytes that on every collection loses at most `MAX_LOSS`, with an interval
-    that does not reach beyond `MAX_PLAUSIBLE_LOSS`; for scores its codec moves none by more than `MAX_CODEC_CHANGE`, too. Of
-    settings with as many bytes, the one that changes scores less. Ratio 1 in float32 meets both by definition.
+    order: tuple[int, str] | None
+    """If only the order counts."""
+    scores: tuple[int, str] | None
+    """If a threshold on scores does, too."""
+    reason: str
+    """Why there is none, and what to do; empty where there are both."""
+
+
+def recommend(collections: Sequence[CollectionCosts]) -> Recommendation:
+    """Return the setting with the fewest bytes that keeps the order, and the one that keeps scores, too.
+
+    The order is kept by a setting that on every collection loses at most `MAX_LOSS`, with an interval that does not reach
+    beyond `MAX_PLAUSIBLE_LOSS`; scores are kept if its codec moves none by more than `MAX_CODEC_CHANGE`, too. Of settings with
+    as many bytes, it is the one that changes scores less. Ratio 1 in float32, with which all are compared, is not among them,
+    and on fewer than `MIN_QUERIES` none is.
     """
+    small = min(collections, key=lambda c: c.n_queries)
+    if small.n_queries < MIN_QUERIES:
+        reason = (
+            f"a recommendation needs {MIN_QUERIES} queries at least, but {small.collection} gives {small.n_queries}, of which "
+            "settings can pass by chance; take more queries, or leave the collection out"
+        )
+        return Recommendation(None, None, reason)
     by_setting: dict[tuple[int, str], list[Cost]] = {}
     for collection in collections:
         for cost in collection.costs:
-            by_setting.setdefault((cost.ratio, cost.codec), []).append(cost)
+            if (cost.ratio, cost.codec) != (1, EXACT):
+                by_setting.setdefault((cost.ratio, cost.codec), []).append(cost)
     keeps_order = {
         key: costs
         for key, costs in by_setting.items()
@@ -215,13 +239,34 @@ def recommend(collections: Sequence[CollectionCosts]) -> dict[str, tuple[int, st
         key: costs for key, costs in keeps_order.items() if all(c.codec_score_change <= MAX_CODEC_CHANGE for c in costs)
     }
 
-    def fewest_bytes(settings: dict[tuple[int, str], list[Cost]]) -> tuple[int, str]:
+    def fewest_bytes(settings: dict[tuple[int, str], list[Cost]]) -> tuple[int, str] | None:
         return min(
             settings,
             key=lambda k: (round(fmean(c.mean_bytes for c in settings[k])), max(c.codec_score_change for c in settings[k])),
+            default=None,
         )
 
-    return {"order": fewest_bytes(keeps_order), "scores": fewest_bytes(keeps_scores)}
+    reason = ""
+    if not keeps_order:
+        reason = _why_no_order(by_setting)
+    elif not keeps_scores:
+        reason = f"no setting that keeps the order has a codec that moves no score by more than {MAX_CODEC_CHANGE}"
+        reason += "; compare finer codecs, such as int8 or fp16"
+    return Recommendation(fewest_bytes(keeps_order), fewest_bytes(keeps_scores), reason)
+
+
+def _why_no_order(by_setting: Mapping[tuple[int, str], Sequence[Cost]]) -> str:
+    if not by_setting:
+        return "only ratio 1 in fp32 was measured, with which others are compared; name more --ratios or --codecs"
+    worst = {key: min(costs, key=lambda c: c.difference.low) for key, costs in by_setting.items()}
+    closest = max(worst.values(), key=lambda c: c.difference.low)
+    reason = (
+        f"no setting is sure to keep the order; the closest is ratio {closest.ratio} in {closest.codec}, whose nDCG@10 "
+        f"differs by {closest.difference}"
+    )
+    if closest.difference.mean >= -MAX_LOSS:
+        return f"{reason}: more queries would narrow the interval, which must not reach below {-MAX_PLAUSIBLE_LOSS}"
+    return f"{reason}: it loses more than {MAX_LOSS}; compare finer --ratios and --codecs"
 
 
 def pareto(costs: Sequence[Cost]) -> list[Cost]:
@@ -235,7 +280,12 @@ def pareto(costs: Sequence[Cost]) -> list[Cost]:
 
 def to_report(model: str, reranker: KalmReranker, collections: Sequence[CollectionCosts]) -> dict[str, Any]:
     """Return everything as plain values, for JSON, for `to_markdown` and for `plots.plot_costs`."""
-    recommended = {use: {"ratio": ratio, "codec": codec} for use, (ratio, codec) in recommend(collections).items()}
+    found = recommend(collections)
+    chosen = {"order": found.order, "scores": found.scores}
+    recommended: dict[str, Any] = {
+        use: None if setting is None else {"ratio": setting[0], "codec": setting[1]} for use, setting in chosen.items()
+    }
+    recommended["reason"] = found.reason
     on_line = [{(cost.ratio, cost.codec) for cost in pareto(c.costs)} for c in collections]
     rows = []
     for collection, line in zip(collections, on_line, strict=True):
@@ -267,9 +317,17 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         )
         parts.append("|--:|---|--:|--:|---|--:|--:|--:|--:|--:|")
         parts += [*map(_row, collection["costs"]), ""]
-    chosen = {use: f"ratio {r['ratio']}, `{r['codec']}`" for use, r in report["recommended"].items()}
-    parts.append(f"Recommended where only the order counts: {chosen['order']}; where scores count too: {chosen['scores']}.\n")
+    parts.append(_recommended(report["recommended"]))
     return "\n".join(parts)
+
+
+def _recommended(recommended: Mapping[str, Any]) -> str:
+    order, scores, reason = (recommended[name] for name in ("order", "scores", "reason"))
+    if order is None:
+        return f"No setting is recommended: {reason}.\n"
+    uses = {"where only the order counts": order, "where scores count too": scores}
+    said = [f"{use}: ratio {r['ratio']}, `{r['codec']}`" if r else f"{use}: none, because {reason}" for use, r in uses.items()]
+    return f"Recommended {'; '.join(said)}.\n"
 
 
 def _row(cost: Mapping[str, Any]) -> str:

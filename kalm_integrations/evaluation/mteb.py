@@ -155,11 +155,19 @@ def choose_tasks(benchmark: str | None, tasks: Sequence[str], without: Sequence[
         import mteb
     except ImportError as error:
         raise _missing() from error
+    if benchmark is None and not tasks:
+        msg = "there must be tasks to run: name one, such as --task SciFact, or a benchmark, such as --benchmark BEIR"
+        raise SettingsError(msg)
     try:
         chosen = [] if benchmark is None else list(mteb.get_benchmark(benchmark).tasks)
         chosen += [mteb.get_task(name) for name in tasks]
     except (KeyError, ValueError) as error:
-        msg = f"benchmark and tasks must be names that mteb knows: {error.args[0]}"
+        # mteb wraps one error in another, whose name it then has in the text.
+        reason = str(error.args[0]).removeprefix("KeyError: ")
+        msg = (
+            f"--benchmark and --task must be names that mteb knows: {reason.rstrip('.')} (`mteb available-benchmarks` and "
+            "`mteb available-tasks` list them)"
+        )
         raise SettingsError(msg) from error
     unknown = set(without) - {task.metadata.name for task in chosen}
     chosen = [task for task in chosen if task.metadata.name not in without]

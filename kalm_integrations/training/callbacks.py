@@ -48,18 +48,19 @@ class LogLines(TrainerCallback):
         """Take what lines call the phase."""
         self._name = name
         self._first_step = 0
-        self._started = 0.0
+        self._started: float | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self._first_step, self._started = state.global_step, time.monotonic()
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock with the first step; the start may have been evaluated before."""
+        if self._started is None:
+            self._first_step, self._started = state.global_step, time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write a line."""
         if not state.is_world_process_zero or not logs:
             return
         place = f"{self._name}, step {state.global_step} of {state.max_steps}"
-        if "loss" in logs:
+        if "loss" in logs and self._started is not None:
             n_done = state.global_step - self._first_step
             left = (time.monotonic() - self._started) / n_done * (state.max_steps - state.global_step)
             facts = [f"loss {logs['loss']:.4f}"]

@@ -56,13 +56,13 @@ class ArchitectureConfig(_Section):
 
 
 class CollectionConfig(_Section):
-    """Data to train on: a BEIR folder, or a file of JSON lines."""
+    """Data to train on: a BEIR folder, a file of examples, or a folder of a Hugging Face dataset."""
 
     path: Path
     name: str = ""
     """What phases call it; the file's or folder's own name if empty."""
     split: str = "train"
-    """Of a BEIR folder."""
+    """Of a folder."""
     weight: PositiveFloat | None = None
     """Share of the clusters, relative to the others'. Unset for all: every example is seen equally often."""
     instruction: str | None = None
@@ -319,7 +319,8 @@ def _named(collection: Any) -> Any:
 
 
 def _name_of(path: Path | str) -> str:
-    return Path(path).name.removesuffix(".jsonl")
+    name = Path(path)
+    return name.stem if name.suffix in (".jsonl", ".parquet", ".csv", ".tsv") else name.name
 
 
 def _model_from(base: Path, model: str | None) -> str | None:

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 N_NEIGHBOURS = 19
 """Hard negatives kept per passage: with the passage itself, BM25's top 20, the list a reranker is given."""
 
+QUERIES_PER_BLOCK = 256
+"""Queries that neighbours are searched for at a time."""
+
 N_FITTED = 1500
 """Queries that the weights of a teacher are fitted on."""
 
@@ -51,7 +54,7 @@ class Source:
     pseudo_questions: list[list[int]]
     """Queries made of each passage."""
     neighbours: dict[int, list[int]]
-    """Passages nearest to each passage's first question by BM25, itself excluded; passages with a question only."""
+    """Of each passage that has a question, the passages nearest to the first one by BM25, without those that answer it."""
     grouped: list[int]
     """Queries that bring their negatives."""
     teacher: ClusterTeacher | None = None
@@ -71,10 +74,16 @@ class Source:
         asked = [position for position, passage_questions in enumerate(questions) if passage_questions]
         neighbours = {}
         if asked:
-            first = [texts.queries[questions[position][0]].text for position in asked]
-            found = BM25(texts.passages).search(first, k=N_NEIGHBOURS + 1)
-            for position, (near, _) in zip(asked, found, strict=True):
-                neighbours[position] = [other for other in near if other != position][:N_NEIGHBOURS]
+            bm25 = BM25(texts.passages)
+            for start in range(0, len(asked), QUERIES_PER_BLOCK):
+                block = asked[start : start + QUERIES_PER_BLOCK]
+                first = [texts.queries[questions[position][0]] for position in block]
+                # Positives come off.
+                n_found = N_NEIGHBOURS + max(len(query.positives) for query in first)
+                found = bm25.search([query.text for query in first], n_found)
+                for position, query, (near, _) in zip(block, first, found, strict=True):
+                    positives = set(query.positives)
+                    neighbours[position] = [other for other in near if other not in positives][:N_NEIGHBOURS]
         grouped = [index for index, query in enumerate(texts.queries) if query.negatives]
         return cls(texts, questions, pseudo, neighbours, grouped)
 
@@ -296,7 +305,7 @@ def _shuffled_forever(examples: Sequence[Item], generator: random.Random) -> Ite
 
 def _check_margins(source: Source) -> None:
     queries = source.texts.queries
-    n_without = sum(not (query.margins and query.negatives) for query in queries)
+    n_without = sum(not query.negatives or query.margins.keys() != {*query.positives, *query.negatives} for query in queries)
     if n_without:
         msg = (
             "the loss `distillation` needs negatives and a teacher's margins (positive_scores and negative_scores) for every "

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from kalm_integrations.corpora import peers
 from kalm_integrations.corpora.bm25 import BM25
-from kalm_integrations.corpora.jsonl import parse_file, parse_object
+from kalm_integrations.corpora.jsonl import PassageFields, parse_file, parse_object
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.training.config import CollectionConfig
 from kalm_integrations.training.sources import TrainingSet, read_training_set
@@ -60,7 +60,8 @@ def mine(
     generator = random.Random(settings.seed)
     for query, candidates in zip(texts.queries, _candidates(texts, config, method, settings, encoder), strict=True):
         positives = [texts.passages[p] for p in query.positives]
-        others = [p for p in candidates if p not in query.positives][settings.skip : settings.depth]
+        known = set(query.positives)
+        others = [p for p in candidates if p not in known][settings.skip : settings.depth]
         drawn = generator.sample(others, len(others))
         line: dict[str, Any] = {"query": query.text, "positives": positives}
         if query.instruction is not None:
@@ -122,10 +123,15 @@ def _by_title(texts: TrainingSet, config: CollectionConfig) -> Iterator[Sequence
     if not corpus.is_file():
         msg = f"the method same-title needs a BEIR folder, whose passages have titles, but {config.path} is none"
         raise SettingsError(msg)
-    titles = list({row["_id"]: row.get("title") for row in parse_file(corpus, parse_object)}.values())
+    positions = {text: position for position, text in enumerate(texts.passages)}
+    titles: dict[int, Any] = {}
     by_title: dict[Any, list[int]] = {}
-    for position, title in enumerate(titles):
-        if title:
+    for row in parse_file(corpus, parse_object):
+        # Blank passages, and those whose text came before, have no position of their own.
+        position = positions.get(PassageFields().read(row))
+        title = row.get("title")
+        if title and position is not None and position not in titles:
+            titles[position] = title
             by_title.setdefault(title, []).append(position)
     for query in texts.queries:
-        yield by_title.get(titles[query.positives[0]], [])
+        yield by_title.get(titles.get(query.positives[0]), [])

@@ -79,7 +79,7 @@ class RunFolder:
             SettingsError: it holds a finished run of other settings.
         """
         self._record = self._read()
-        if not (self._record.get("finished") and self.model.is_dir()):
+        if not (self._record.get("finished") and (self.model / "model.safetensors").is_file()):
             return False
         self._refuse_changes()
         ignored = [name for name in sorted(OF_EXPORT) if self._record.get(name) != self._settings().get(name)]

@@ -53,8 +53,8 @@ def test_a_gzipped_file_is_read_as_the_plain_one(
 @pytest.mark.parametrize(("read", "name", "content"), READERS)
 def test_what_is_no_text_is_refused(tmp_path: Path, read: Callable[[Path], object], name: str, content: str) -> None:
     path = tmp_path / name
-    path.write_bytes(b"PAR1\x15\x04")
-    with pytest.raises(SettingsError, match=rf"{name} must be UTF-8 text, gzipped or not, but is Parquet"):
+    path.write_bytes(b"PK\x03\x04\x15\x04")
+    with pytest.raises(SettingsError, match=rf"{name} must be UTF-8 text, gzipped or not.*, but is a ZIP archive"):
         read(path)
     path.write_bytes(gzip.compress(content.encode())[:-9])
     with pytest.raises(SettingsError, match=rf"{name} must be a whole gzip file, but is damaged"):

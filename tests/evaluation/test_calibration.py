@@ -7,7 +7,6 @@ import math
 import random
 import shutil
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -23,10 +22,10 @@ from kalm_integrations.evaluation.calibration import (
     calibrate,
     fit_calibration,
     judge_candidates,
-    measure_reliability,
     read_judged,
     save_calibration,
 )
+from kalm_integrations.evaluation.reliability import measure_reliability
 from kalm_integrations.testing import FakeReranker
 
 
@@ -81,27 +80,6 @@ def test_an_outlier_among_certain_pairs_does_not_stop_the_fit():
 def test_labels_that_determine_no_calibration_are_refused(margins, labels, message):
     with pytest.raises(SettingsError, match=message):
         fit_calibration(margins, labels)
-
-
-# --- the measures
-
-
-def test_measures_have_the_book_s_values():
-    logit = math.log(3)  # P = 0.75
-    measured = measure_reliability([logit] * 4 + [-logit] * 4, [1, 1, 1, 0, 1, 1, 0, 0], UNCALIBRATED)
-    assert measured.negative_log_likelihood == pytest.approx((5 * -math.log(0.75) + 3 * -math.log(0.25)) / 8)
-    assert measured.brier == pytest.approx((5 * 0.25**2 + 3 * 0.75**2) / 8)
-    assert [(b.n_pairs, b.mean_score, b.share_relevant) for b in measured.bins] == [
-        (4, pytest.approx(0.25), 0.5),
-        (4, pytest.approx(0.75), 0.75),
-    ]
-    assert measured.calibration_error == pytest.approx(0.5 * 0.25)
-
-
-def test_scores_of_one_and_margins_of_any_size_are_measured():
-    measured = measure_reliability([1e6, -1e6], [True, False], UNCALIBRATED)
-    assert (measured.brier, measured.calibration_error, measured.negative_log_likelihood) == (0, 0, 0)
-    assert np.isfinite(measure_reliability([1e6], [False], UNCALIBRATED).negative_log_likelihood)
 
 
 # --- the report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,10 @@ from kalm_integrations.corpora.first_stage import find_candidates
 from kalm_integrations.corpora.measures import ndcg_at_10
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.evaluation.compression import (
+    MIN_QUERIES,
     CollectionCosts,
     Cost,
+    Recommendation,
     measure_costs,
     pareto,
     recommend,
@@ -121,7 +124,7 @@ EXACT = cost(1, "fp32", 1000, 0.8, 0.0, 0.0)
 
 
 def on(*costs: Cost) -> CollectionCosts:
-    return CollectionCosts("c", 10, 20, 0, 50, "bm25", 0.7, (EXACT, *costs))
+    return CollectionCosts("c", MIN_QUERIES, 20, 0, 50, "bm25", 0.7, (EXACT, *costs))
 
 
 def test_recommended_are_the_fewest_bytes_that_keep_order_and_scores_on_every_collection() -> None:
@@ -129,10 +132,45 @@ def test_recommended_are_the_fewest_bytes_that_keep_order_and_scores_on_every_co
     moved = cost(2, "int8", 125, 0.796, -0.012, 0.02)
     lossy = cost(4, "int8", 60, 0.789, -0.018, 0.02)
     unsure = cost(8, "int8", 30, 0.799, -0.021, 0.02)
-    assert recommend([on(*good, moved, lossy, unsure)]) == {"order": (2, "int8"), "scores": (2, "fp16")}
-    assert recommend([on()]) == {"order": (1, "fp32"), "scores": (1, "fp32")}
+    assert recommend([on(*good, moved, lossy, unsure)]) == Recommendation((2, "int8"), (2, "fp16"), "")
     elsewhere = replace(moved, difference=Difference(-0.02, -0.03, -0.01))
-    assert recommend([on(*good, moved), on(*good, elsewhere)])["order"] == (2, "fp16")
+    assert recommend([on(*good, moved), on(*good, elsewhere)]).order == (2, "fp16")
+
+
+def test_too_few_queries_recommend_nothing() -> None:
+    """Not even settings that differ on no query: a small sample may hold none of those that do."""
+    enough = on(cost(32, "rot2", 30, 0.8, 0.0, 0.0))
+    few = replace(enough, collection="few", n_queries=MIN_QUERIES - 1)
+    assert recommend([enough]).order == (32, "rot2")
+    for collections in ([few], [enough, few]):
+        found = recommend(collections)
+        assert (found.order, found.scores) == (None, None)
+        assert f"needs {MIN_QUERIES} queries at least, but few gives {MIN_QUERIES - 1}" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("costs", "reason"),
+    [
+        ([], "only ratio 1 in fp32 was measured"),
+        (
+            [cost(8, "rot2", 30, 0.799, -0.021, 0.02), cost(16, "rot2", 20, 0.799, -0.05, 0.02)],
+            r"closest is ratio 8 in rot2, whose nDCG@10 differs by -0.001 \(-0.021 to \+0.000\): more queries would narrow",
+        ),
+        ([cost(8, "rot2", 30, 0.78, -0.025, 0.02)], "it loses more than 0.01; compare finer"),
+    ],
+)
+def test_what_all_are_compared_with_is_no_recommendation(costs: list[Cost], reason: str) -> None:
+    """Ratio 1 in float32 loses nothing by definition; where nothing else keeps the order, the reason says so."""
+    found = recommend([on(*costs)])
+    assert (found.order, found.scores) == (None, None)
+    assert re.search(reason, found.reason)
+
+
+def test_a_missing_recommendation_is_said_in_words(reranker: KalmReranker) -> None:
+    order_only = to_report("tiny", reranker, [on(cost(2, "int8", 125, 0.796, -0.012, 0.02))])
+    assert "where only the order counts: ratio 2, `int8`; where scores count too: none, because" in to_markdown(order_only)
+    nothing = to_report("tiny", reranker, [on()])
+    assert to_markdown(nothing).endswith("No setting is recommended: " + nothing["recommended"]["reason"] + ".\n")
 
 
 def test_pareto_line_has_no_setting_that_another_beats() -> None:
@@ -149,8 +187,7 @@ def test_report_survives_json_and_shows_its_figures(costs: CollectionCosts, rera
         assert f"| `{own.codec}` | {own.mean_bytes:,.0f} |" in row
         assert f"{own.ndcg:.3f}" in row
         assert (f"**{own.ndcg:.3f}**" in row) == (own in pareto(costs.costs))
-    ratio, codec = recommend([costs])["order"]
-    assert f"only the order counts: ratio {ratio}, `{codec}`" in lines[-1]
+    assert lines[-1] == f"No setting is recommended: {recommend([costs]).reason}."
 
 
 def test_plot_is_of_its_figures_and_reads_on_light_and_dark(

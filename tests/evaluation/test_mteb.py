@@ -225,9 +225,11 @@ def test_benchmarks_of_the_paper_are_mteb_s():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("BIER", []), "names that mteb knows: .*BEIR"),
-        ((None, ["SciFacts"]), "names that mteb knows: .*SciFact"),
-        ((None, []), "there must be tasks to run, .* but none is left"),
+        (("BIER", []), "--benchmark and --task must be names that mteb knows: 'BIER' not found. Did you mean: BEIR?"),
+        ((None, ["SciFacts"]), "names that mteb knows: 'SciFacts' not found. Did you mean: 'SciFact'?"),
+        ((None, ["qqqxyz"]), r"'qqqxyz' not found .* \(`mteb available-benchmarks` and `mteb available-tasks` list them\)"),
+        ((None, []), "there must be tasks to run: name one, such as --task SciFact, or a benchmark, such as --benchmark BEIR"),
+        ((None, ["SciFact"], ["SciFact"]), "there must be tasks to run, .* but none is left"),
         (("BEIR", [], ["Nope"]), "but Nope is none of them"),
     ],
 )

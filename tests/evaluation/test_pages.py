@@ -9,6 +9,8 @@ import pytest
 from tools import evaluation_pages
 
 from kalm_integrations.evaluation import compression
+from kalm_integrations.evaluation.compression import CollectionCosts, Cost
+from kalm_integrations.evaluation.differences import Difference
 from kalm_integrations.evaluation.plots import digest
 
 
@@ -24,11 +26,25 @@ def test_plot_is_of_the_table_s_figures() -> None:
     assert digest(evaluation_pages.read("compression.json")) in svg, "copy the plot that belongs to compression.json"
 
 
+def test_stored_recommendation_is_the_rule_s() -> None:
+    report = evaluation_pages.read("compression.json")
+    collections = []
+    for row in report["collections"]:
+        figures = ({name: value for name, value in cost.items() if name != "is_pareto"} for cost in row["costs"])
+        costs = [Cost(**{**cost, "difference": Difference(**cost["difference"])}) for cost in figures]
+        collections.append(CollectionCosts(**{**row, "costs": tuple(costs)}))
+    found = compression.recommend(collections)
+    stored = {use: (setting["ratio"], setting["codec"]) for use, setting in report["recommended"].items() if use != "reason"}
+    assert stored == {"order": found.order, "scores": found.scores}
+    assert report["recommended"]["reason"] == found.reason == ""
+
+
 def test_stated_rule_has_the_constants() -> None:
     text = (evaluation_pages.DOCS / "compression.md").read_text(encoding="utf-8")
     rule = text[text.index("## The rule") :]
     stated = [float(number) for number in re.findall(r"(?<!\d)\.(?:\d+)", rule)[:3]]
     assert stated == [compression.MAX_LOSS, compression.MAX_PLAUSIBLE_LOSS, compression.MAX_CODEC_CHANGE]
+    assert f"fewer than {compression.MIN_QUERIES} queries" in rule
 
 
 def test_measured_results_stand_beside_the_published_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

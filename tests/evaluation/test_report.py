@@ -1,8 +1,10 @@
-"""Candidates, and the report that compares their orders."""
+"""The report that compares orders of the same candidates."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -12,14 +14,15 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from tools.corpora import draw_collection
 
 from kalm_integrations import EncodedPassage, KalmReranker
+from kalm_integrations.core.checkpoint.locate import BUILT_IN
 from kalm_integrations.core.ranking import fuse
 from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.corpora.bm25 import BM25
 from kalm_integrations.corpora.first_stage import find_candidates
 from kalm_integrations.corpora.measures import ndcg_at_10
-from kalm_integrations.corpora.peers import search
+from kalm_integrations.corpora.runs import write_run
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.evaluation.differences import mean_differences
+from kalm_integrations.evaluation.differences import Difference, mean_differences
 from kalm_integrations.evaluation.report import Report, evaluate
 from kalm_integrations.evaluation.scoring import encode_candidates, score_settings
 
@@ -112,12 +115,83 @@ def test_peers_order_the_same_candidates_by_their_own_scores(
     assert set(systems["reranked r4 fp32"].differences) == {"bm25", "cross-encoder", "bi-encoder"}
 
 
-def test_a_bi_encoder_is_a_first_stage(collection: Collection, bi_encoder: str) -> None:
-    candidates = find_candidates(collection, bi_encoder, top_k=3)
-    run = search(bi_encoder, collection.passages, collection.queries, k=3)
-    assert {q: list(zip(found.ids, found.scores, strict=True)) for q, found in candidates.items()} == run
-    with pytest.raises(SettingsError, match=r"a bi-encoder must be a folder or a hub id .*, but 'no/where' is not"):
-        find_candidates(collection, "no/where")
+def test_several_rerankers_are_compared_with_the_first_at_the_same_setting(
+    tmp_path: Path, tiny_checkpoint: Path, collection: Collection, report: Report
+) -> None:
+    """On the same candidates; each has the orders that it has alone. One is in memory at a time."""
+    # A copy, whose weights no other reranker of this process holds.
+    copied = shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+    pico_folder = shutil.copytree(BUILT_IN / "pico", tmp_path / "pico")
+    n_open, most = 0, 0
+
+    def opener(model: str | Path) -> Callable[[], KalmReranker]:
+        def open_reranker() -> KalmReranker:
+            nonlocal n_open, most
+            settings = {"compression_ratio": 1, "storage_codec": "fp32"}
+            opened = KalmReranker.from_pretrained(model, **settings)
+            n_open += 1
+            most = max(most, n_open)
+            weakref.finalize(opened.runtime, closed)
+            return opened
+
+        return open_reranker
+
+    def closed() -> None:
+        nonlocal n_open
+        n_open -= 1
+
+    options = {"ratios": [1, 32], "codecs": ["fp32", "rot2"], "top_k": 5}
+    openers = {"tiny": opener(copied), "pico": opener(pico_folder)}
+    compared = evaluate(openers, collection, **options)
+    assert (n_open, most) == (0, 1)
+    pico = evaluate(openers["pico"](), collection, **options)
+    first, *others = compared.systems
+    assert first == report.systems[0]
+    tiny_systems, pico_systems = others[:8], others[8:]
+    settings = [f"{name} {s}" for s in ("r1 fp32", "r1 rot2", "r32 fp32", "r32 rot2") for name in ("", "+ bm25")]
+    assert [s.name for s in others] == [
+        " ".join(f"{label} {setting}".split()) for label in ("tiny", "pico") for setting in settings
+    ]
+    for own, single in ((tiny_systems, report.systems[1:]), (pico_systems, pico.systems[1:])):
+        assert [s.means for s in own] == [s.means for s in single]
+        assert [s.differences for s in own] == [s.differences for s in single]
+    assert {s.model for s in tiny_systems} == {"tiny"}
+    assert all(s.to_first_model is None for s in [first, *tiny_systems, *pico.systems])
+    for base, other in zip(tiny_systems, pico_systems, strict=True):
+        assert other.to_first_model is not None
+        assert other.to_first_model.mean == pytest.approx(other.means["nDCG@10"] - base.means["nDCG@10"])
+        assert other.to_first_model.low < other.to_first_model.high
+    assert compared.to_table().columns[-1].header == "to tiny"
+    with pytest.raises(SettingsError, match="there must be a reranker at least"):
+        evaluate({}, collection, **options)
+
+
+def test_differences_to_the_first_reranker_are_paired(
+    collection: Collection, make_reranker: Callable[..., KalmReranker]
+) -> None:
+    """One that orders as the first does differs by nothing, with certainty."""
+    openers = {label: lambda: make_reranker(storage_codec="fp32") for label in ("a", "b")}
+    report = evaluate(openers, collection, ratios=[4], codecs=["fp32"], top_k=5)
+    assert [s.to_first_model for s in report.systems[3:]] == [Difference(0, 0, 0)] * 2
+
+
+def test_another_run_is_measured_with_its_own_passages(
+    tmp_path: Path, collection: Collection, make_reranker: Callable[..., KalmReranker]
+) -> None:
+    """Whatever the first stage found; every order is compared with it."""
+    best = {q: sorted(grades, key=lambda i: -grades[i]) for q, grades in collection.qrels.items()}
+    write_run(tmp_path / "words.best.trec", "best", best)
+    run = str(tmp_path / "{collection}.best.trec")
+    report = evaluate(make_reranker(), collection, ratios=[4], codecs=["rot4"], runs=[run], top_k=2)
+    system = report.systems[1]
+    assert system.name == "{collection}.best.trec"
+    assert system.means == {"nDCG@10": 1}
+    assert report.systems[0].means["nDCG@10"] < 1
+    difference = report.systems[0].differences[system.name]
+    assert difference.mean == pytest.approx(report.systems[0].means["nDCG@10"] - 1)
+    assert all(set(s.differences) == {"bm25", system.name} for s in report.systems[2:])
+    with pytest.raises(SettingsError, match=r"a run to compare with must be a TREC run file, but 'no\.trec' is none"):
+        evaluate(make_reranker(), collection, ratios=[4], codecs=["rot4"], runs=["no.trec"])
 
 
 def test_candidates_are_encoded_once(collection: Collection, make_reranker: Callable[..., KalmReranker]) -> None:
@@ -139,22 +213,6 @@ def test_stored_size_is_that_of_the_metadata(
             [collection.passages[i] for i in encoded]
         )
         assert scored.mean_bytes == pytest.approx(fmean(len(metadata["kalm_encoding"]) for metadata in stored))
-
-
-def test_query_sample_depends_on_the_seed_only(collection: Collection) -> None:
-    def draw(seed: int, n_queries: int | None) -> list[str]:
-        return list(find_candidates(collection, top_k=3, n_queries=n_queries, seed=seed))
-
-    assert draw(0, 2) == draw(0, 2)
-    assert len({tuple(draw(seed, 2)) for seed in range(5)}) > 1
-    assert draw(0, 100) == draw(1, None) == sorted(collection.queries)
-
-
-def test_query_is_not_its_own_candidate() -> None:
-    """As in BEIR, where queries of some collections are passages of the corpus."""
-    passages = {"a": "wing drag", "b": "wing lift", "c": "bowl"}
-    [found] = find_candidates(Collection("own", passages, {"a": "wing drag"}, {"a": {"b": 1}}), top_k=2).values()
-    assert found.ids == ["b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -198,17 +256,3 @@ def test_orders_are_written_and_a_run_is_a_first_stage(tmp_path: Path, collectio
     assert {q: sorted(found.ids) for q, found in reversed_run.items()} == {
         q: sorted(found.ids) for q, found in find_candidates(collection, top_k=4).items()
     }
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("q0 Q0 p99 1 2 t", "must be a run on words for all judged queries, but names p99, which is no passage"),
-        ("q1 Q0 p1 1 2 t", "but has no passage for query q0"),
-    ],
-)
-def test_runs_that_do_not_fit_are_refused(tmp_path: Path, collection: Collection, line: str, message: str) -> None:
-    path = tmp_path / "run"
-    path.write_text(line)
-    with pytest.raises(SettingsError, match=message):
-        find_candidates(collection, str(path))

@@ -11,7 +11,9 @@ from tools.paths import DOCS
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.training.config import (
     ArchitectureConfig,
+    CardConfig,
     CollectionConfig,
+    DevConfig,
     LoraConfig,
     LossConfig,
     PhaseConfig,
@@ -19,7 +21,7 @@ from kalm_integrations.training.config import (
     TeacherConfig,
     TrainConfig,
 )
-from kalm_integrations.training.sources import Example
+from kalm_integrations.training.layouts import Example
 
 
 def toml(path: Path, text: str) -> TrainConfig:
@@ -44,6 +46,13 @@ def test_paths_count_from_the_file_s_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("path", "name"), [("a/b.jsonl", "b"), ("b.parquet", "b"), ("b.csv", "b"), ("b.tsv", "b"), ("b-v1.5", "b-v1.5")]
+)
+def test_a_collection_is_called_as_its_file_without_the_format(tmp_path, path, name):
+    assert toml(tmp_path / "t.toml", MINIMAL.replace("data/beir", path)).collections[0].name == name
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("output = ", "must be TOML"),
@@ -63,6 +72,15 @@ def test_a_configuration_that_breaks_a_rule_says_which(tmp_path, text, message):
         toml(tmp_path / "t.toml", text)
 
 
+def test_one_wrong_key_is_one_problem(tmp_path):
+    """Pydantic adds that too few phases are right, which is no problem of its own."""
+    with pytest.raises(SettingsError) as raised:
+        toml(tmp_path / "t.toml", MINIMAL + "setps = 5\n")
+    assert str(raised.value).endswith("configuration: phases.0.setps: Extra inputs are not permitted, but got 5")
+    with pytest.raises(SettingsError, match="phases: Tuple should have at least 1 item"):
+        toml(tmp_path / "t.toml", 'phases = []\noutput = "run"\n[[collections]]\npath = "data"\n')
+
+
 @pytest.mark.parametrize("name", ["training.toml", "continued.toml"])
 def test_pico_s_own_configurations_are_valid(name):
     from kalm_integrations.core.checkpoint.locate import BUILT_IN
@@ -77,12 +95,17 @@ PAGE = (DOCS / "training.md").read_text(encoding="utf-8")
 
 
 def test_every_setting_is_documented():
-    sections = (ArchitectureConfig, CollectionConfig, LoraConfig, LossConfig, PhaseConfig, PseudoQueryConfig, TeacherConfig)
+    sections = (ArchitectureConfig, CardConfig, CollectionConfig, DevConfig, LoraConfig, LossConfig, PhaseConfig)
+    sections = (*sections, PseudoQueryConfig, TeacherConfig)
     names = {name for section in (*sections, TrainConfig, Example) for name in section.model_fields}
     assert {name for name in names if f"`{name}`" not in PAGE and f"[{name}]" not in PAGE} == set()
 
 
-def test_the_published_recipe_of_the_page_is_valid(tmp_path):
-    [text] = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
-    config = toml(tmp_path / "t.toml", text)
-    assert [phase.losses.distillation for phase in config.phases] == [0, 0, 1]
+def test_the_configurations_of_the_page_are_valid(tmp_path):
+    """The published recipe, and sections that are shown on their own."""
+    rest = 'output = "run"\n{}\n[[collections]]\npath = "a"\n[[phases]]\nsteps = 1\n'
+    texts = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    configs = [toml(tmp_path / "t.toml", text if "output =" in text else rest.format(text)) for text in texts]
+    [recipe] = [config for config in configs if len(config.phases) == 3]
+    assert [phase.losses.distillation for phase in recipe.phases] == [0, 0, 1]
+    assert [config.dev.patience for config in configs if config.dev is not None] == [3]

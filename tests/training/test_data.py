@@ -25,7 +25,7 @@ from kalm_integrations.training.config import (
     TeacherConfig,
     TrainConfig,
 )
-from kalm_integrations.training.data import Cluster, ClusterDataset, Collator, Source
+from kalm_integrations.training.data import N_NEIGHBOURS, Cluster, ClusterDataset, Collator, Source
 from kalm_integrations.training.distillation import fit_conditional_logit
 from kalm_integrations.training.initialize import token_embeddings
 from kalm_integrations.training.pairs import PairTokenizer
@@ -56,60 +56,6 @@ def texts_of(cluster: Cluster, tokenizer: PromptTokenizer) -> list[tuple[list[in
     known = {tuple(tokenizer.passages([prompts.passage_text(p)])[0]): p for p in PASSAGES}
     passages = [known[tuple(ids)] for ids in cluster.passages]
     return [(prompt, [passages[i] for i in ids]) for prompt, ids in zip(cluster.prompts, cluster.candidates, strict=True)]
-
-
-# --- reading
-
-
-def test_a_beir_folder_and_its_lines_are_the_same_training_set(tmp_path):
-    folder = write_collection(tmp_path / "beir")
-    lines = [{"query": query, "positives": [PASSAGES[i]]} for i, query in enumerate(QUERIES)]
-    from_folder, from_lines = read(folder), read(write_lines(tmp_path / "lines.jsonl", lines))
-    assert from_folder.queries == from_lines.queries
-    # Lines know the passages they name, a folder all.
-    assert from_folder.passages == PASSAGES
-    assert from_lines.passages == PASSAGES[:2]
-
-
-def test_an_instruction_is_the_line_s_own_or_the_collection_s(tmp_path):
-    texts = read(write_lines(tmp_path / "lines.jsonl", examples()), instruction="Find an answer.")
-    assert [query.instruction for query in texts.queries] == ["Find an answer.", "Find the river."]
-
-
-GOOD = {"query": "q", "positives": ["a"], "negatives": ["b"]}
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "a line must be a JSON object, but it cannot be parsed"),
-        ({"query": "q"}, "positives: Field required"),
-        ({**GOOD, "positives": []}, "positives: List should have at least 1 item"),
-        ({**GOOD, "query": ""}, "query: String should have at least 1 character"),
-        ({**GOOD, "negative": ["c"]}, "negative: Extra inputs are not permitted"),
-        ({**GOOD, "negatives": [1]}, r"negatives.0: Input should be a valid string, but got 1"),
-        ({**GOOD, "negatives": ["a"]}, "a passage must be a positive or a negative, but this one is both: 'a'"),
-        ({**GOOD, "positive_scores": [1.0]}, "positive_scores and negative_scores come together"),
-        (
-            {**GOOD, "positive_scores": [1.0], "negative_scores": [1.0, 2.0]},
-            "negative_scores must be one for each of negatives, but are 2 for 1",
-        ),
-        ({**GOOD, "positive_scores": [float("nan")], "negative_scores": [1.0]}, "Input should be a finite number"),
-    ],
-)
-def test_a_bad_line_is_named_with_its_file(tmp_path, line, message):
-    path = tmp_path / "lines.jsonl"
-    path.write_text(f"{json.dumps(GOOD)}\n\n{line if isinstance(line, str) else json.dumps(line)}\n")
-    with pytest.raises(SettingsError, match=message) as caught:
-        read(path)
-    assert str(caught.value).startswith(f"{path}:3: ")
-
-
-def test_a_collection_without_a_query_or_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(SettingsError, match=r"must be a BEIR folder or a file of JSON lines, but .* is not there"):
-        read(tmp_path / "nowhere.jsonl")
-    with pytest.raises(SettingsError, match=r"a query with a relevant passage at least, but .* holds none"):
-        read(write_lines(tmp_path / "empty.jsonl", []))
 
 
 def test_pseudo_queries_are_spans_of_their_passage(tmp_path):
@@ -151,15 +97,54 @@ def test_a_query_without_negatives_is_asked_with_its_neighbours(tmp_path, tokeni
     assert {len(c.prompts) for c in dataset(texts, tokenizer, passages_per_cluster=4, grouped=True)} == {1}
 
 
-def test_another_passage_that_answers_is_no_negative(tmp_path, tokenizer):
+def repeated_lines(folder: Path) -> Path:
+    """One positive a line, once more with white space and as a negative."""
     rows = [
-        {"query": QUERIES[0], "positives": [PASSAGES[0], PASSAGES[2]]},
+        *({"query": QUERIES[0], "positives": [PASSAGES[i]]} for i in (0, 2)),
+        {"query": f"{QUERIES[0]}\n", "positives": [f" {PASSAGES[0]}"]},
         *({"query": text, "positives": [text]} for text in PASSAGES),
     ]
-    for cluster in dataset(read(write_lines(tmp_path / "l.jsonl", rows)), tokenizer, passages_per_cluster=4, steps=20):
+    return write_lines(folder / "repeated.jsonl", rows)
+
+
+def repeated_lines_with_negatives(folder: Path) -> Path:
+    rows = [{"query": QUERIES[0], "positives": [PASSAGES[i]], "negatives": [PASSAGES[2 - i], PASSAGES[3]]} for i in (0, 2)]
+    return write_lines(folder / "negatives.jsonl", rows)
+
+
+def repeated_ids(folder: Path) -> Path:
+    """A BEIR folder in which two passages and the query have two ids, and no query id knows all."""
+    beir = write_collection(folder / "beir")
+    for name, rows in (("corpus", [(8, PASSAGES[0]), (9, PASSAGES[2])]), ("queries", [(7, QUERIES[0])])):
+        with (beir / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"_id": row_id, "text": text}) + "\n" for row_id, text in rows)
+    with (beir / "qrels" / "train.tsv").open("a", encoding="utf-8") as file:
+        file.write("7\t9\t1\n")
+    return beir
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("write", [repeated_lines, repeated_lines_with_negatives, repeated_ids])
+def test_another_passage_that_answers_is_no_negative(tmp_path, tokenizer, write, grouped):
+    """Whatever the path: lines that repeat a query, negatives that other lines bring, the same texts under other ids."""
+    n_asked = 0
+    clusters = dataset(read(write(tmp_path)), tokenizer, passages_per_cluster=4, steps=20, grouped=grouped)
+    for cluster in (clusters[i] for i in range(len(clusters))):
         for prompt, candidates in texts_of(cluster, tokenizer):
             if prompt == tokenizer.prompt(SYSTEM_INSTRUCTION, INSTRUCTION, QUERIES[0]):
-                assert len({PASSAGES[0], PASSAGES[2]} & set(candidates)) == 1
+                assert candidates[0] in (PASSAGES[0], PASSAGES[2])
+                assert not {PASSAGES[0], PASSAGES[2]} & set(candidates[1:])
+                assert PASSAGES[3] in candidates[1:]
+                n_asked += 1
+    assert n_asked
+
+
+def test_neighbours_are_not_used_up_by_positives(tmp_path, tokenizer):
+    """However many passages answer a query, it is asked with some that do not."""
+    positives = [f"{QUERIES[0]} {n}" for n in range(2 * N_NEIGHBOURS)]
+    rows = [{"query": QUERIES[0], "positives": positives}, {"query": QUERIES[1], "positives": ["Otters do not."]}]
+    source = Source.build(read(write_lines(tmp_path / "l.jsonl", rows)), seed=0)
+    assert source.neighbours[0] == [len(positives)]
 
 
 def test_pseudo_queries_fill_up_and_take_places(tmp_path, tokenizer):
@@ -213,7 +198,8 @@ def test_a_batch_shares_what_all_prompts_begin_with(tmp_path, tokenizer):
 
 
 def test_distillation_needs_a_teacher_s_margins(tmp_path, tokenizer):
-    texts = read(write_lines(tmp_path / "l.jsonl", [*examples(margins=True), examples()[0]]))
+    other = {**examples()[0], "instruction": "Find an animal."}
+    texts = read(write_lines(tmp_path / "l.jsonl", [*examples(margins=True), other]))
     with pytest.raises(SettingsError, match="1 of 3 queries of 'data' have none; make them with `kalm mine --teacher`"):
         dataset(texts, tokenizer, losses={"distillation": 1.0})
     texts = read(write_lines(tmp_path / "l.jsonl", examples(margins=True)))
@@ -244,6 +230,7 @@ def test_a_run_with_a_teacher_semantic_start_and_pseudo_queries(tmp_path, bi_enc
         teacher=TeacherConfig(bi_encoder=bi_encoder, max_tokens=16),
         pseudo_queries=PseudoQueryConfig(),
         phases=(PhaseConfig(steps=2, passages_per_cluster=3),),
+        keep_intermediate=True,
     )
     model = train(config)
     assert len(KalmReranker.from_pretrained(model).score(QUERIES[0], PASSAGES)) == len(PASSAGES)

@@ -59,6 +59,36 @@ def test_same_title_negatives_are_other_passages_of_the_document(tmp_path):
     assert [line["negatives"] for line in lines] == [[f"fish {PASSAGES[2]}"], [f"river {PASSAGES[3]}"]]
 
 
+@pytest.mark.parametrize("method", ["bm25", "bi-encoder"])
+def test_the_positive_of_another_line_is_no_negative(tmp_path, bi_encoder, method):
+    """One positive a line, as in pairs and triplets: the lines of a query become one."""
+    rows = [{"anchor": QUERIES[0], "positive": PASSAGES[i], "negative": PASSAGES[3]} for i in (0, 2)]
+    rows.append({"anchor": QUERIES[1], "positive": PASSAGES[1], "negative": f" {PASSAGES[3]}"})
+    options = ("--method", method, *(("--encoder", bi_encoder) if method == "bi-encoder" else ()))
+    lines = mined(tmp_path, write_lines(tmp_path / "triplets.jsonl", rows), *options)
+    assert [(line["query"], line["positives"]) for line in lines] == [
+        (QUERIES[0], [PASSAGES[0], PASSAGES[2]]),
+        (QUERIES[1], [PASSAGES[1]]),
+    ]
+    assert [sorted(line["negatives"]) for line in lines] == [
+        sorted([PASSAGES[1], PASSAGES[3]]),
+        sorted([PASSAGES[0], PASSAGES[2], PASSAGES[3]]),
+    ]
+
+
+@pytest.mark.parametrize("method", ["bm25", "same-title"])
+def test_the_same_text_under_another_id_is_no_negative(tmp_path, method):
+    """Nor is it mined twice; blank passages are no negatives either."""
+    folder = write_collection(tmp_path / "beir")
+    texts = [PASSAGES[0], "", PASSAGES[0], PASSAGES[2], PASSAGES[2]]
+    rows = [{"_id": f"corpus{i}", "title": "fish", "text": text} for i, text in enumerate(texts)]
+    write_lines(folder / "corpus.jsonl", [*rows, {"_id": 9, "title": "", "text": " "}])
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nqueries0\tcorpus2\t1\n")
+    [line] = mined(tmp_path, folder, "--method", method)
+    assert line["positives"] == [f"fish {PASSAGES[0]}"]
+    assert sorted(line["negatives"]) == ["fish", f"fish {PASSAGES[2]}"]
+
+
 @pytest.mark.parametrize("kind", ["kalm", "cross-encoder", "bi-encoder"])
 def test_a_teacher_s_margins_are_written(tmp_path, tiny_checkpoint, cross_encoder, bi_encoder, kind):
     model = {"kalm": str(tiny_checkpoint), "cross-encoder": cross_encoder, "bi-encoder": bi_encoder}[kind]
