@@ -177,14 +177,14 @@ reranker.rank("a query", ["a passage", "another passage"])
 
 
 def stated_licence(folder: Path) -> str | None:
-    """Return the licence that the metadata of a checkpoint's card states, or None.
-
-    Raises:
-        ValueError: the metadata is not YAML.
-    """
+    """Return the licence that the metadata of a checkpoint's card states; None: there is no card, or nothing of the kind."""
     path = folder / CARD
-    found = ModelCard.load(path, ignore_metadata_errors=True).data.license if path.is_file() else None
-    return found or None
+    if not path.is_file():
+        return None
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data.license or None
+    except Exception:  # anybody may have written it, and the classes of the YAML reader are not the client's
+        return None
 
 
 def _result(figure: Figure) -> EvalResult:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
+from typing import cast
 
 from kalm_integrations.core.checkpoint.folders import PLAIN_FILES
 from kalm_integrations.core.checkpoint.locate import is_offline
@@ -131,8 +132,11 @@ def _malformed(repo_id: str, rule: str) -> str:
 
 def _refused(error: Exception, repo_id: str, endpoint: str) -> str:
     """Return what went wrong and what to do about it, in one line."""
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        # The client wraps what goes wrong with a single file.
+        return _refused(cast("Exception", error.__cause__), repo_id, endpoint)
     status = getattr(getattr(error, "response", None), "status_code", None)
-    said = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+    said = " ".join(str(error).split()) or type(error).__name__
     if status == 401:
         return (
             f"{endpoint} must know who publishes {repo_id}, but the token is missing or not valid; log in with `hf auth "
