@@ -1,8 +1,8 @@
 """Makes collections for code search: functions of installed packages, with the first sentences of their docstrings as queries.
 
-`python -m tools.code_search FOLDER`, from tests/, writes `train`, `dev` and `test` into a folder, in BEIR's layout. They share no
-package, no query and no code. A passage is a function's code without its docstring; its title is the function's full name, cut
-into words. `pico` was trained on prose only.
+`python -m tools.code_search FOLDER`, from tests/, writes `train`, `dev` and `test` into a folder, in BEIR's layout. They share
+no package, no query and no code. A passage is a function's code without its docstring; its title is the function's full name,
+cut into words. `pico` was trained on prose only.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Function(NamedTuple):
 def read_package(name: str) -> list[Function]:
     """Return the functions of a package, without its tests, in a fixed random order."""
     spec = find_spec(name)
-    assert spec is not None and spec.submodule_search_locations, f"{name} must be installed"
+    assert spec is not None, f"{name} must be installed"
+    assert spec.submodule_search_locations, f"{name} must be a folder"
     folder = Path(next(iter(spec.submodule_search_locations)))
     found = []
     for path in sorted(folder.rglob("*.py")):
