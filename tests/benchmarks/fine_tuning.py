@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tools.paths import DOCS
@@ -45,7 +45,7 @@ class Recipe:
     """A way to train, or another recipe's model averaged with the start."""
 
     text: str
-    optimizer: str = "muon"
+    optimizer: Literal["muon", "adamw"] = "muon"
     matrix_learning_rate: float = 0.005
     learning_rate: float = 1e-3
     lora_rank: int | None = None
@@ -169,7 +169,7 @@ def configuration(recipe: Recipe, output: Path, data: Path, n_steps: int) -> Tra
         queries_per_passage=1,
         max_passage_tokens=256,
         warmup_steps=20,
-        optimizer=recipe.optimizer,  # type: ignore[arg-type]
+        optimizer=recipe.optimizer,
         matrix_learning_rate=recipe.matrix_learning_rate,
         learning_rate=recipe.learning_rate,
     )

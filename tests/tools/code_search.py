@@ -72,19 +72,28 @@ def read_file(path: Path, names: Sequence[str]) -> list[Function]:
 
 def _functions(node: ast.AST, names: list[str], lines: Sequence[str]) -> Iterator[Function]:
     for child in ast.iter_child_nodes(node):
-        is_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
         if isinstance(child, ast.ClassDef):
             yield from _functions(child, [*names, child.name], lines)
-        elif is_function and (docstring := ast.get_docstring(child)):
-            text = child.body[0]
-            signature, body = lines[child.lineno - 1 : text.lineno - 1], lines[text.end_lineno : child.end_lineno]
-            body = [line.rstrip() for line in body if line.strip()]
-            code = textwrap.dedent("\n".join([*signature, *body]))
-            query = re.split(r"\.\s|\n\s*\n", f"{docstring} ")[0]
-            query = " ".join(query.split()).rstrip(".")
-            is_short = MIN_WORDS <= len(query.split()) <= MAX_WORDS and len(code) <= MAX_CHARACTERS
-            if is_short and len(body) >= MIN_BODY_LINES and SENTENCE.fullmatch(query):
-                yield Function(query, " ".join(WORD.findall(" ".join([*names, child.name]))), code)
+        elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            function = _function(child, names, lines)
+            if function is not None:
+                yield function
+
+
+def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, names: list[str], lines: Sequence[str]) -> Function | None:
+    docstring = ast.get_docstring(node)
+    if not docstring:
+        return None
+    text = node.body[0]
+    signature, body = lines[node.lineno - 1 : text.lineno - 1], lines[text.end_lineno : node.end_lineno]
+    body = [line.rstrip() for line in body if line.strip()]
+    code = textwrap.dedent("\n".join([*signature, *body]))
+    query = re.split(r"\.\s|\n\s*\n", f"{docstring} ")[0]
+    query = " ".join(query.split()).rstrip(".")
+    is_short = MIN_WORDS <= len(query.split()) <= MAX_WORDS and len(code) <= MAX_CHARACTERS
+    if not (is_short and len(body) >= MIN_BODY_LINES and SENTENCE.fullmatch(query)):
+        return None
+    return Function(query, " ".join(WORD.findall(" ".join([*names, node.name]))), code)
 
 
 def without_repeats(functions: Sequence[Function], seen: set[str]) -> list[Function]:
