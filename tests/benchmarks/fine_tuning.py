@@ -28,9 +28,10 @@ from tools.paths import DOCS
 from kalm_integrations import KalmReranker
 from kalm_integrations.core.ranking import fuse
 from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.first_stage import Candidates, find_candidates, order
 from kalm_integrations.corpora.measures import measure, ndcg_at_10
-from kalm_integrations.evaluation.candidates import Candidates, encode_candidates, find_candidates, order, score_settings
 from kalm_integrations.evaluation.differences import mean_differences
+from kalm_integrations.evaluation.scoring import encode_candidates, score_settings
 from kalm_integrations.training.config import CollectionConfig, LoraConfig, PhaseConfig, TrainConfig
 from kalm_integrations.training.exporting import average_checkpoints
 from kalm_integrations.training.trainer import train
