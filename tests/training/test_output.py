@@ -190,6 +190,7 @@ def test_a_mean_replaces_a_checkpoint_and_nothing_else(tiny_checkpoint, other_ch
     target = shutil.copytree(tiny_checkpoint, tmp_path / "target")
     (target / "README.md").write_text("about it")
     average_checkpoints(names, target)
-    assert contents(target).keys() == contents(models[0]).keys()
+    assert contents(target).keys() == {*contents(models[0]), "README.md"}
+    assert "about it" not in (target / "README.md").read_text()
     assert weights_of(target).keys() == weights_of(models[0]).keys()
     assert {path.name for path in tmp_path.iterdir()} == {"models", "link", "mine", "target"}
