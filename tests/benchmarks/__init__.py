@@ -18,6 +18,7 @@
 | trials.py | options and tables that these two share |
 | stores.py, store_kinds.py, stores_page.py | bytes and milliseconds in real stores: `python -m benchmarks.stores` |
 | mep_ablation.py | what training on pooled states is worth: `python -m benchmarks.mep_ablation TRAIN TEST` |
+| export_dtype.py | what bfloat16 leaves of a fine-tune: `python -m benchmarks.export_dtype FOLDER` |
 | spans.py, span_cases.py | which sentence answers, and what can be left out: `python -m benchmarks.spans` |
 | span_cost.py | what that costs a query: `python -m benchmarks.span_cost` |
 | batches.py | speed and memory of a GPU by batch size: `python -m benchmarks.batches` |
