@@ -48,7 +48,7 @@ def beir(
     codecs: options.Codecs = "rot4",
     first_stage: options.FirstStage = "bm25",
     skip_missing_queries: options.SkipMissingQueries = False,
-    run: Annotated[
+    other_run: Annotated[
         list[str] | None,
         typer.Option(
             help="A TREC run file to compare with as it is, with its own passages, the --top-k best; may be repeated. "
@@ -91,7 +91,7 @@ def beir(
     if revision is not None and len(labels) > 1:
         msg = f"is of one --model, but there are {len(labels)}"
         raise typer.BadParameter(msg, param_hint="--revision")
-    first_stages = [first_stage, *(run or ())]
+    first_stages = [first_stage, *(other_run or ())]
     collections = options.read_collections(folders, split, first_stages, skip_missing_queries=skip_missing_queries)
 
     def open_at(model: str, compression_ratio: int) -> KalmReranker:
@@ -114,7 +114,7 @@ def beir(
             ratios=chosen_ratios,
             codecs=chosen_codecs,
             first_stage=first_stage,
-            runs=run or (),
+            other_runs=other_run or (),
             cross_encoders=cross_encoder or (),
             bi_encoders=bi_encoder or (),
             measures=measure or [DEFAULT_MEASURE],

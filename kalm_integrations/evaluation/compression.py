@@ -221,7 +221,7 @@ def recommend(collections: Sequence[CollectionCosts]) -> Recommendation:
     small = min(collections, key=lambda c: c.n_queries)
     if small.n_queries < MIN_QUERIES:
         reason = (
-            f"a recommendation needs {MIN_QUERIES} queries at least, but {small.collection} gives {small.n_queries}, of which "
+            f"a recommendation needs {MIN_QUERIES} queries at least, but {small.collection} gives {small.n_queries}, on which "
             "settings can pass by chance; take more queries, or leave the collection out"
         )
         return Recommendation(None, None, reason)

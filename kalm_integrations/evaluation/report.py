@@ -113,7 +113,7 @@ def evaluate(
     ratios: Sequence[int],
     codecs: Sequence[str],
     first_stage: str = BM25_NAME,
-    runs: Sequence[str] = (),
+    other_runs: Sequence[str] = (),
     cross_encoders: Sequence[str] = (),
     bi_encoders: Sequence[str] = (),
     measures: Sequence[str] = (DEFAULT_MEASURE,),
@@ -134,7 +134,7 @@ def evaluate(
         ratios: compression ratios to compare.
         codecs: storage codecs to compare.
         first_stage: where the candidates come from; see `find_candidates`.
-        runs: TREC run files to compare with as they are: the `top_k` best of each, whatever the first stage's candidates.
+        other_runs: TREC run files to compare with as they are: the `top_k` best of each, whatever the first stage found.
         cross_encoders: of sentence-transformers, to compare with.
         bi_encoders: of sentence-transformers, to compare with.
         measures: names of ir-measures; differences are of the first.
@@ -157,7 +157,7 @@ def evaluate(
     candidates = find_candidates(collection, first_stage, top_k, n_queries, seed)
     first_name = first_stage_name(first_stage)
     orders = {first_name: {q: found.ids for q, found in candidates.items()}}
-    for run in runs:
+    for run in other_runs:
         if not run_path(run, collection).is_file():
             msg = f"a run to compare with must be a TREC run file, but {run!r} is none"
             raise SettingsError(msg)

@@ -73,7 +73,7 @@ def test_queries_that_a_run_lacks_can_be_left_out(run: Run, model: Any, beir_fol
 
 def test_another_run_is_a_row(run: Run, model: Any, beir_folder: Path) -> None:
     Path("other.trec").write_text("q1 Q0 p3 1 2 t\n")
-    options = ("--run", "other.trec", "--ratios", "4", "--top-k", 3, *model)
+    options = ("--other-run", "other.trec", "--ratios", "4", "--top-k", 3, *model)
     assert_fails(run("eval", "beir", beir_folder, *options), "other.trec must be a run on beir for all judged queries")
     result = run("eval", "beir", beir_folder, *options, "--skip-missing-queries", "--json")
     [collection] = json.loads(result.stdout)["collections"]

@@ -182,7 +182,7 @@ def test_another_run_is_measured_with_its_own_passages(
     best = {q: sorted(grades, key=lambda i: -grades[i]) for q, grades in collection.qrels.items()}
     write_run(tmp_path / "words.best.trec", "best", best)
     run = str(tmp_path / "{collection}.best.trec")
-    report = evaluate(make_reranker(), collection, ratios=[4], codecs=["rot4"], runs=[run], top_k=2)
+    report = evaluate(make_reranker(), collection, ratios=[4], codecs=["rot4"], other_runs=[run], top_k=2)
     system = report.systems[1]
     assert system.name == "{collection}.best.trec"
     assert system.means == {"nDCG@10": 1}
@@ -191,7 +191,7 @@ def test_another_run_is_measured_with_its_own_passages(
     assert difference.mean == pytest.approx(report.systems[0].means["nDCG@10"] - 1)
     assert all(set(s.differences) == {"bm25", system.name} for s in report.systems[2:])
     with pytest.raises(SettingsError, match=r"a run to compare with must be a TREC run file, but 'no\.trec' is none"):
-        evaluate(make_reranker(), collection, ratios=[4], codecs=["rot4"], runs=["no.trec"])
+        evaluate(make_reranker(), collection, ratios=[4], codecs=["rot4"], other_runs=["no.trec"])
 
 
 def test_candidates_are_encoded_once(collection: Collection, make_reranker: Callable[..., KalmReranker]) -> None:

@@ -89,7 +89,8 @@ def test_a_killed_run_goes_on_along_the_same_curve(tmp_path):
 def test_processes_share_a_run(tmp_path):
     """As on several GPUs: started twice by torchrun, it is one run, with one export and one line of output."""
     write_collection(tmp_path / "beir")
-    (tmp_path / "t.toml").write_text(TOML.format(output="run").replace("steps = 400", "epochs = 8"))
+    dev = '[dev]\npath = "beir"\nsplit = "train"\nevery_steps = 3\n'
+    (tmp_path / "t.toml").write_text(TOML.format(output="run").replace("steps = 400", "epochs = 8") + dev)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "kalm_integrations"]
     done = subprocess.run([*launcher, "train", str(tmp_path / "t.toml")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -98,6 +99,8 @@ def test_processes_share_a_run(tmp_path):
     assert ours == [str(tmp_path / "run" / "model")]
     # Two examples, two clusters a step on each of two devices: an epoch is half a step.
     assert [len(losses(tmp_path / "run", phase)) for phase in (0, 1)] == [4, 4]
+    history = json.loads((tmp_path / "run" / "phase0" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_nDCG@10" in entry] == [0, 3, 4]
     assert len(scores(tmp_path / "run" / "model")) == len(PASSAGES)
 
 
