@@ -18,6 +18,7 @@
 | trials.py | options and tables that these two share |
 | stores.py, store_kinds.py, stores_page.py | bytes and milliseconds in real stores: `python -m benchmarks.stores` |
 | mep_ablation.py | what training on pooled states is worth: `python -m benchmarks.mep_ablation TRAIN TEST` |
+| export_dtype.py | what bfloat16 leaves of a fine-tune: `python -m benchmarks.export_dtype FOLDER` |
 | fine_tuning.py | recipes of fine-tuning for code search: `python -m benchmarks.fine_tuning CODE SQUAD_DEV` |
 | fine_tuning_page.py | their tables: `python -m benchmarks.fine_tuning_page` |
 | spans.py, span_cases.py | which sentence answers, and what can be left out: `python -m benchmarks.spans` |

@@ -43,7 +43,14 @@ Margins = dict[str, list[float]]
 
 def configuration(output: Path, data: Path, n_steps: int, lora: LoraConfig | None) -> TrainConfig:
     """Return a fine-tune at the default learning rates: 2e-5 for all weights, 2e-4 with LoRA."""
-    phase = PhaseConfig(steps=n_steps, max_passage_tokens=MAX_PASSAGE_TOKENS, compression_ratios=(1, 2, 4), warmup_steps=10)
+    phase = PhaseConfig(
+        steps=n_steps,
+        max_passage_tokens=MAX_PASSAGE_TOKENS,
+        passages_per_cluster=5,
+        queries_per_passage=1,
+        compression_ratios=(1, 2, 4),
+        warmup_steps=10,
+    )
     return TrainConfig(
         output=output,
         model=START,
@@ -131,6 +138,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.ERROR)
+    logging.getLogger("bm25s").setLevel(logging.ERROR)
     collection = Collection.read(options.folder, options.split)
     candidates = find_candidates(collection, top_k=TOP_K, n_queries=options.held_out)
     trained = [q for q in collection.queries if q not in candidates]
