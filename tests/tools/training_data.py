@@ -24,6 +24,9 @@ from tools import corpora
 PASSAGES = ["Otters live on fish and crabs.", "The Rhine rises in the Alps.", "Who lives on fish? Seals do.", "Snow falls."]
 QUERIES = ["What do otters eat?", "Where does the Rhine rise?"]
 ARCHITECTURE = ArchitectureConfig(vocabulary_size=350, hidden_width=32, mlp_width=32, n_layers=2, head_width=16)
+ARCHITECTURE_TOML = "[architecture]\n" + "".join(
+    f"{name} = {getattr(ARCHITECTURE, name)}\n" for name in ARCHITECTURE.model_fields_set
+)
 
 
 ROWS = [(QUERIES[0], None, [0, 1, 2, 3]), (QUERIES[1], "Find the river.", [1, 3]), (QUERIES[1], None, [1, 0, 3])]

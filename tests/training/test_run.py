@@ -46,12 +46,7 @@ TOML = """
 output = "{output}"
 save_steps = 1000
 logging_steps = 1
-[architecture]
-vocabulary_size = 350
-hidden_width = 32
-mlp_width = 32
-n_layers = 2
-head_width = 16
+{architecture}
 [[collections]]
 path = "lines.jsonl"
 [[phases]]
@@ -78,7 +73,7 @@ def test_a_signal_saves_the_step_that_was_reached(tmp_path, lines, number):
     """Nothing is lost: the same command goes on there, and ends with the weights of a run that was left alone."""
 
     def start(name: str) -> subprocess.Popen[str]:
-        (tmp_path / f"{name}.toml").write_text(TOML.format(output=name))
+        (tmp_path / f"{name}.toml").write_text(TOML.format(output=name, architecture=ARCHITECTURE_TOML))
         command = [sys.executable, "-m", "kalm_integrations", "train", str(tmp_path / f"{name}.toml")]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

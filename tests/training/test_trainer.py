@@ -14,7 +14,16 @@ import pytest
 import torch
 from tools.checkpoints import make_checkpoint
 from tools.parity import Parity
-from tools.training_data import PASSAGES, QUERIES, configuration, scores, weights_of, write_collection, write_lines
+from tools.training_data import (
+    ARCHITECTURE_TOML,
+    PASSAGES,
+    QUERIES,
+    configuration,
+    scores,
+    weights_of,
+    write_collection,
+    write_lines,
+)
 
 from kalm_integrations.core.checkpoint.opened import Checkpoint
 from kalm_integrations.training.config import LoraConfig
@@ -30,12 +39,7 @@ TOML = """
 output = "{output}"
 save_steps = 3
 logging_steps = 1
-[architecture]
-vocabulary_size = 350
-hidden_width = 32
-mlp_width = 32
-n_layers = 2
-head_width = 16
+{architecture}
 [[collections]]
 path = "beir"
 [[phases]]
@@ -53,7 +57,7 @@ def test_a_killed_run_goes_on_along_the_same_curve(tmp_path):
 
     def start(name: str, steps: int) -> subprocess.Popen[bytes]:
         path = tmp_path / f"{name}.toml"
-        path.write_text(TOML.format(output=name).replace("steps = 400", f"steps = {steps}"))
+        path.write_text(TOML.format(output=name, architecture=ARCHITECTURE_TOML).replace("steps = 400", f"steps = {steps}"))
         command = [sys.executable, "-m", "kalm_integrations", "train", str(path)]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
@@ -90,7 +94,9 @@ def test_processes_share_a_run(tmp_path):
     """As on several GPUs: started twice by torchrun, it is one run, with one export and one line of output."""
     write_collection(tmp_path / "beir")
     dev = '[dev]\npath = "beir"\nsplit = "train"\nevery_steps = 3\n'
-    (tmp_path / "t.toml").write_text(TOML.format(output="run").replace("steps = 400", "epochs = 8") + dev)
+    (tmp_path / "t.toml").write_text(
+        TOML.format(output="run", architecture=ARCHITECTURE_TOML).replace("steps = 400", "epochs = 8") + dev
+    )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "kalm_integrations"]
     done = subprocess.run([*launcher, "train", str(tmp_path / "t.toml")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
