@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from tools.training_data import (
     ARCHITECTURE,
+    ARCHITECTURE_TOML,
     PASSAGES,
     QUERIES,
     configuration,
