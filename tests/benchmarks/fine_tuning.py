@@ -17,12 +17,13 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
 import torch
+from tools.code_search import WORD
 from tools.paths import DOCS
 
 from kalm_integrations import KalmReranker
@@ -70,10 +71,13 @@ class Task:
     candidates: Mapping[str, Candidates]
 
     @classmethod
-    def read(cls, folder: Path, n_queries: int) -> Task:
-        """Draw queries of a folder's test split, and find BM25's candidates."""
-        collection = Collection.read(folder, "test")
-        return cls(collection, find_candidates(collection, top_k=TOP_K, n_queries=n_queries))
+    def read(cls, folder: Path, n_queries: int, *, cuts_names: bool = False) -> Task:
+        """Draw queries of a folder's test split, and find BM25's candidates; its texts may have names cut into words."""
+        collection = searched = Collection.read(folder, "test")
+        if cuts_names:
+            searched = replace(collection, passages=_cut(collection.passages), queries=_cut(collection.queries))
+        found = find_candidates(searched, top_k=TOP_K, n_queries=n_queries)
+        return cls(collection, {q: replace(each, query=collection.queries[q]) for q, each in found.items()})
 
     def first_stage(self) -> dict[str, list[str]]:
         """Return BM25's order."""
@@ -106,6 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     tasks = {
         "code": Task.read(options.code / "test", options.queries),
+        "names cut": Task.read(options.code / "test", options.queries, cuts_names=True),
         "squad": Task.read(options.squad, min(500, options.queries)),
     }
     measured = json.loads(options.output.read_text()) if options.output.exists() else _first(tasks, options)
@@ -181,6 +186,11 @@ def configuration(recipe: Recipe, output: Path, data: Path, n_steps: int) -> Tra
         collections=(CollectionConfig(path=data),),
         phases=(phase,),
     )
+
+
+def _cut(texts: Mapping[str, str]) -> dict[str, str]:
+    """Return texts as the words that their names are made of."""
+    return {key: " ".join(WORD.findall(text)) for key, text in texts.items()}
 
 
 def _difference(values: Mapping[str, float], others: Mapping[str, float]) -> dict[str, float]:
