@@ -85,12 +85,12 @@ def test_recipes_are_trained_and_compared_with_the_start(folder, tmp_path):
     output = tmp_path / "figures.json"
     options = ["--queries", "3", "--steps", "1", "--output", str(output), "--runs", str(tmp_path / "runs"), "--recipes"]
     inputs = [str(folder), str(folder / "test")]
-    fine_tuning.main([*inputs, *options, "lora"])
+    fine_tuning.main([*inputs, *options, "adamw"])
     first = json.loads(output.read_text())
-    fine_tuning.main([*inputs, *options, "lora", "mean"])
+    fine_tuning.main([*inputs, *options, "adamw", "mean"])
     measured = json.loads(output.read_text())
-    assert measured["recipes"]["lora"] == first["recipes"]["lora"]
-    assert list(measured["recipes"]) == ["lora", "mean"]
+    assert measured["recipes"]["adamw"] == first["recipes"]["adamw"]
+    assert list(measured["recipes"]) == ["adamw", "mean"]
     code = measured["tasks"]["code"]
     assert (code["queries"], code["recall"]) == (3, 1)
     assert list(measured["tasks"]) == ["code", "names cut", "squad"]

@@ -32,12 +32,13 @@ from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.corpora.measures import measure, ndcg_at_10
 from kalm_integrations.evaluation.candidates import Candidates, encode_candidates, find_candidates, order, score_settings
 from kalm_integrations.evaluation.differences import mean_differences
-from kalm_integrations.training.config import CollectionConfig, LoraConfig, PhaseConfig, TrainConfig
+from kalm_integrations.training.config import CollectionConfig, PhaseConfig, TrainConfig
 from kalm_integrations.training.exporting import average_checkpoints
 from kalm_integrations.training.trainer import train
 
 OUTPUT = DOCS / "figures" / "fine_tuning.json"
 START = "pico"
+SEED = 1
 RATIO, TOP_K = 4, 20
 
 
@@ -49,17 +50,13 @@ class Recipe:
     optimizer: Literal["muon", "adamw"] = "muon"
     matrix_learning_rate: float = 0.005
     learning_rate: float = 1e-3
-    lora_rank: int | None = None
-    seed: int = 1
     mean_with: str | None = None
 
 
 RECIPES = {
     "muon": Recipe("Muon 5e-3, AdamW 1e-3"),
-    "muon, seed 2": Recipe("the same, another seed", seed=2),
     "mean": Recipe("mean of `pico` and the first", mean_with="muon"),
     "adamw": Recipe("AdamW 2e-5, the default", optimizer="adamw", learning_rate=2e-5),
-    "lora": Recipe("LoRA of rank 16, AdamW 2e-4, its default", optimizer="adamw", learning_rate=2e-4, lora_rank=16),
 }
 
 
@@ -180,9 +177,8 @@ def configuration(recipe: Recipe, output: Path, data: Path, n_steps: int) -> Tra
     )
     return TrainConfig(
         output=output,
-        seed=recipe.seed,
+        seed=SEED,
         model=START,
-        lora=None if recipe.lora_rank is None else LoraConfig(rank=recipe.lora_rank, alpha=2 * recipe.lora_rank),
         collections=(CollectionConfig(path=data),),
         phases=(phase,),
     )
