@@ -53,6 +53,16 @@ def test_what_was_seen_is_left_out():
     assert code_search.without_repeats([one, same_query, same_code], set()) == [one]
 
 
+def test_names_are_cut_for_the_first_stage_only(tmp_path):
+    """The model reads texts as they are."""
+    functions = [Function("use the rootNode", "", "def root_node(): ..."), Function("something else", "", "def other(): ...")]
+    code_search.write(tmp_path, functions, "test")
+    task = fine_tuning.Task.read(tmp_path, 2, cuts_names=True)
+    assert task.collection.passages["p0"] == "def root_node(): ..."
+    assert task.candidates["q0"].query == "use the rootNode"
+    assert task.candidates["q0"].scores[0] > task.candidates["q0"].scores[1] == 0
+
+
 def test_a_collection_is_written(tmp_path):
     code_search.write(tmp_path / "c", [Function("a query", "a title", "def f(): ...")], "dev")
     collection = Collection.read(tmp_path / "c", "dev")
@@ -75,14 +85,15 @@ def test_recipes_are_trained_and_compared_with_the_start(folder, tmp_path):
     output = tmp_path / "figures.json"
     options = ["--queries", "3", "--steps", "1", "--output", str(output), "--runs", str(tmp_path / "runs"), "--recipes"]
     inputs = [str(folder), str(folder / "test")]
-    fine_tuning.main([*inputs, *options, "lora"])
+    fine_tuning.main([*inputs, *options, "adamw"])
     first = json.loads(output.read_text())
-    fine_tuning.main([*inputs, *options, "lora", "mean"])
+    fine_tuning.main([*inputs, *options, "adamw", "mean"])
     measured = json.loads(output.read_text())
-    assert measured["recipes"]["lora"] == first["recipes"]["lora"]
-    assert list(measured["recipes"]) == ["lora", "mean"]
+    assert measured["recipes"]["adamw"] == first["recipes"]["adamw"]
+    assert list(measured["recipes"]) == ["adamw", "mean"]
     code = measured["tasks"]["code"]
     assert (code["queries"], code["recall"]) == (3, 1)
+    assert list(measured["tasks"]) == ["code", "names cut", "squad"]
     row = measured["recipes"]["mean"]["code"]["alone"]
     assert row["to start"]["mean"] == pytest.approx(row["mean"] - code["means"]["alone"], abs=1e-4)
     assert row["to bm25"]["mean"] == pytest.approx(row["mean"] - code["means"]["bm25"], abs=1e-4)
@@ -95,10 +106,12 @@ def test_the_page_shows_what_was_measured():
     )
 
 
-def test_the_gain_of_the_first_recipe_is_beyond_chance():
+@pytest.mark.parametrize("task", fine_tuning_page.FIRST_STAGES)
+def test_the_gain_of_the_first_recipe_is_beyond_chance(task):
+    """As the page says, alone and summed, against the start and against either BM25."""
     measured = json.loads(fine_tuning.OUTPUT.read_text())
-    first = measured["recipes"]["muon"]["code"]
-    assert measured["tasks"]["code"]["queries"] >= 500
+    first = measured["recipes"]["muon"][task]
+    assert measured["tasks"][task]["queries"] >= 500
     assert all(first[system][other]["low"] > 0 for system in ("alone", "summed") for other in ("to start", "to bm25"))
 
 

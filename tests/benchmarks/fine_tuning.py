@@ -17,12 +17,13 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
 import torch
+from tools.code_search import WORD
 from tools.paths import DOCS
 
 from kalm_integrations import KalmReranker
@@ -32,12 +33,13 @@ from kalm_integrations.corpora.first_stage import Candidates, find_candidates, o
 from kalm_integrations.corpora.measures import measure, ndcg_at_10
 from kalm_integrations.evaluation.differences import mean_differences
 from kalm_integrations.evaluation.scoring import encode_candidates, score_settings
-from kalm_integrations.training.config import CollectionConfig, LoraConfig, PhaseConfig, TrainConfig
+from kalm_integrations.training.config import CollectionConfig, PhaseConfig, TrainConfig
 from kalm_integrations.training.exporting import average_checkpoints
 from kalm_integrations.training.trainer import train
 
 OUTPUT = DOCS / "figures" / "fine_tuning.json"
 START = "pico"
+SEED = 1
 RATIO, TOP_K = 4, 20
 
 
@@ -49,17 +51,13 @@ class Recipe:
     optimizer: Literal["muon", "adamw"] = "muon"
     matrix_learning_rate: float = 0.005
     learning_rate: float = 1e-3
-    lora_rank: int | None = None
-    seed: int = 1
     mean_with: str | None = None
 
 
 RECIPES = {
     "muon": Recipe("Muon 5e-3, AdamW 1e-3"),
-    "muon, seed 2": Recipe("the same, another seed", seed=2),
     "mean": Recipe("mean of `pico` and the first", mean_with="muon"),
     "adamw": Recipe("AdamW 2e-5, the default", optimizer="adamw", learning_rate=2e-5),
-    "lora": Recipe("LoRA of rank 16, AdamW 2e-4, its default", optimizer="adamw", learning_rate=2e-4, lora_rank=16),
 }
 
 
@@ -71,10 +69,13 @@ class Task:
     candidates: Mapping[str, Candidates]
 
     @classmethod
-    def read(cls, folder: Path, n_queries: int) -> Task:
-        """Draw queries of a folder's test split, and find BM25's candidates."""
-        collection = Collection.read(folder, "test")
-        return cls(collection, find_candidates(collection, top_k=TOP_K, n_queries=n_queries))
+    def read(cls, folder: Path, n_queries: int, *, cuts_names: bool = False) -> Task:
+        """Draw queries of a folder's test split, and find BM25's candidates; its texts may have names cut into words."""
+        collection = searched = Collection.read(folder, "test")
+        if cuts_names:
+            searched = replace(collection, passages=_cut(collection.passages), queries=_cut(collection.queries))
+        found = find_candidates(searched, top_k=TOP_K, n_queries=n_queries)
+        return cls(collection, {q: replace(each, query=collection.queries[q]) for q, each in found.items()})
 
     def first_stage(self) -> dict[str, list[str]]:
         """Return BM25's order."""
@@ -107,6 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     tasks = {
         "code": Task.read(options.code / "test", options.queries),
+        "names cut": Task.read(options.code / "test", options.queries, cuts_names=True),
         "squad": Task.read(options.squad, min(500, options.queries)),
     }
     measured = json.loads(options.output.read_text()) if options.output.exists() else _first(tasks, options)
@@ -176,12 +178,16 @@ def configuration(recipe: Recipe, output: Path, data: Path, n_steps: int) -> Tra
     )
     return TrainConfig(
         output=output,
-        seed=recipe.seed,
+        seed=SEED,
         model=START,
-        lora=None if recipe.lora_rank is None else LoraConfig(rank=recipe.lora_rank, alpha=2 * recipe.lora_rank),
         collections=(CollectionConfig(path=data),),
         phases=(phase,),
     )
+
+
+def _cut(texts: Mapping[str, str]) -> dict[str, str]:
+    """Return texts as the words that their names are made of."""
+    return {key: " ".join(WORD.findall(text)) for key, text in texts.items()}
 
 
 def _difference(values: Mapping[str, float], others: Mapping[str, float]) -> dict[str, float]:
