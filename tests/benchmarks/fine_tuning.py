@@ -39,7 +39,6 @@ from kalm_integrations.training.trainer import train
 
 OUTPUT = DOCS / "figures" / "fine_tuning.json"
 START = "pico"
-SEED = 1
 RATIO, TOP_K = 4, 20
 
 
@@ -51,6 +50,7 @@ class Recipe:
     optimizer: Literal["muon", "adamw"] = "muon"
     matrix_learning_rate: float = 0.005
     learning_rate: float = 1e-3
+    seed: int = 1
     mean_with: str | None = None
 
 
@@ -58,6 +58,7 @@ RECIPES = {
     "muon": Recipe("Muon 5e-3, AdamW 1e-3"),
     "mean": Recipe("mean of `pico` and the first", mean_with="muon"),
     "adamw": Recipe("AdamW 2e-5, the default", optimizer="adamw", learning_rate=2e-5),
+    "seed 2": Recipe("the first, another seed", seed=2),
 }
 
 
@@ -170,7 +171,6 @@ def configuration(recipe: Recipe, output: Path, data: Path, n_steps: int) -> Tra
     phase = PhaseConfig(
         steps=n_steps,
         queries_per_passage=1,
-        max_passage_tokens=256,
         warmup_steps=20,
         optimizer=recipe.optimizer,
         matrix_learning_rate=recipe.matrix_learning_rate,
@@ -178,7 +178,7 @@ def configuration(recipe: Recipe, output: Path, data: Path, n_steps: int) -> Tra
     )
     return TrainConfig(
         output=output,
-        seed=SEED,
+        seed=recipe.seed,
         model=START,
         collections=(CollectionConfig(path=data),),
         phases=(phase,),
