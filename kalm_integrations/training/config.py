@@ -238,7 +238,7 @@ class TrainConfig(_Section):
     keep_intermediate: bool = False
     """Keep what only an unfinished run needs: the start's copy, the teacher's embeddings, the weights after each phase."""
     export_dtype: ExportDtype = "float32"
-    """Of the weights in the exported checkpoint. bfloat16 takes half the space and rounds most of a short fine-tune away."""
+    """Of the weights in the exported checkpoint. bfloat16 takes half the space, and rounds small changes of weights away."""
     card: CardConfig = CardConfig()
 
     @model_validator(mode="before")

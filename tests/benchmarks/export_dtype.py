@@ -3,7 +3,7 @@
 `python -m benchmarks.export_dtype FOLDER` takes a BEIR folder (xquad-de for the tables of docs/publishing.md), trains on part
 of its queries, and prints two tables. The first has the weights: which share of the change (by its norm) rounding undoes, and
 how many weights are back where they started. The second has the rest of the queries, BM25's candidates in the reranker's
-order: nDCG@10 at ratio 1, and the mean change of the margins, by what the file is written in and what the runtime computes in.
+order: nDCG@10 at ratio 1, and how far the margins moved on average, by what is computed in and what the file is written in.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from kalm_integrations.core.checkpoint.opened import Checkpoint
 from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.corpora.first_stage import Candidates, find_candidates, order
 from kalm_integrations.corpora.measures import ndcg_at_10
-from kalm_integrations.evaluation.differences import mean_differences
 from kalm_integrations.evaluation.scoring import encode_candidates, score_candidates
 from kalm_integrations.training.config import CollectionConfig, LoraConfig, PhaseConfig, TrainConfig
 from kalm_integrations.training.exporting import export_checkpoint
@@ -34,6 +33,7 @@ from kalm_integrations.training.trainer import train
 START = "pico"
 TOP_K = 20
 MAX_PASSAGE_TOKENS = 256
+DTYPES = ("float32", "bfloat16")
 ROUNDS = 5
 """Of loading; the median counts."""
 LORA = LoraConfig(rank=16, alpha=32)
@@ -107,19 +107,15 @@ def quality_rows(
     collection: Collection,
     candidates: dict[str, Candidates],
 ) -> list[tuple[str, ...]]:
-    """Return a row for each file and each dtype that is computed in; gains and changes are those over the start."""
+    """Return a row for each dtype that is computed in, with what was measured of the start and of both files."""
     rows = []
     for computed, start in before.items():
-        margins = {dtype: score(folder, computed, collection, candidates) for dtype, folder in folders.items()}
-        old, *new = (
-            ndcg_at_10(collection.qrels, {q: order(found.ids, each[q]) for q, found in candidates.items()})
-            for each in (start, *margins.values())
-        )
-        gains = mean_differences([[values[q] - old[q] for q in candidates] for values in new])
-        for dtype, values, gain in zip(folders, new, gains, strict=True):
-            change = mean_change(margins[dtype], start)
-            means = (f"{fmean(each.values()):.3f}" for each in (old, values))
-            rows.append((name, dtype, computed, *means, str(gain), f"{change:.2f}"))
+        margins = [score(folder, computed, collection, candidates) for folder in folders.values()]
+        values = []
+        for each in (start, *margins):
+            rankings = {q: order(found.ids, each[q]) for q, found in candidates.items()}
+            values.append(f"{fmean(ndcg_at_10(collection.qrels, rankings).values()):.3f}")
+        rows.append((name, computed, *values, *(f"{mean_change(each, start):.2f}" for each in margins)))
     return rows
 
 
@@ -133,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="BEIR folder")
     parser.add_argument("--split", default="test", help="of the folder")
-    parser.add_argument("--steps", type=int, nargs="+", default=[50, 200], help="of the runs")
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 50, 200], help="of the runs")
     parser.add_argument("--held-out", type=int, default=390, help="queries to measure on; the others are trained on")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -149,7 +145,7 @@ def main() -> None:
         {q: collection.qrels[q] for q in trained},
     )
     start = Checkpoint.open(resolve(START))
-    before = {dtype: score(start.folder, dtype, collection, candidates) for dtype in ("float32", "bfloat16")}
+    before = {dtype: score(start.folder, dtype, collection, candidates) for dtype in DTYPES}
     weights, qualities = [], []
     with tempfile.TemporaryDirectory() as place:
         data = write_collection(part, Path(place) / "data", split="train")
@@ -159,12 +155,13 @@ def main() -> None:
                 exact = train(configuration(Path(place) / name, data, steps, lora))
                 tensors = dict(Checkpoint.open(exact).tensors(start.text_names()))
                 rounded = export_checkpoint(resolve(START), tensors, exact.with_name("rounded"), "bfloat16")
-                folders = {"float32": exact, "bfloat16": rounded}
+                folders = dict(zip(DTYPES, (exact, rounded), strict=True))
                 weights.append(weight_row(name, start, folders))
                 qualities += quality_rows(name, folders, before, collection, candidates)
     print(table(("run", "of the change undone", "weights back at the start", "MB", "ms to load"), weights))
     print()
-    columns = ("run", "file", "computed in", "nDCG@10 of the start", "of the run", "gain", "mean change of margins")
+    columns = ("run", "computed in", "nDCG@10 of the start", *(f"{dtype} file" for dtype in DTYPES))
+    columns = (*columns, *(f"margins moved by, {dtype} file" for dtype in DTYPES))
     print(table(columns, qualities))
 
 
