@@ -40,7 +40,7 @@ from tools.command_line import QUERY, TEXTS, Run, assert_fails, run_process
         (["eval", "beir", "."], "a BEIR folder must hold corpus.jsonl"),
         (["eval", "beir", ".", "--ratios", "1,x"], "must be positive whole numbers such as 1,2,4, but got 'x'"),
         (["eval", "beir", ".", "--ratios", ","], "Invalid value for --ratios"),
-        (["eval", "mteb", "-o", "x", "--benchmark", "BIER"], "benchmark and tasks must be names that mteb knows"),
+        (["eval", "mteb", "-o", "x", "--benchmark", "BIER"], "--benchmark and --task must be names that mteb knows"),
         (["eval", "mteb", "-o", "x"], "there must be tasks to run"),
         (["train", "missing.toml"], "missing.toml: No such file or directory"),
         (["train", "bad.toml"], "a training configuration must be TOML, but bad.toml is not"),
