@@ -51,5 +51,10 @@ def folder_written_beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def nearest_existing(path: Path) -> Path:
+    """Return a path, or the nearest folder above it that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 def _part(target: Path) -> Path:
     return target.with_name(f"{target.name}.{secrets.token_hex(8)}.part")

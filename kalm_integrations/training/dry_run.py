@@ -18,6 +18,7 @@ from transformers import TrainerCallback, set_seed
 from kalm_integrations.core.checkpoint.opened import Checkpoint
 from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.corpora.overlap import Overlap, find_overlap
+from kalm_integrations.files import nearest_existing
 from kalm_integrations.training.config import TrainConfig
 from kalm_integrations.training.data import ClusterDataset
 from kalm_integrations.training.dev import DevSet, read_dev_set
@@ -116,18 +117,19 @@ def forecast(config: TrainConfig, held_out: Sequence[tuple[Path, str]] = ()) -> 
     if dev is not None:
         held = {f"dev ({dev.collection.name})": dev.collection, **held}
     weights_bytes = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
-    merged_bytes = sum(tensor.numel() for tensor in model.weights().values()) * getattr(torch, config.export_dtype).itemsize
-    peak, kept = _disk(config, start_bytes, weights_bytes, optimizer_bytes, merged_bytes)
+    n_parameters = sum(tensor.numel() for tensor in model.weights().values())
+    export_bytes = n_parameters * getattr(torch, config.export_dtype).itemsize
+    peak, kept = _disk(config, start_bytes, weights_bytes, optimizer_bytes, export_bytes)
     return Forecast(
         collections={name: (texts.n_real, len(texts.passages)) for name, texts in sets.items()},
-        n_parameters=sum(tensor.numel() for tensor in model.weights().values()),
+        n_parameters=n_parameters,
         n_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         phases=tuple(phases),
         cuts=tuple(say_cuts(plain, sets, tokenizer)),
         overlaps={name: _overlap(list(sets.values()), collection) for name, collection in held.items()},
         peak_bytes=peak,
         kept_bytes=kept,
-        free_bytes=shutil.disk_usage(_existing(config.output)).free,
+        free_bytes=shutil.disk_usage(nearest_existing(config.output)).free,
     )
 
 
@@ -193,15 +195,9 @@ def _disk(config: TrainConfig, start: int, weights: int, optimizer: int, export:
 
 
 def _overlap(sets: Sequence[TrainingSet], collection: Collection) -> Overlap:
-    asked = [query for query_id, query in collection.queries.items() if query_id in collection.qrels]
     return find_overlap(
         training_queries=(query.text for texts in sets for query in texts.queries),
         training_passages=(passage for texts in sets for passage in texts.passages),
-        queries=asked,
+        queries=list(collection.queries.values()),
         passages=list(collection.passages.values()),
     )
-
-
-def _existing(path: Path) -> Path:
-    """Return the nearest folder above that exists."""
-    return next(each for each in (path, *path.absolute().parents) if each.exists())

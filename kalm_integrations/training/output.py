@@ -51,7 +51,7 @@ class RunFolder:
     config: TrainConfig
     n_processes: int
     _record: dict[str, Any] = field(default_factory=dict)
-    """As it was found; empty if there is none."""
+    """As it lies in the folder; empty if there is none."""
 
     @property
     def start(self) -> Path:
@@ -142,7 +142,7 @@ class RunFolder:
 
     def finish(self) -> None:
         """Say that the run is finished, and delete what only an unfinished one needs."""
-        self._write({"data": json.loads((self.config.output / RECORD).read_bytes())["data"], "finished": True})
+        self._write({"data": self._record["data"], "finished": True})
         if not self.config.keep_intermediate:
             self._discard()
 
@@ -200,8 +200,9 @@ class RunFolder:
 
     def _write(self, facts: Mapping[str, Any]) -> None:
         self.config.output.mkdir(parents=True, exist_ok=True)
+        self._record = {**self._settings(), **facts}
         with written_beside(self.config.output / RECORD) as part:
-            part.write_text(json.dumps({**self._settings(), **facts}, indent=2) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
 
 
 def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:

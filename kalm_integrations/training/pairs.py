@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from kalm_integrations.core.checkpoint import prompts
 from kalm_integrations.core.checkpoint.opened import Checkpoint
 from kalm_integrations.core.checkpoint.tokenization import PromptTokenizer
-from kalm_integrations.core.settings import INSTRUCTION, SYSTEM_INSTRUCTION, EncoderSettings, QuerySettings
+from kalm_integrations.core.settings import EncoderSettings, QuerySettings, with_defaults
 from kalm_integrations.training.config import PhaseConfig
 
 
@@ -26,13 +26,14 @@ class PairTokenizer:
     @classmethod
     def load(cls, checkpoint: Checkpoint) -> PairTokenizer:
         """Return a checkpoint's, with the limits that hold in use."""
-        defaults = checkpoint.defaults
+        encoder = with_defaults(EncoderSettings(), checkpoint.defaults)
+        query = with_defaults(QuerySettings(), checkpoint.defaults)
         return cls(
             PromptTokenizer(checkpoint.load_tokenizer()),
-            defaults.system_instruction or SYSTEM_INSTRUCTION,
-            defaults.instruction or INSTRUCTION,
-            defaults.max_passage_tokens or EncoderSettings().max_passage_tokens,
-            defaults.max_query_tokens or QuerySettings().max_query_tokens,
+            query.system_instruction,
+            query.instruction,
+            encoder.max_passage_tokens,
+            query.max_query_tokens,
         )
 
     def limited_to(self, phase: PhaseConfig) -> PairTokenizer:
@@ -52,9 +53,9 @@ class PairTokenizer:
         cut = self.tokenizer.truncate_query(query, self.max_query_tokens)
         return self.tokenizer.prompt(self.system_instruction, instruction or self.instruction, cut)
 
-    def n_cut(self, texts: Sequence[str]) -> int:
-        """Return how many passages are longer than the limit."""
-        return sum(len(ids) > self.max_passage_tokens for ids in self._whole(texts))
+    def n_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens each passage has, whatever the limit."""
+        return [len(ids) for ids in self._whole(texts)]
 
     def _whole(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer.passages([prompts.passage_text(text) for text in texts])

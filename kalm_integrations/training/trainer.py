@@ -181,18 +181,20 @@ def say_cuts(config: TrainConfig, sets: Mapping[str, TrainingSet], tokenizer: Pa
 
     Passages beyond `N_COUNTED` are estimated.
     """
+    n_tokens = {
+        name: tokenizer.n_tokens(texts.passages[:: -(-len(texts.passages) // N_COUNTED)]) for name, texts in sets.items()
+    }
     lines = []
     for index, phase in enumerate(config.phases):
-        limited = tokenizer.limited_to(phase)
+        limit = tokenizer.limited_to(phase).max_passage_tokens
         for collection in config.collections_of(phase):
-            passages = sets[collection.name].passages
-            drawn = passages[:: -(-len(passages) // N_COUNTED)]
-            n_cut = limited.n_cut(drawn)
+            counted, n_passages = n_tokens[collection.name], len(sets[collection.name].passages)
+            n_cut = sum(n > limit for n in counted)
             if n_cut:
-                many = f"{n_cut:,} of {len(drawn):,} passages"
-                some = "" if len(drawn) == len(passages) else f" drawn from {len(passages):,}"
+                many = f"{n_cut:,} of {len(counted):,} passages"
+                some = "" if len(counted) == n_passages else f" drawn from {n_passages:,}"
                 lines.append(
                     f"phase {index + 1}: {many}{some} of {collection.name} are cut to max_passage_tokens = "
-                    f"{limited.max_passage_tokens}; in use, passages are cut to {tokenizer.max_passage_tokens}"
+                    f"{limit}; in use, passages are cut to {tokenizer.max_passage_tokens}"
                 )
     return lines

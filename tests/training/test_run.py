@@ -66,6 +66,19 @@ def messages(caplog: pytest.LogCaptureFixture) -> str:
     return "\n".join(record.getMessage() for record in caplog.records)
 
 
+def kill_before_its_end(config: TrainConfig) -> None:
+    """Train, and fail when the weights of the phase's end are to be written: the last step has been saved."""
+
+    def fail(*_: object) -> None:
+        msg = "killed"
+        raise OSError(msg)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(phases, "save_file", fail)
+        with pytest.raises(OSError, match="killed"):
+            train(config)
+
+
 # --- stopping
 
 
@@ -103,13 +116,10 @@ def test_a_signal_saves_the_step_that_was_reached(tmp_path, lines, number):
         torch.testing.assert_close(weights_of(tmp_path / "stopped" / "model")[name], tensor, msg=name)
 
 
-def test_a_run_that_ended_before_its_last_step_was_used_goes_on(tmp_path, lines, monkeypatch):
+def test_a_run_that_ended_before_its_last_step_was_used_goes_on(tmp_path, lines):
     """Killed between the last step's saving and the export."""
     config = configuration(tmp_path / "run", lines, phase={"steps": 4})
-    with monkeypatch.context() as patched:
-        patched.setattr(phases, "save_file", lambda *_: (_ for _ in ()).throw(OSError("killed")))
-        with pytest.raises(OSError, match="killed"):
-            train(config)
+    kill_before_its_end(config)
     newest = newest_complete(tmp_path / "run" / "phase0")
     assert newest is not None
     assert newest.name == "checkpoint-4"
@@ -290,10 +300,7 @@ def test_an_interrupted_run_knows_its_best_evaluation(tmp_path, lines, dev):
     settings = {"dev": dev.model_copy(update={"every_steps": 1}), "save_steps": 1, "phase": {"steps": 5}}
     alone = train(configuration(tmp_path / "alone", lines, **settings))
     config = configuration(tmp_path / "run", lines, **settings)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(phases, "save_file", lambda *_: (_ for _ in ()).throw(OSError("killed")))
-        with pytest.raises(OSError, match="killed"):
-            train(config)
+    kill_before_its_end(config)
     weights, expected = weights_of(train(config)), weights_of(alone)
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
     assert history(tmp_path / "run")[0]["step"] == 0

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalm_integrations.cli.checks.findings import Finding, broken, note, ok
-from kalm_integrations.cli.checks.folders import ELSEWHERE, existing, is_writable
+from kalm_integrations.cli.checks.folders import ELSEWHERE, is_writable
 from kalm_integrations.cli.terminal import format_bytes, format_seconds
 from kalm_integrations.core.settings import build_settings
+from kalm_integrations.files import nearest_existing
 from kalm_integrations.remote.address import is_address
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _not_cached(repository: Repository, answer: Answer | None) -> Finding:
         return broken(
             "found", f"{absent}, and the hub refuses it: {answer.problem}", "check the name; HF_TOKEN opens private ones"
         )
-    place = existing(cache_folder())
+    place = nearest_existing(cache_folder())
     if not is_writable(place):
         return broken("found", f"{absent}, and {place} cannot be written", ELSEWHERE)
     free = shutil.disk_usage(place).free

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kalm_integrations.cli.checks.findings import Finding, note, ok
 from kalm_integrations.cli.terminal import format_bytes
+from kalm_integrations.files import nearest_existing
 
 LOW_BYTES = 2 * 10**9
 """Free room below which a fetch may fail."""
@@ -25,7 +26,7 @@ def check_folders() -> Iterator[Finding]:
     from kalm_integrations.core.checkpoint.locate import cache_folder
 
     folder = cache_folder()
-    place = existing(folder)
+    place = nearest_existing(folder)
     free = shutil.disk_usage(place).free
     if place == folder:
         n_bytes, is_all = folder_bytes(folder)
@@ -40,11 +41,6 @@ def check_folders() -> Iterator[Finding]:
         yield note("hub's cache", found, f"make room, or {ELSEWHERE}")
     else:
         yield ok("hub's cache", found)
-
-
-def existing(folder: Path) -> Path:
-    """Return a folder, or the nearest one above it that is there."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def is_writable(place: Path) -> bool:
