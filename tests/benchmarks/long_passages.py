@@ -1,0 +1,263 @@
+"""`python -m benchmarks.long_passages FOLDER`: cut, windows, or one long pass, by the place of the answer.
+
+FOLDER is what `tools.long_articles` made. Each question's candidates are BM25's best passages, its own always among them, and
+every way orders the same ones. Intervals are paired bootstraps over questions. Seconds are those of the CPU, and the ways take
+turns from passage to passage and from question to question, so that other work on the machine falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from benchmarks import machine, trials
+from benchmarks.rows import progress, timed
+from kalm_integrations import KalmReranker, Passage
+from kalm_integrations.core.text import Range
+from kalm_integrations.core.types import Ranking
+from kalm_integrations.corpora.beir import Collection
+from kalm_integrations.corpora.bm25 import BM25
+from kalm_integrations.corpora.first_stage import order
+from kalm_integrations.corpora.measures import measure
+from kalm_integrations.evaluation.differences import mean_differences
+
+CUT, WINDOWS, BM25_ORDER = "cut", "windows", "BM25"
+WAYS: dict[str, dict[str, Any]] = {
+    CUT: {"long_passages": "cut"},
+    WINDOWS: {"long_passages": "windows"},
+    "one pass, 4,096": {"max_passage_tokens": 4096},
+    "one pass, 8,192": {"max_passage_tokens": 8192},
+}
+THIRDS = ("early third", "middle third", "late third")
+REACHES = {"first 1,024 tokens": 1024, "1,024 to 4,095": 4096, "4,096 and later": 8192}
+"""Groups of questions by the token in which the answer begins, with the token behind the group."""
+ALL = "all"
+NDCG, TOP = "nDCG@10", "P@1"
+CACHE_BYTES = 4 * 2**30
+"""Room for the encodings of all passages, and for their prefix states."""
+SLOW_QUESTIONS = 40
+"""Questions that are asked without prefix states."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a long passage."""
+
+    id: str
+    text: str
+    passage: str
+    answers: tuple[Range, ...]
+    token: int
+    """In which the first answer begins."""
+    n_tokens: int
+    """Of the passage."""
+
+    @property
+    def groups(self) -> tuple[str, str, str]:
+        """The groups that the question counts in."""
+        reach = next(name for name, behind in REACHES.items() if self.token < behind)
+        return ALL, THIRDS[3 * self.token // self.n_tokens], reach
+
+
+def read_questions(folder: Path, queries: Mapping[str, str]) -> list[Question]:
+    """Return the questions of a collection of long passages."""
+    with (folder / "answers.jsonl").open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [
+        Question(
+            row["_id"],
+            queries[row["_id"]],
+            row["passage"],
+            tuple((start, end) for start, end in row["answers"]),
+            row["token"],
+            row["tokens"],
+        )
+        for row in rows
+    ]
+
+
+def sample(questions: Sequence[Question], n: int) -> list[Question]:
+    """Return as many questions of each third, the same ones every time, in random order."""
+    draw = random.Random(0)
+    of_third = {third: [one for one in questions if third in one.groups] for third in THIRDS}
+    drawn = [one for found in of_third.values() for one in draw.sample(found, min(n // len(THIRDS), len(found)))]
+    draw.shuffle(drawn)
+    return drawn
+
+
+def find_candidates(collection: Collection, questions: Sequence[Question], top_k: int) -> tuple[dict[str, list[str]], float]:
+    """Return BM25's best for each question, its own passage in the last place if it is not among them; and the share it is."""
+    ids = list(collection.passages)
+    found = BM25(list(collection.passages.values())).search([one.text for one in questions], top_k)
+    candidates, n_found = {}, 0
+    for one, (indices, _) in zip(questions, found, strict=True):
+        best = [ids[index] for index in indices]
+        n_found += one.passage in best
+        candidates[one.id] = best if one.passage in best else [*best[:-1], one.passage]
+    return candidates, n_found / len(questions)
+
+
+@dataclass
+class Way:
+    """A way to read long passages, and what was measured of it."""
+
+    reranker: KalmReranker
+    """Keeps encodings and prefix states in memory."""
+    slow: KalmReranker
+    """Keeps encodings only."""
+    passages: dict[str, Passage]
+    n_bytes: list[int]
+    """Of each passage's metadata string."""
+    encode: list[float]
+    """Seconds for each passage."""
+    ask: dict[str, list[float]]
+    """Seconds for each query, by whether prefix states are in memory."""
+    rankings: dict[str, list[str]]
+    """Ids of passages, best first, by question."""
+    hits: dict[str, bool]
+    """Whether the best window of a question's own passage holds an answer, by question."""
+
+    @classmethod
+    def open(cls, model: str, settings: Mapping[str, Any]) -> Way:
+        """Open the rerankers of a way."""
+        reranker, slow = (
+            KalmReranker.from_pretrained(model, **settings, cache_bytes=CACHE_BYTES, prefix_cache_bytes=n_bytes)
+            for n_bytes in (CACHE_BYTES, 0)
+        )
+        return cls(reranker, slow, {}, [], [], {"prefix states": [], "stored encodings": []}, {}, {})
+
+
+def encode(ways: Mapping[str, Way], passages: Mapping[str, str]) -> None:
+    """Encode every passage in every way."""
+    # Touches what is loaded late.
+    for way in ways.values():
+        way.slow.encode_to_metadata(["Otters live on fish."])
+    for done, (key, text) in enumerate(passages.items(), 1):
+        for way in ways.values():
+            made: list[dict[str, str]] = []
+            _, cpu, _ = timed(lambda way=way, made=made: made.extend(way.slow.encode_to_metadata([text])) or (), "cpu")
+            encoding = made[0]["kalm_encoding"]
+            way.passages[key] = Passage(text, encoding)
+            way.n_bytes.append(len(encoding))
+            way.encode.append(cpu)
+        if not done % 10:
+            progress(f"{done} of {len(passages)} passages encoded")
+    for way in ways.values():
+        way.reranker.prepare(list(way.passages.values()))
+
+
+def ask(ways: Mapping[str, Way], questions: Sequence[Question], candidates: Mapping[str, Sequence[str]]) -> None:
+    """Ask every question in every way."""
+    for done, one in enumerate(questions, 1):
+        ids = candidates[one.id]
+        for name, way in ways.items():
+            passages = [way.passages[key] for key in ids]
+            ranking, seconds = timed_ranking(way.reranker, one.text, passages)
+            way.ask["prefix states"].append(seconds)
+            way.rankings[one.id] = [ids[ranked.index] for ranked in ranking]
+            if name == WINDOWS:
+                [own] = [ranked for ranked in ranking if ids[ranked.index] == one.passage]
+                way.hits[one.id] = holds_answer(own.window or (0, len(passages[own.index].text)), one.answers)
+            if done <= SLOW_QUESTIONS:
+                way.ask["stored encodings"].append(timed_ranking(way.slow, one.text, passages)[1])
+        if not done % 100:
+            progress(f"{done} of {len(questions)} questions asked")
+
+
+def timed_ranking(reranker: KalmReranker, query: str, passages: Sequence[Passage]) -> tuple[Ranking, float]:
+    """Return a ranking and the CPU seconds that it took."""
+    _, cpu, ranking = timed(lambda: reranker.rank(query, passages), "cpu")
+    return ranking, cpu
+
+
+def holds_answer(window: Range, answers: Sequence[Range]) -> bool:
+    """Return whether a window holds an answer whole."""
+    return any(window[0] <= start and end <= window[1] for start, end in answers)
+
+
+def by_group(
+    questions: Sequence[Question], rankings: Mapping[str, Mapping[str, Sequence[str]]], bases: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Return the means of the measures of each order in each group, and their differences to some of the orders.
+
+    Args:
+        questions: those that were asked.
+        rankings: ids of passages by question, by the name of the order.
+        bases: orders to compare each with.
+    """
+    qrels = {one.id: {one.passage: 1} for one in questions}
+    values = {name: measure(qrels, found, [NDCG, TOP]) for name, found in rankings.items()}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for one in questions:
+        for group in one.groups:
+            groups[group].append(one.id)
+    rows: dict[str, dict[str, Any]] = {}
+    for group in (name for name in (ALL, *THIRDS, *REACHES) if name in groups):
+        ids = groups[group]
+        rows[group] = {"questions": len(ids), "ways": {}}
+        for name, found in values.items():
+            means = {measured: fmean(by_query[one] for one in ids) for measured, by_query in found.items()}
+            others = [base for base in bases if base != name]
+            pairs = [[found[NDCG][one] - values[base][NDCG][one] for one in ids] for base in others]
+            compared = {base: asdict(each) for base, each in zip(others, mean_differences(pairs), strict=True)}
+            rows[group]["ways"][name] = {**means, "to": compared}
+    return rows
+
+
+def costs(ways: Mapping[str, Way]) -> dict[str, dict[str, float]]:
+    """Return bytes and seconds of each way: means over passages, medians over questions."""
+    return {
+        name: {
+            "bytes": fmean(way.n_bytes),
+            "encode": fmean(way.encode),
+            **{kind: median(seconds) for kind, seconds in way.ask.items()},
+        }
+        for name, way in ways.items()
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write the results."""
+    parser = trials.parser("long_passages", __doc__)
+    parser.add_argument("folder", type=Path, help="what tools.long_articles made")
+    parser.add_argument("--questions", type=int, default=600, help="a third of them with answers in each third of the passage")
+    parser.add_argument("--top-k", type=int, default=20, help="candidates of a question")
+    parser.add_argument("--model", default="pico")
+    options = trials.parse(parser, arguments)
+    torch.set_num_threads(1)
+    collection = Collection.read(options.folder)
+    questions = sample(read_questions(options.folder, collection.queries), options.questions)
+    candidates, recall = find_candidates(collection, questions, options.top_k)
+    facts = machine.describe("cpu")
+    ways = {name: Way.open(options.model, settings) for name, settings in WAYS.items()}
+    encode(ways, collection.passages)
+    ask(ways, questions, candidates)
+    hits = ways[WINDOWS].hits
+    measured = {
+        "machine": facts,
+        "model": options.model,
+        "passages": len(collection.passages),
+        "tokens": fmean({one.passage: one.n_tokens for one in questions}.values()),
+        "candidates": options.top_k,
+        "recall": recall,
+        "groups": by_group(
+            questions, {BM25_ORDER: candidates, **{name: way.rankings for name, way in ways.items()}}, [CUT, WINDOWS]
+        ),
+        "costs": costs(ways),
+        "window holds answer": {
+            group: fmean(hits[one.id] for one in questions if group in one.groups) for group in (ALL, *THIRDS)
+        },
+    }
+    trials.write(options.output, measured)
+
+
+if __name__ == "__main__":
+    main()
