@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,28 +20,32 @@ from typing import Any
 import torch
 
 from benchmarks import machine, trials
-from benchmarks.rows import progress, timed
+from benchmarks.rows import progress
 from kalm_integrations import KalmReranker, Passage
 from kalm_integrations.core.text import Range
-from kalm_integrations.core.types import Ranking
+from kalm_integrations.core.types import ENCODING_KEY, Ranking
 from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.corpora.bm25 import BM25
 from kalm_integrations.corpora.first_stage import order
 from kalm_integrations.corpora.measures import measure
 from kalm_integrations.evaluation.differences import mean_differences
 
-CUT, WINDOWS, BM25_ORDER = "cut", "windows", "BM25"
+FIRST_STAGE, CUT, WINDOWS, HALF, WHOLE = "BM25", "cut", "windows", "one pass, 4,096", "one pass, 8,192"
 WAYS: dict[str, dict[str, Any]] = {
     CUT: {"long_passages": "cut"},
     WINDOWS: {"long_passages": "windows"},
-    "one pass, 4,096": {"max_passage_tokens": 4096},
-    "one pass, 8,192": {"max_passage_tokens": 8192},
+    HALF: {"max_passage_tokens": 4096},
+    WHOLE: {"max_passage_tokens": 8192},
 }
+COMPARED = ((WINDOWS, CUT), (HALF, CUT), (WHOLE, CUT), (WINDOWS, HALF), (WINDOWS, WHOLE))
+"""Ways whose differences are measured: of the first to the second."""
 THIRDS = ("early third", "middle third", "late third")
 REACHES = {"first 1,024 tokens": 1024, "1,024 to 4,095": 4096, "4,096 and later": 8192}
 """Groups of questions by the token in which the answer begins, with the token behind the group."""
 ALL = "all"
 NDCG, TOP = "nDCG@10", "P@1"
+WARM, SLOW = "prefix states in memory", "stored encodings"
+"""What a query finds."""
 CACHE_BYTES = 4 * 2**30
 """Room for the encodings of all passages, and for their prefix states."""
 SLOW_QUESTIONS = 40
@@ -119,7 +124,7 @@ class Way:
     encode: list[float]
     """Seconds for each passage."""
     ask: dict[str, list[float]]
-    """Seconds for each query, by whether prefix states are in memory."""
+    """Seconds for each query, by what it finds."""
     rankings: dict[str, list[str]]
     """Ids of passages, best first, by question."""
     hits: dict[str, bool]
@@ -132,7 +137,7 @@ class Way:
             KalmReranker.from_pretrained(model, **settings, cache_bytes=CACHE_BYTES, prefix_cache_bytes=n_bytes)
             for n_bytes in (CACHE_BYTES, 0)
         )
-        return cls(reranker, slow, {}, [], [], {"prefix states": [], "stored encodings": []}, {}, {})
+        return cls(reranker, slow, {}, [], [], {WARM: [], SLOW: []}, {}, {})
 
 
 def encode(ways: Mapping[str, Way], passages: Mapping[str, str]) -> None:
@@ -142,12 +147,11 @@ def encode(ways: Mapping[str, Way], passages: Mapping[str, str]) -> None:
         way.slow.encode_to_metadata(["Otters live on fish."])
     for done, (key, text) in enumerate(passages.items(), 1):
         for way in ways.values():
-            made: list[dict[str, str]] = []
-            _, cpu, _ = timed(lambda way=way, made=made: made.extend(way.slow.encode_to_metadata([text])) or (), "cpu")
-            encoding = made[0]["kalm_encoding"]
-            way.passages[key] = Passage(text, encoding)
-            way.n_bytes.append(len(encoding))
-            way.encode.append(cpu)
+            started = time.process_time()
+            [made] = way.slow.encode_to_metadata([text])
+            way.encode.append(time.process_time() - started)
+            way.n_bytes.append(len(made[ENCODING_KEY]))
+            way.passages[key] = Passage(text, made[ENCODING_KEY])
         if not done % 10:
             progress(f"{done} of {len(passages)} passages encoded")
     for way in ways.values():
@@ -161,21 +165,22 @@ def ask(ways: Mapping[str, Way], questions: Sequence[Question], candidates: Mapp
         for name, way in ways.items():
             passages = [way.passages[key] for key in ids]
             ranking, seconds = timed_ranking(way.reranker, one.text, passages)
-            way.ask["prefix states"].append(seconds)
+            way.ask[WARM].append(seconds)
             way.rankings[one.id] = [ids[ranked.index] for ranked in ranking]
             if name == WINDOWS:
                 [own] = [ranked for ranked in ranking if ids[ranked.index] == one.passage]
                 way.hits[one.id] = holds_answer(own.window or (0, len(passages[own.index].text)), one.answers)
             if done <= SLOW_QUESTIONS:
-                way.ask["stored encodings"].append(timed_ranking(way.slow, one.text, passages)[1])
+                way.ask[SLOW].append(timed_ranking(way.slow, one.text, passages)[1])
         if not done % 100:
             progress(f"{done} of {len(questions)} questions asked")
 
 
 def timed_ranking(reranker: KalmReranker, query: str, passages: Sequence[Passage]) -> tuple[Ranking, float]:
     """Return a ranking and the CPU seconds that it took."""
-    _, cpu, ranking = timed(lambda: reranker.rank(query, passages), "cpu")
-    return ranking, cpu
+    started = time.process_time()
+    ranking = reranker.rank(query, passages)
+    return ranking, time.process_time() - started
 
 
 def holds_answer(window: Range, answers: Sequence[Range]) -> bool:
@@ -184,14 +189,13 @@ def holds_answer(window: Range, answers: Sequence[Range]) -> bool:
 
 
 def by_group(
-    questions: Sequence[Question], rankings: Mapping[str, Mapping[str, Sequence[str]]], bases: Sequence[str]
+    questions: Sequence[Question], rankings: Mapping[str, Mapping[str, Sequence[str]]]
 ) -> dict[str, dict[str, Any]]:
-    """Return the means of the measures of each order in each group, and their differences to some of the orders.
+    """Return what each way's orders are worth in each group of questions, and how far those of `COMPARED` differ.
 
     Args:
         questions: those that were asked.
-        rankings: ids of passages by question, by the name of the order.
-        bases: orders to compare each with.
+        rankings: ids of passages by question, by way.
     """
     qrels = {one.id: {one.passage: 1} for one in questions}
     values = {name: measure(qrels, found, [NDCG, TOP]) for name, found in rankings.items()}
@@ -202,13 +206,9 @@ def by_group(
     rows: dict[str, dict[str, Any]] = {}
     for group in (name for name in (ALL, *THIRDS, *REACHES) if name in groups):
         ids = groups[group]
-        rows[group] = {"questions": len(ids), "ways": {}}
-        for name, found in values.items():
-            means = {measured: fmean(by_query[one] for one in ids) for measured, by_query in found.items()}
-            others = [base for base in bases if base != name]
-            pairs = [[found[NDCG][one] - values[base][NDCG][one] for one in ids] for base in others]
-            compared = {base: asdict(each) for base, each in zip(others, mean_differences(pairs), strict=True)}
-            rows[group]["ways"][name] = {**means, "to": compared}
+        means = {way: {name: fmean(of[one] for one in ids) for name, of in found.items()} for way, found in values.items()}
+        pairs = [[values[way][NDCG][one] - values[base][NDCG][one] for one in ids] for way, base in COMPARED]
+        rows[group] = {"questions": len(ids), "ways": means, "differences": list(map(asdict, mean_differences(pairs)))}
     return rows
 
 
@@ -248,9 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "tokens": fmean({one.passage: one.n_tokens for one in questions}.values()),
         "candidates": options.top_k,
         "recall": recall,
-        "groups": by_group(
-            questions, {BM25_ORDER: candidates, **{name: way.rankings for name, way in ways.items()}}, [CUT, WINDOWS]
-        ),
+        "groups": by_group(questions, {FIRST_STAGE: candidates, **{name: way.rankings for name, way in ways.items()}}),
         "costs": costs(ways),
         "window holds answer": {
             group: fmean(hits[one.id] for one in questions if group in one.groups) for group in (ALL, *THIRDS)
