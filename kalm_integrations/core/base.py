@@ -58,6 +58,11 @@ class Reranker(ABC):
         """What made an encoding: checkpoint and encoder settings."""
 
     @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """All that its encodings may carry: the fingerprint, and behind it that of passages in windows, if it makes such."""
+        return (self.fingerprint,)
+
+    @property
     @abstractmethod
     def stats(self) -> RuntimeStats:
         """A snapshot of the counters."""

@@ -14,8 +14,9 @@ from kalm_integrations.core.jobs import Job, Work
 from kalm_integrations.core.opening import Parts
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.reading import Reader
-from kalm_integrations.core.scoring import Scorer
+from kalm_integrations.core.scoring import Margin, Scorer
 from kalm_integrations.core.spans import Asked, Highlighter
+from kalm_integrations.core.text import ranges_in, without_surrogates
 from kalm_integrations.core.types import AnyPassage, Metadata, Passage, RankedPassage, Ranking, Reading, checked_flag
 from kalm_integrations.core.writing import Writer
 from kalm_integrations.errors import SettingsError
@@ -81,16 +82,17 @@ class Ranker:
             encodings |= made
             if made and self.reader.through is not None:
                 self.reader.through.put(made.values())
-            margins: list[list[float]] = [[] for _ in readings]
+            margins: list[list[Margin]] = [[] for _ in readings]
             if encodings:
                 margins = yield from self.scorer.margins(request.queries[part], readings, encodings, request.instruction)
-            rows = zip(readings, margins, request.first_stages[part], strict=True)
-            ranked_lists = [
-                request.rules.apply(of_query, self._scores(of_query), reading.texts, first_stage)
-                for reading, of_query, first_stage in rows
-            ]
+            ranked_lists = []
+            for reading, of_query, first_stage in zip(readings, margins, request.first_stages[part], strict=True):
+                values = [margin.value for margin in of_query]
+                ranked = request.rules.apply(values, self._scores(values), reading.texts, first_stage)
+                ranked_lists.append([_with_window(one, reading, of_query, encodings) for one in ranked])
             if request.spans is not None:
-                yield from self._add_spans(ranked_lists, request, request.queries[part], readings, encodings)
+                queries = request.queries[part]
+                yield from self._add_spans(ranked_lists, request, queries, readings, encodings, margins)
             for reading, ranked in zip(readings, ranked_lists, strict=True):
                 not_stored = {index: encodings[reading.keys[index]] for index in reading.not_stored}
                 encoded = [index for index in not_stored if reading.keys[index] in made]
@@ -104,13 +106,15 @@ class Ranker:
         queries: Sequence[str],
         readings: Sequence[Reading],
         encodings: Mapping[Hashable, EncodedPassage],
+        margins: Sequence[Sequence[Margin]],
     ) -> Flow[None]:
         """Put spans on the best passages of each query."""
         places = [(query, rank) for query, ranked in enumerate(ranked_lists) for rank in range(len(ranked[: request.spans]))]
         asked = []
         for query, rank in places:
             passage = ranked_lists[query][rank]
-            asked.append(Asked(query, passage.text or "", encodings[readings[query].keys[passage.index]]))
+            encoding, window = encodings[readings[query].keys[passage.index]], margins[query][passage.index].window
+            asked.append(Asked(query, passage.text or "", encoding, None if encoding.windows is None else window))
         spans = yield from self._highlighter.highlight(queries, asked, request.instruction)
         for (query, rank), found in zip(places, spans, strict=True):
             ranked_lists[query][rank] = replace(ranked_lists[query][rank], spans=found)
@@ -183,6 +187,20 @@ class Ranker:
             margins = [self._calibration.apply(margin) for margin in margins]
         # One at a time: over several, torch computes the last ones by another path, which may differ in the last bit.
         return [float(torch.sigmoid(torch.tensor(margin, dtype=torch.float32))) for margin in margins]
+
+
+def _with_window(
+    ranked: RankedPassage, reading: Reading, margins: Sequence[Margin], encodings: Mapping[Hashable, EncodedPassage]
+) -> RankedPassage:
+    """Return a ranked passage with the place of its best window, if it has several."""
+    windows = encodings[reading.keys[ranked.index]].windows
+    if windows is None or len(windows) == 1:
+        return ranked
+    window = windows[margins[ranked.index].window]
+    if ranked.text is None:
+        return replace(ranked, window=(window.start, window.end))
+    [place] = ranges_in(ranked.text, [window.place_in(without_surrogates(ranked.text))])
+    return replace(ranked, window=place)
 
 
 def _check_texts(readings: Iterable[Reading]) -> None:

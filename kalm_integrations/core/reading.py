@@ -13,7 +13,8 @@ from kalm_integrations.core.checkpoint.prompts import PASSAGE_TEMPLATE, passage_
 from kalm_integrations.core.forks import ForkSafeLock, kept_property
 from kalm_integrations.core.passages.by_text import TextLookup
 from kalm_integrations.core.passages.caches import BoundedCache
-from kalm_integrations.core.passages.encoding import EncodedPassage, Expected, fingerprint
+from kalm_integrations.core.passages.encoding import EncodedPassage
+from kalm_integrations.core.passages.expected import Expected, fingerprint
 from kalm_integrations.core.passages.guarded import guard
 from kalm_integrations.core.passages.strings import REFERENCE_PREFIX, hash_text
 from kalm_integrations.core.passages.through import WriteThrough
@@ -67,14 +68,22 @@ class Reader:
     @kept_property
     def fingerprint(self) -> str:
         """What makes an encoding: checkpoint content, tokenizer, template and encoder settings; 32 hex digits."""
+        return self._fingerprint(self._encoder.facts)
+
+    @kept_property
+    def windows_fingerprint(self) -> str | None:
+        """What makes an encoding of a passage in windows; None where it is cut."""
+        return None if self._encoder.n_windows is None else self._fingerprint(self._encoder.window_facts)
+
+    def _fingerprint(self, settings: Mapping[str, Any]) -> str:
         return fingerprint(
-            {
-                "checkpoint": self._checkpoint.identity,
-                "template": PASSAGE_TEMPLATE,
-                "settings": self._encoder.model_dump(),
-                "format": 1,
-            }
+            {"checkpoint": self._checkpoint.identity, "template": PASSAGE_TEMPLATE, "settings": settings, "format": 1}
         )
+
+    @property
+    def name(self) -> str:
+        """What a reading is of: who has another name scores with other encodings."""
+        return f"{':'.join(self.expected.fingerprints)}:{self._ratio}"
 
     @property
     def stats(self) -> RuntimeStats:
@@ -105,7 +114,6 @@ class Reader:
         if not passages:
             # Not even the fingerprint is needed, for which the checkpoint is hashed.
             return Reading((), (), (), {}, "", {})
-        current = self.fingerprint
         statuses: list[Status] = []
         texts: list[str | None] = []
         keys: list[Hashable] = []
@@ -119,7 +127,7 @@ class Reader:
             if isinstance(passage, EncodedPassage):
                 # A text may be given at several ratios on purpose: here the object decides what is the same.
                 if id(passage) not in found:
-                    passage.check(self._expected)
+                    passage.check(self.expected)
                     found[id(passage)] = self._at_ratio(passage, tally)
                 statuses.append("stored")
                 texts.append(None)
@@ -165,8 +173,7 @@ class Reader:
             for key, status in zip(keys, statuses, strict=True)
         ]
         tally["cache_hits"] = tally["metadata_hits"] + len(cached) + len(in_store)
-        read_by = f"{current}:{self._ratio}"
-        return Reading(tuple(statuses), tuple(texts), tuple(keys), {**found, **there}, read_by, dict(tally))
+        return Reading(tuple(statuses), tuple(texts), tuple(keys), {**found, **there}, self.name, dict(tally))
 
     def find(
         self, keys: Sequence[Hashable], tally: Counter[str], corrupt: Collection[Hashable] = ()
@@ -195,7 +202,7 @@ class Reader:
     @kept_property
     def _lookup(self) -> TextLookup:
         """What finds encodings in the payload store."""
-        return TextLookup(self._expected, self._storage)
+        return TextLookup(self.expected, self._storage)
 
     def remembers(self, texts: Iterable[str]) -> bool:
         """Return whether memory has all texts, so that no store is asked for them."""
@@ -223,9 +230,9 @@ class Reader:
             StaleEncodingError: an `EncodedPassage` was made by another checkpoint or encoder setting.
         """
         reading = passages if isinstance(passages, Reading) else self.read(passages)
-        if reading and reading.read_by != f"{self.fingerprint}:{self._ratio}":
+        if reading and reading.read_by != self.name:
             msg = (
-                f"a reading must be of this reranker's fingerprint and ratio, {self.fingerprint}:{self._ratio}, but is of "
+                f"a reading must be of this reranker's fingerprint and ratio, {self.name}, but is of "
                 f"{reading.read_by}; read the passages again"
             )
             raise SettingsError(msg)
@@ -237,13 +244,14 @@ class Reader:
         return hash_text(passage_text(text))
 
     @kept_property
-    def _expected(self) -> Expected:
+    def expected(self) -> Expected:
         """What encodings of this checkpoint have in common."""
         width = self._checkpoint.encoder_config.hidden_width
         # Codecs move values by less than this: those that rotate keep the length of a mean and of a difference from it, which
         # is twice that of a state at most.
         limit = 4 * self._checkpoint.encoder_bound
-        return Expected(self.fingerprint, width, self._encoder.max_passage_tokens, limit)
+        max_tokens, n_windows = self._encoder.max_passage_tokens, self._encoder.n_windows or 1
+        return Expected(self.fingerprint, width, max_tokens, limit, self.windows_fingerprint, n_windows)
 
     def _decode(self, value: Any) -> EncodedPassage | Status:
         """Return the encoding of a metadata value, or what the value is if that is none of this checkpoint."""
@@ -255,7 +263,7 @@ class Reader:
         if known:
             return known[value].encoding
         try:
-            encoding = EncodedPassage.from_metadata(value, self.payload_store, self._expected)
+            encoding = EncodedPassage.from_metadata(value, self.payload_store, self.expected)
         except StaleEncodingError:
             return "stale"
         except CorruptEncodingError as error:

@@ -67,6 +67,8 @@ class KalmReranker(Reranker):
         write_through: bool = False,
         max_store_bytes: int | None = None,
         max_passage_tokens: int | None = None,
+        long_passages: str | None = None,
+        max_windows: int | None = None,
         max_query_tokens: int | None = None,
         instruction: str | None = None,
         system_instruction: str | None = None,
@@ -104,7 +106,11 @@ class KalmReranker(Reranker):
                 store encodes the text again; see `flush`.
             max_store_bytes: what `write_through` lets an LMDB store grow to; the least recently used encodings go. None sets
                 no bound.
-            max_passage_tokens: longer passages are cut, as the reference does; 1,024 by default.
+            max_passage_tokens: longer passages are cut, as the reference does, or read in windows of so many tokens; 1,024 by
+                default.
+            long_passages: "cut" reads the first `max_passage_tokens` of a longer passage; "windows" encodes all of it, in
+                windows that overlap, and scores it by the best one. It changes no encoding of a shorter passage.
+            max_windows: windows of a passage at most; what is behind them is not read. 64 by default.
             max_query_tokens: longer queries are cut; 512 by default.
             instruction: what makes a passage relevant; may also be given per query. Does not touch encodings.
             system_instruction: the sentence that tells the model to judge.
@@ -144,6 +150,8 @@ class KalmReranker(Reranker):
             "write_through": write_through,
             "max_store_bytes": max_store_bytes,
             "max_passage_tokens": max_passage_tokens,
+            "long_passages": long_passages,
+            "max_windows": max_windows,
             "max_query_tokens": max_query_tokens,
             "instruction": instruction,
             "system_instruction": system_instruction,
@@ -168,9 +176,15 @@ class KalmReranker(Reranker):
     def fingerprint(self) -> str:
         """What made an encoding: checkpoint content, tokenizer, template and encoder settings; 32 hex digits.
 
-        Encodings with this fingerprint can be scored by this reranker, whoever made them, on whatever device.
+        Encodings with this fingerprint can be scored by this reranker, whoever made them, on whatever device. Those of
+        passages in windows have another one; see `fingerprints`.
         """
         return self._ranker.reader.fingerprint
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """See `Reranker`."""
+        return self._ranker.reader.expected.fingerprints
 
     @property
     def stats(self) -> RuntimeStats:
@@ -194,8 +208,13 @@ class KalmReranker(Reranker):
 
     @property
     def max_passage_tokens(self) -> int:
-        """Where longer passages are cut."""
+        """Where longer passages are cut, or what their windows hold."""
         return self._parts.encoder.max_passage_tokens
+
+    @property
+    def max_tokens_read(self) -> int:
+        """Tokens of a passage that are read at most, windows counted together."""
+        return self._parts.encoder.max_passage_tokens * (self._parts.encoder.n_windows or 1)
 
     @property
     def calibration(self) -> Calibration | None:

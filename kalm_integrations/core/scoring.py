@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -31,6 +31,15 @@ from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.core.settings import QuerySettings
 from kalm_integrations.core.types import Reading
 from kalm_integrations.errors import SettingsError
+
+
+class Margin(NamedTuple):
+    """What a passage's score is made of."""
+
+    value: float
+    window: int
+    """Index of the window that it is of; 0 where the passage was read in one piece."""
+
 
 STORE_SLICE = 64
 """Rows whose prefix states are fetched from a store at a time: some 4 MB each for `nano` in float32."""
@@ -62,8 +71,10 @@ class Scorer:
         readings: Sequence[Reading],
         encodings: Mapping[Hashable, EncodedPassage],
         instruction: str | None,
-    ) -> Flow[list[list[float]]]:
-        """Return the margins of each query's passages.
+    ) -> Flow[list[list[Margin]]]:
+        """Return the margins of each query's passages: those of their best windows, where they have some.
+
+        All windows of all passages are scored together.
 
         Args:
             queries: the queries.
@@ -71,14 +82,19 @@ class Scorer:
             encodings: of all of them, by the readings' keys.
             instruction: of the call; None takes the reranker's.
         """
-        position = {key: index for index, key in enumerate(encodings)}
-        asked = [[(query, position[key]) for key in reading.keys] for query, reading in enumerate(readings)]
-        pairs = list(dict.fromkeys(pair for row in asked for pair in row))
-        candidates = [candidate_of(encoding) for encoding in encodings.values()]
-        margins = yield from self.margins_of(queries, candidates, pairs, instruction)
-        self._reader.count(passages_scored=len(pairs))
-        by_pair = dict(zip(pairs, margins, strict=True))
-        return [[by_pair[pair] for pair in row] for row in asked]
+        places: dict[Hashable, range] = {}
+        candidates: list[Candidate] = []
+        for key, encoding in encodings.items():
+            parts = candidates_of(encoding)
+            places[key] = range(len(candidates), len(candidates) + len(parts))
+            candidates += parts
+        asked = [[(query, key) for key in reading.keys] for query, reading in enumerate(readings)]
+        passages = list(dict.fromkeys(passage for row in asked for passage in row))
+        pairs = [(query, index) for query, key in passages for index in places[key]]
+        margins = iter((yield from self.margins_of(queries, candidates, pairs, instruction)))
+        self._reader.count(passages_scored=len(passages))
+        best = {(query, key): _best([next(margins) for _ in places[key]]) for query, key in passages}
+        return [[best[passage] for passage in row] for row in asked]
 
     def margins_of(
         self,
@@ -128,9 +144,9 @@ class Scorer:
             msg = "prepare needs somewhere to keep prefix states, but prefix_cache_bytes is 0 and there is no prefix_store"
             raise SettingsError(msg)
         check_vocabulary([list(prefix.token_ids)], self._runtime.checkpoint.decoder_config)
-        rows = [Row([], candidate_of(encoding), prefix) for encoding in encodings]
+        rows = [Row([], candidate, prefix) for encoding in encodings for candidate in candidates_of(encoding)]
         rows.sort(key=lambda row: -len(row.candidate.states))
-        with tqdm(total=len(rows), desc="Prefill", unit="passage", disable=not show_progress) as progress:
+        with tqdm(total=len(rows), desc="Prefill", unit="window", disable=not show_progress) as progress:
             work = prepare_work(self._runtime, self._query.score_batch_size)
             yield from self._run(work, rows, prefix, is_bulk=True, report=progress.update)
 
@@ -177,7 +193,17 @@ class Scorer:
         return hash_config(self._runtime.checkpoint.decoder_config)
 
 
-def candidate_of(encoding: EncodedPassage) -> Candidate:
-    """Return a passage to score; its key tells apart states of one text at several ratios and from several codecs."""
+def candidates_of(encoding: EncodedPassage) -> list[Candidate]:
+    """Return what is to be scored of a passage: each of its windows, or all of it.
+
+    The keys tell apart states of one text at several ratios and from several codecs.
+    """
     key = (encoding.fingerprint, encoding.text_hash, encoding.compression_ratio, encoding.digest)
-    return Candidate(encoding.states, key)
+    if encoding.windows is None:
+        return [Candidate(encoding.states, key)]
+    return [Candidate(states, (*key, "window", index)) for index, states in enumerate(encoding.window_states)]
+
+
+def _best(margins: Sequence[float]) -> Margin:
+    """Return the highest margin of a passage's windows; of equal ones, the first."""
+    return max((Margin(margin, window) for window, margin in enumerate(margins)), key=lambda margin: margin.value)

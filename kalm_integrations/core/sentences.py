@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
 
 from sentencex import segment
 
@@ -34,13 +35,17 @@ def divide(text: str, offsets: Sequence[Range]) -> list[Range]:
     end = max((offset[1] for offset in offsets), default=0)
     starts = [offset[0] for offset in offsets]
     pieces: list[Range] = []
-    place = 0
-    # Nothing is known of the language; the rules for English hold for most that are written with full stops.
-    for sentence in segment("en", text[:end]):
-        pieces += _windows(text, place, place + len(sentence), starts)
-        place += len(sentence)
+    for first, stop in pairwise((*sentence_starts(text[:end]), end)):
+        pieces += _windows(text, first, stop, starts)
     trimmed = (without_blanks(text, *piece) for piece in pieces)
     return [piece for piece in trimmed if piece[0] < piece[1]]
+
+
+def sentence_starts(text: str) -> list[int]:
+    """Return where the sentences of a text begin, of which each goes on up to the next one."""
+    # Nothing is known of the language; the rules for English hold for most that are written with full stops.
+    lengths = [len(sentence) for sentence in segment("en", text)]
+    return list(accumulate(lengths[:-1], initial=0))
 
 
 def _windows(text: str, start: int, end: int, starts: Sequence[int]) -> Iterator[Range]:
@@ -50,21 +55,23 @@ def _windows(text: str, start: int, end: int, starts: Sequence[int]) -> Iterator
         while stop - first > WINDOW_TOKENS:
             last = first + WINDOW_TOKENS
             # A character may be several tokens.
-            places = [place for place in starts[last - WINDOW_TOKENS // 2 : last + 1] if place > start]
-            if not places:
+            place = best_cut(text, [place for place in starts[last - WINDOW_TOKENS // 2 : last + 1] if place > start])
+            if place is None:
                 break
-            place = _best_cut(text, places)
             yield start, place
             start, first = place, bisect_left(starts, place)
     yield start, end
 
 
-def _best_cut(text: str, places: Sequence[int]) -> int:
-    """Return the last of some places that is at a line break, else at a blank, else not before a combining mark."""
+def best_cut(text: str, places: Sequence[int]) -> int | None:
+    """Return the last of some places that is at a line break, else at a blank, else not before a combining mark.
+
+    Where none is, it is the last one; None if there are no places.
+    """
     rules: Sequence[Callable[[int], bool]] = (
         lambda place: "\n" in text[place - 1 : place + 1],
         lambda place: any(map(str.isspace, text[place - 1 : place + 1])),
-        lambda place: not unicodedata.category(text[place]).startswith("M"),
+        lambda place: not any(unicodedata.category(mark).startswith("M") for mark in text[place : place + 1]),
     )
     good = (place for rule in rules for place in reversed(places) if rule(place))
-    return next(good, places[-1])
+    return next(good, places[-1] if places else None)

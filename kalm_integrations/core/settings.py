@@ -29,6 +29,12 @@ COMPRESSION_RATIOS = (1, 2, 4, 8, 16, 32, 64, 128)
 MAX_TOKENS = 2**17
 """Tokens of a passage, and ratios, that the encoding format knows; the position limit that the model cards claim."""
 
+MIN_WINDOW_TOKENS = 32
+"""Windows of fewer tokens would be little more than the template's prefix."""
+
+WINDOW_OVERLAP = 8
+"""Which part of a window the next one repeats at most: an eighth, so that no sentence is cut in two in both."""
+
 CODEC_NAMES = ("fp32", "fp16", "bf16", "int8", "rot4", "rot3", "rot2")
 """How states are written; see `passages.codecs`."""
 
@@ -110,6 +116,26 @@ class EncoderSettings(_Settings):
 
     max_passage_tokens: int = Field(default=1024, ge=1, le=MAX_TOKENS)
     allow_special_tokens: bool = False
+    long_passages: Literal["cut", "windows"] = "cut"
+    max_windows: PositiveInt = 64
+    """Of a passage, beside what `MAX_TOKENS` allows."""
+
+    @property
+    def n_windows(self) -> int | None:
+        """How many windows of `max_passage_tokens` a long passage may become; None where it is cut."""
+        if self.long_passages == "cut" or self.max_passage_tokens < MIN_WINDOW_TOKENS:
+            return None
+        return min(self.max_windows, MAX_TOKENS // self.max_passage_tokens)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What all fingerprints depend on."""
+        return self.model_dump(include={"max_passage_tokens", "allow_special_tokens"})
+
+    @property
+    def window_facts(self) -> dict[str, Any]:
+        """What the fingerprint of passages in windows depends on."""
+        return {**self.facts, "long_passages": "windows", "max_windows": self.n_windows, "overlap": WINDOW_OVERLAP}
 
 
 class StorageSettings(_Settings):

@@ -11,18 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from kalm_integrations.core.checkpoint.prompts import passage_text
 from kalm_integrations.core.flows import Flow
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.passages.prefixes import Candidate
 from kalm_integrations.core.runtime import Runtime
-from kalm_integrations.core.scoring import Scorer, candidate_of
+from kalm_integrations.core.scoring import Scorer, candidates_of
 from kalm_integrations.core.sentences import divide
 from kalm_integrations.core.text import Range, ranges_in, without_surrogates
 from kalm_integrations.core.types import Span
-
-_TEXT_STARTS = len(passage_text(""))
-"""Where the passage begins in what the encoder reads."""
+from kalm_integrations.core.windowing import passage_offsets
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,8 @@ class Asked:
     """Index of the query."""
     text: str
     encoding: EncodedPassage
+    window: int | None = None
+    """Index of the window whose sentences are meant, of a passage in windows."""
 
 
 class Highlighter:
@@ -64,7 +63,7 @@ class Highlighter:
         """
         # A text may come several times.
         sentences = {one: self._sentences(one) for one in dict.fromkeys(asked)}
-        candidates = [_part(one.encoding, *states) for one, found in sentences.items() for _, states in found]
+        candidates = [_part(one, *states) for one, found in sentences.items() for _, states in found]
         owners = [one.query for one, found in sentences.items() for _ in found]
         pairs = [(query, index) for index, query in enumerate(owners)]
         margins = iter((yield from self._scorer.margins_of(queries, candidates, pairs, instruction, keeps_states=False)))
@@ -79,22 +78,23 @@ class Highlighter:
     def _sentences(self, asked: Asked) -> list[tuple[Range, Range]]:
         """Return the sentences of a passage: where each lies in the text without surrogates, and which states it has."""
         tokenizer = self._runtime.tokenizer(allow_special_tokens=self._allow_special_tokens)
-        text = without_surrogates(asked.text)
-        offsets = [
-            (max(start - _TEXT_STARTS, 0), max(end - _TEXT_STARTS, 0))
-            for start, end in tokenizer.offsets(passage_text(text), asked.encoding.n_tokens)
-        ]
+        text, n_tokens, begin = without_surrogates(asked.text), asked.encoding.n_tokens, 0
+        if asked.window is not None and asked.encoding.windows is not None:
+            window = asked.encoding.windows[asked.window]
+            begin, end = window.place_in(text)
+            text, n_tokens = text[begin:end], window.n_tokens
+        offsets = passage_offsets(tokenizer, text, n_tokens)
         starts, ends = ([offset[side] for offset in offsets] for side in (0, 1))
         ratio = asked.encoding.compression_ratio
         found = []
         for start, end in divide(text, offsets):
             first, stop = bisect_right(ends, start), bisect_left(starts, end)
             if first < stop:
-                found.append(((start, end), (first // ratio, -(-stop // ratio))))
+                found.append(((begin + start, begin + end), (first // ratio, -(-stop // ratio))))
         return found
 
 
-def _part(encoding: EncodedPassage, first: int, stop: int) -> Candidate:
-    """Return some states of an encoding as a passage of their own."""
-    whole = candidate_of(encoding)
+def _part(asked: Asked, first: int, stop: int) -> Candidate:
+    """Return some states of what is asked about as a passage of their own."""
+    whole = candidates_of(asked.encoding)[asked.window or 0]
     return Candidate(whole.states[first:stop], (*whole.key, first, stop))

@@ -145,7 +145,11 @@ class RankedPassage:
     text: str | None = field(default=None, compare=False)
     """The passage's text, if one was given."""
     spans: tuple[Span, ...] | None = field(default=None, compare=False)
-    """Its sentences, best first, if they were asked for; what lies behind `max_passage_tokens` is in none of them."""
+    """Its sentences, best first, if they were asked for: those of its best window, if it was read in windows. What was not
+    read is in none of them."""
+    window: tuple[int, int] | None = field(default=None, compare=False)
+    """Where in its text the window lies that has the highest margin: first character, and the one behind the last. None where
+    the passage was read in one piece."""
 
     @property
     def is_scored(self) -> bool:
@@ -159,10 +163,11 @@ class RankedPassage:
         return f"RankedPassage(index={self.index}, score={self.score!r}, margin={self.margin!r}{fused}{text})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, for JSON, which has no NaN; `spans` only if they were asked for."""
+        """Return the fields, for JSON, which has no NaN; `spans` and `window` only if there are some."""
         fields = asdict(self)
-        if self.spans is None:
-            del fields["spans"]
+        for name in ("spans", "window"):
+            if fields[name] is None:
+                del fields[name]
         return {name: None if value != value else value for name, value in fields.items()}
 
 
@@ -255,7 +260,9 @@ class RuntimeStats:
     coarser: int = 0
     """Came with an encoding coarser than `compression_ratio`, and were scored at its ratio."""
     truncated: int = 0
-    """Longer than `max_passage_tokens` when encoded."""
+    """Not read to the end when encoded: longer than `max_passage_tokens`, or than `max_windows` windows."""
+    windowed: int = 0
+    """Encoded in several windows."""
     passages_scored: int = 0
     prefix_hits: int = 0
     """Scored from prefix states in memory: the decoder read only the query's own tokens."""

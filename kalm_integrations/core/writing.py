@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from kalm_integrations.core.flows import Flow
 from kalm_integrations.core.jobs import Job, Work
 from kalm_integrations.core.passages.caches import BoundedCache
 from kalm_integrations.core.passages.encoding import EncodedPassage
+from kalm_integrations.core.passages.windows import Windows
 from kalm_integrations.core.passes import (
     check_states,
     check_vocabulary,
@@ -28,17 +29,23 @@ from kalm_integrations.core.reading import Reader
 from kalm_integrations.core.runtime import Runtime
 from kalm_integrations.core.settings import EncoderSettings, StorageSettings, poolable_ratios
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata, checked_flag, checked_texts
+from kalm_integrations.core.windowing import Windower
 from kalm_integrations.errors import EncodingTooLargeError, NonFiniteScoreError
 
 BULK_SLICE = 4096
 """Passages that bulk work looks up, tokenises and queues at a time, the next ones while these are being encoded."""
+BULK_CHARACTERS = 2**24
+"""Of these passages: long ones have many windows, and the states of all of them are held until they are done."""
 
 
 @dataclass(frozen=True)
 class _Tokenised:
     """What the encoder is to read, by key."""
 
-    token_ids: dict[Hashable, list[int]]
+    token_ids: dict[Hashable, list[list[int]]]
+    """Of the passage's windows, or of all of it."""
+    windows: dict[Hashable, Windows]
+    """Of the passages that are encoded in windows."""
     cut: set[Hashable]
     """Those of which it does not read everything."""
     seconds: float
@@ -122,7 +129,7 @@ class Writer:
         keys: list[Hashable] = [self._reader.key(text) for text in checked]
         unique = list(dict(zip(keys, checked, strict=True)).items())
         encodings: dict[Hashable, EncodedPassage] = {}
-        slices = [dict(unique[start : start + BULK_SLICE]) for start in range(0, len(unique), BULK_SLICE)]
+        slices = list(_slices(unique))
         with (
             tqdm(total=len(unique), desc="Encoding", unit="passage", disable=not is_shown) as progress,
             ThreadPoolExecutor(1, thread_name_prefix="kalm-ahead") as ahead,
@@ -219,16 +226,26 @@ class Writer:
         """Return what the encoder reads of texts, by key."""
         started = time.perf_counter()
         tokenizer = self._runtime.tokenizer(allow_special_tokens=self._encoder.allow_special_tokens)
-        limit = self._encoder.max_passage_tokens
+        limit, n_windows = self._encoder.max_passage_tokens, self._encoder.n_windows
         # One more than the limit tells which passages are longer.
         given = tokenizer.passages([passage_text(text) for text in texts.values()], limit + 1)
+        token_ids = {key: [ids[:limit]] for key, ids in zip(texts, given, strict=True)}
         cut = {key for key, ids in zip(texts, given, strict=True) if len(ids) > limit}
+        windows = {}
+        if n_windows is not None:
+            windower = Windower(tokenizer, limit, n_windows)
+            # One that just fits looks like one that was cut, so it says that it is one window.
+            long = [key for key, ids in token_ids.items() if len(ids[0]) == limit]
+            divided = {key: windower.divide(texts[key]) for key in long}
+            token_ids |= {key: found.token_ids for key, found in divided.items()}
+            windows = {key: found.windows for key, found in divided.items()}
+            cut = {key for key, found in divided.items() if not found.is_whole}
         if cut:
-            rule = "%d of %d passages are longer than max_passage_tokens=%d and were cut (counted in stats.truncated)"
-            self._reader.warn_once("truncated", rule, len(cut), len(given), limit)
-        token_ids = [ids[:limit] for ids in given]
-        check_vocabulary(token_ids, self._runtime.checkpoint.encoder_config)
-        return _Tokenised(dict(zip(texts, token_ids, strict=True)), cut, time.perf_counter() - started)
+            most = f"max_passage_tokens={limit}" if n_windows is None else f"max_windows={n_windows} of {limit} tokens"
+            rule = "%d of %d passages are longer than %s and were cut (counted in stats.truncated)"
+            self._reader.warn_once("truncated", rule, len(cut), len(given), most)
+        check_vocabulary([ids for each in token_ids.values() for ids in each], self._runtime.checkpoint.encoder_config)
+        return _Tokenised(token_ids, windows, cut, time.perf_counter() - started)
 
     def _encode_now(
         self,
@@ -239,23 +256,56 @@ class Writer:
         report: Callable[[int], object] | None,
     ) -> Flow[tuple[dict[Hashable, EncodedPassage], int]]:
         """Return encodings by key, and how many of them had to be made: some may have come into memory meanwhile."""
-        current, ratio, codec = self._reader.fingerprint, self._storage.compression_ratio, self._storage.storage_codec
+        ratio = self._storage.compression_ratio
 
         def finish(key: Hashable, ids: list[int], states: torch.Tensor) -> EncodedPassage:
-            return self._as_stored(EncodedPassage(states, len(ids), ratio, current, str(key), codec))
+            return self._as_stored(self._encoding(key, states, len(ids)))
 
-        rows = [_Unencoded(key, tokenised.token_ids[key], self._reader.cache, finish) for key in texts]
+        def finish_window(key: Hashable, ids: list[int], states: torch.Tensor) -> EncodedPassage:
+            return self._encoding(key[0] if isinstance(key, tuple) else key, states, len(ids))
+
+        rows = []
+        for key in texts:
+            all_ids = tokenised.token_ids[key]
+            if key in tokenised.windows:
+                for index, ids in enumerate(all_ids):
+                    rows.append(_Unencoded((key, "window", index), ids, self._reader.cache, finish_window))
+            else:
+                rows.append(_Unencoded(key, all_ids[0], self._reader.cache, finish))
         # Like lengths together, so that little is padded.
         rows.sort(key=lambda row: -len(row.token_ids))
         work = _encode_work(self._runtime, ratio, self._batch_size)
-        job = Job(work, rows, is_bulk=is_bulk, report=report)
+        job = Job(work, rows, is_bulk=is_bulk, report=report and _by_passage(report, len(rows), len(texts)))
         results: list[tuple[EncodedPassage, bool]] = yield job
         check_states([encoding.states for encoding, _ in results], self._runtime)
+        encodings = {row.key: encoding for row, (encoding, _) in zip(rows, results, strict=True)}
         made = {row.key for row, (_, is_made) in zip(rows, results, strict=True) if is_made}
+        for key, windows in tokenised.windows.items():
+            if key in texts:
+                parts = [(key, "window", index) for index in range(len(windows))]
+                encodings[key] = self._joined(key, windows, [encodings.pop(part) for part in parts])
+                if not made.isdisjoint(parts):
+                    made = made.difference(parts) | {key}
+                self._reader.cache.put_many({key: encodings[key]})
+                self._reader.cache.drop_many(parts)
         self._reader.count(
-            passages_encoded=len(made), truncated=len(tokenised.cut & made), encode_seconds=tokenised.seconds + job.seconds
+            passages_encoded=len(made),
+            truncated=len(tokenised.cut & made),
+            windowed=sum(len(tokenised.windows.get(key, ())) > 1 for key in made),
+            encode_seconds=tokenised.seconds + job.seconds,
         )
-        return {row.key: encoding for row, (encoding, _) in zip(rows, results, strict=True)}, len(made)
+        return encodings, len(made)
+
+    def _joined(self, key: Hashable, windows: Windows, parts: Sequence[EncodedPassage]) -> EncodedPassage:
+        """Return the encoding of a passage whose windows were encoded each on its own."""
+        states = torch.cat([part.states for part in parts])
+        return self._as_stored(self._encoding(key, states, sum(window.n_tokens for window in windows), windows))
+
+    def _encoding(self, key: Hashable, states: torch.Tensor, n_tokens: int, windows: Windows | None = None) -> EncodedPassage:
+        """Return an encoding of this reranker's kind."""
+        name = self._reader.fingerprint if windows is None else self._reader.windows_fingerprint
+        ratio, codec = self._storage.compression_ratio, self._storage.storage_codec
+        return EncodedPassage(states, n_tokens, ratio, name or "", str(key), codec, windows)
 
     def _as_stored(self, encoding: EncodedPassage) -> EncodedPassage:
         """Return an encoding as it will be read back, so that a score does not depend on whether that has happened yet.
@@ -289,3 +339,29 @@ class Writer:
         """Return whether an encoding's payload goes into the payload store."""
         mode, limit = self._storage.storage_mode, self._storage.max_inline_bytes
         return mode == "reference" or (mode == "auto" and limit is not None and encoding.metadata_length() > limit)
+
+
+def _slices(texts: Sequence[tuple[Hashable, str]]) -> Iterator[dict[Hashable, str]]:
+    """Cut texts into what bulk work does at a time."""
+    some: dict[Hashable, str] = {}
+    n_characters = 0
+    for key, text in texts:
+        n_characters += len(text)
+        if some and (len(some) == BULK_SLICE or n_characters > BULK_CHARACTERS):
+            yield some
+            some, n_characters = {}, len(text)
+        some[key] = text
+    if some:
+        yield some
+
+
+def _by_passage(report: Callable[[int], object], n_rows: int, n_passages: int) -> Callable[[int], object]:
+    """Return what is told of rows, of which a passage may have several, and tells of passages."""
+    done = 0
+
+    def tell(n: int) -> None:
+        nonlocal done
+        before, done = done, done + n
+        report(done * n_passages // n_rows - before * n_passages // n_rows)
+
+    return tell

@@ -156,7 +156,7 @@ def test_a_bf16_entry_serves_another_codec_only_where_that_overflows(make_rerank
     store.clear()
     store[large.payload_key] = large.to_payload()
     lookup = writer._ranker.reader
-    lookup.__dict__["_expected"] = type(lookup._expected)(
+    lookup.__dict__["expected"] = type(lookup.expected)(
         encoding.fingerprint, encoding.states.shape[1], 1024, float(large.states.abs().max())
     )
     assert list(writer.read(TEXTS[:1])) == ["found"]

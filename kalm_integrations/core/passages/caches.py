@@ -58,6 +58,12 @@ class BoundedCache(Generic[Key, Entry]):
                 if entry.nbytes <= self.max_bytes:
                     self._entries[key] = entry
 
+    def drop_many(self, keys: Iterable[Key]) -> None:
+        """Drop those of the keys that are there."""
+        with self._lock:
+            for key in keys:
+                self._entries.pop(key, None)
+
     def clear(self) -> None:
         """Drop everything."""
         with self._lock:

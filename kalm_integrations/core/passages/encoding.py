@@ -4,7 +4,7 @@ Where a store takes no long strings the value is `kalm1r.<header>`, and a byte s
 checksum, under `<fp>:<th>:<r>:<c>`. Such a value depends on the text and the settings only, so one that is written again (by
 another device or batch, whose payload differs in the last bits) refers to the same entry and does not break the older ones.
 
-The header is a JSON object with exactly these keys, in this order:
+The header is a JSON object with these keys, in this order:
 
 | key | meaning |
 |---|---|
@@ -14,6 +14,7 @@ The header is a JSON object with exactly these keys, in this order:
 | r | compression ratio |
 | s | [number of states, width] |
 | c | codec of the payload (see `codecs.py`) |
+| w | windows of a long passage, whose table begins the payload (see `windows.py`); only of one that was encoded in windows |
 | x | checksum of all the above and, inline, of the payload's bytes, 16 hex digits |
 
 A value comes from somebody's store and is not trusted: sizes are checked before anything is allocated, every character counts
@@ -24,7 +25,6 @@ promise: a reader of this version reads every value that starts with `kalm1.` or
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,6 +33,7 @@ import torch
 
 from kalm_integrations.core.model.pooling import repool_states
 from kalm_integrations.core.passages.codecs import EXACT_CODECS, LARGEST, check_limit, read_states, write_states
+from kalm_integrations.core.passages.expected import Expected
 from kalm_integrations.core.passages.guarded import store_errors
 from kalm_integrations.core.passages.header import (
     CHECKSUM_BYTES,
@@ -47,28 +48,18 @@ from kalm_integrations.core.passages.header import (
     write_header,
 )
 from kalm_integrations.core.passages.strings import MAX_VALUE_CHARS, PREFIX, REFERENCE_PREFIX, payload_bytes, read_string
+from kalm_integrations.core.passages.windows import (
+    Windows,
+    check_windows,
+    n_states_of,
+    read_table,
+    split_body,
+    write_table,
+)
 from kalm_integrations.core.settings import MAX_TOKENS
 from kalm_integrations.core.sizes import PAYLOAD_BYTES, n_pooled_states
 from kalm_integrations.core.types import plain, shown
-from kalm_integrations.errors import EncodingTooLargeError, SettingsError, StaleEncodingError
-
-
-def fingerprint(facts: dict[str, Any]) -> str:
-    """Return the hash (BLAKE2b, 32 hex digits) of JSON-able facts about what makes an encoding."""
-    canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What all encodings of one checkpoint and one setting of its encoder have in common."""
-
-    fingerprint: str
-    width: int
-    max_tokens: int
-    """`max_passage_tokens`."""
-    limit: float
-    """What no magnitude in a state may exceed."""
+from kalm_integrations.errors import EncodingTooLargeError, SettingsError
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +74,7 @@ class EncodedPassage:
     states: torch.Tensor = field(repr=False)
     """float32, on the CPU; they must not be changed in place. Shape: (n_states, hidden)."""
     n_tokens: int
-    """Tokens of the passage after truncation; the last state may stand for fewer than the others."""
+    """Tokens that were read; the last state, of each window, may stand for fewer than the others."""
     compression_ratio: int
     """Tokens per state."""
     fingerprint: str
@@ -92,6 +83,8 @@ class EncodedPassage:
     """Hash of the text the encoder read. 32 hex digits."""
     codec: str
     """How `to_metadata` writes the states."""
+    windows: Windows | None = None
+    """Of a long passage that was encoded in windows; their states follow one another."""
     # Not for `replace`: what has other states has another digest and other bytes.
     _digest: str | None = field(default=None, init=False, repr=False)
     _payload: bytes | None = field(default=None, init=False, repr=False)
@@ -104,7 +97,18 @@ class EncodedPassage:
         is_plain = isinstance(states, torch.Tensor) and states.layout == torch.strided and states.device.type == "cpu"
         if not is_plain or states.dtype != torch.float32 or states.ndim != 2:
             refuse("have as states a float32 tensor on the CPU of shape (n_states, hidden)")
-        check_fields(self._fields(self.codec))
+        fields = self._fields(self.codec)
+        check_fields(fields)
+        if self.windows is not None:
+            check_windows(self.windows, fields)
+
+    @property
+    def window_states(self) -> list[torch.Tensor]:
+        """The states of each window, which are scored on their own; all of them where the passage was read in one piece."""
+        if self.windows is None:
+            return [self.states]
+        sizes = [n_pooled_states(window.n_tokens, self.compression_ratio) for window in self.windows]
+        return list(torch.split(self.states, sizes))
 
     @property
     def digest(self) -> str:
@@ -115,7 +119,9 @@ class EncodedPassage:
         """
         if self._digest is not None:
             return self._digest
-        hashed = hashlib.blake2b(to_json([self.n_tokens, self.compression_ratio, *self.states.shape]), digest_size=16)
+        hashed = hashlib.blake2b(
+            to_json([self.n_tokens, self.compression_ratio, *self.states.shape, self.windows]), digest_size=16
+        )
         hashed.update(self.states.detach().contiguous().view(torch.uint8).numpy().data)
         return _noted(self, hashed.hexdigest()).digest
 
@@ -145,7 +151,7 @@ class EncodedPassage:
             return self
         codec, payload = write_states(self.states, self.codec)
         stored = replace(self, states=read_states(payload, codec, *self.states.shape), codec=codec)
-        return _noted(stored, checksum(stored._fields(codec), payload).hex(), payload)
+        return _noted(stored, checksum(stored._fields(codec), self._body(payload)).hex(), payload)
 
     def to_metadata(self, payload_store: MutableMapping[str, bytes] | None = None) -> str:
         """Return the encoding as one ASCII string, to be stored under `kalm_encoding`.
@@ -162,12 +168,12 @@ class EncodedPassage:
             StoreError: the payload could not be written.
         """
         codec, payload = self._written()
-        fields = self._fields(codec)
+        fields, body = self._fields(codec), self._body(payload)
         if payload_store is not None:
             with store_errors("payload_store", payload_store):
-                payload_store[_payload_key(fields)] = checksum(fields, payload) + payload
+                payload_store[_payload_key(fields)] = checksum(fields, body) + body
             return f"{REFERENCE_PREFIX}.{write_header(fields)}"
-        value = f"{PREFIX}.{write_header(fields, payload)}.{to_base64(payload)}"
+        value = f"{PREFIX}.{write_header(fields, body)}.{to_base64(body)}"
         if len(value) > MAX_VALUE_CHARS:
             msg = (
                 f"an encoding must have at most {MAX_VALUE_CHARS} characters, but this one has {len(value)}; pool it, use a "
@@ -193,14 +199,11 @@ class EncodedPassage:
             StaleEncodingError: its header says that something else was expected; whether the rest is sound stays open.
             StoreError: the payload store failed.
         """
-        fields, payload = read_string(value, lambda fields: _check_expected(fields, expected))
+        fields, body = read_string(value, expected.check_fields if expected else check_fields)
         digest = fields["x"]
-        if payload is None:
-            digest, payload = _fetch_payload(fields, payload_store)
-        n_states, width = fields["s"]
-        limit = LARGEST if expected is None else expected.limit
-        states = read_states(payload, fields["c"], n_states, width, limit)
-        return _noted(cls(states, fields["n"], fields["r"], fields["fp"], fields["th"], fields["c"]), digest, payload)
+        if body is None:
+            digest, body = _fetch_body(fields, payload_store)
+        return cls._of(fields, body, digest, expected)
 
     @property
     def payload_key(self) -> str:
@@ -214,30 +217,54 @@ class EncodedPassage:
             NonFiniteScoreError: a state is NaN or infinite.
         """
         codec, payload = self._written()
-        return checksum(self._fields(codec), payload) + payload
+        body = self._body(payload)
+        return checksum(self._fields(codec), body) + body
 
     @classmethod
-    def from_payload(cls, entry: bytes, text_hash: str, ratio: int, codec: str, expected: Expected) -> EncodedPassage:
+    def from_payload(
+        cls, entry: bytes, fingerprint: str, text_hash: str, ratio: int, codec: str, expected: Expected
+    ) -> EncodedPassage:
         """Read what a payload store has for a text. The number of tokens, which no key tells, is in the checksum.
 
         Raises:
             CorruptEncodingError: no encoder of what is expected can have put it there for this text.
+            StaleEncodingError: the passage fills `max_passage_tokens`, and may have been cut where windows are wanted.
         """
-        payload = entry[CHECKSUM_BYTES:]
-        n_states = _n_states(len(payload), codec, expected.width)
-        shape = [n_states, expected.width]
-        possible = range((n_states - 1) * ratio + 1, min(n_states * ratio, expected.max_tokens) + 1) if n_states else ()
+        body, digest = entry[CHECKSUM_BYTES:], entry[:CHECKSUM_BYTES]
 
-        def matches(n_tokens: int) -> bool:
-            values = (expected.fingerprint, text_hash, n_tokens, ratio, shape, codec)
-            return checksum(dict(zip(HEADER_KEYS, values, strict=False)), payload) == entry[:CHECKSUM_BYTES]
+        def fields_of(n_tokens: int, payload: bytes, windows: Windows | None = None) -> dict[str, Any]:
+            shape = [_n_states(len(payload), codec, expected.width), expected.width]
+            return _make_fields(fingerprint, text_hash, n_tokens, ratio, shape, codec, windows)
 
-        n_tokens = next(filter(matches, possible), None)
-        if n_tokens is None:
+        if fingerprint == expected.windows_fingerprint:
+            windows, payload = read_table(body)
+            possible = [fields_of(sum(window.n_tokens for window in windows), payload, windows)]
+        else:
+            n_states = _n_states(len(body), codec, expected.width)
+            most = min(n_states * ratio, expected.max_tokens)
+            possible = [fields_of(n_tokens, body) for n_tokens in range((n_states - 1) * ratio + 1, most + 1) if n_states]
+        fields = next((fields for fields in possible if checksum(fields, body) == digest), None)
+        if fields is None:
             refuse("match its checksum in the payload_store, but it does not")
-        states = read_states(payload, codec, n_states, expected.width, expected.limit)
-        made = cls(states, n_tokens, ratio, expected.fingerprint, text_hash, codec)
-        return _noted(made, entry[:CHECKSUM_BYTES].hex(), payload)
+        check_fields(fields)
+        expected.check_fields(fields)
+        return cls._of(fields, body, digest.hex(), expected)
+
+    @classmethod
+    def _of(cls, fields: dict[str, Any], body: bytes, digest: str, expected: Expected | None) -> EncodedPassage:
+        """Read the body of a checked header.
+
+        Raises:
+            CorruptEncodingError: they do not agree, or what is expected cannot have made it.
+        """
+        windows, payload = split_body(fields, body)
+        if expected is not None and windows is not None:
+            expected.check_windows(windows)
+        limit = LARGEST if expected is None else expected.limit
+        n_states, width = fields["s"]
+        states = read_states(payload, fields["c"], n_states, width, limit)
+        made = cls(states, fields["n"], fields["r"], fields["fp"], fields["th"], fields["c"], windows)
+        return _noted(made, digest, payload)
 
     def check(self, expected: Expected) -> None:
         """Check an object that somebody may have put together.
@@ -246,7 +273,9 @@ class EncodedPassage:
             StaleEncodingError: another checkpoint or encoder setting made it.
             CorruptEncodingError: what is expected cannot have made it.
         """
-        _check_expected(self._fields(self.codec), expected)
+        expected.check_fields(self._fields(self.codec))
+        if self.windows is not None:
+            expected.check_windows(self.windows)
         check_limit(self.states, expected.limit)
 
     def pool(self, ratio: int) -> EncodedPassage:
@@ -265,29 +294,43 @@ class EncodedPassage:
         if ratio == self.compression_ratio:
             # A copy would have to be rounded once more before it is written.
             return self
-        states = repool_states(self.states, self.n_tokens, self.compression_ratio, ratio)
+        tokens = [self.n_tokens] if self.windows is None else [window.n_tokens for window in self.windows]
+        parts = zip(self.window_states, tokens, strict=True)
+        states = torch.cat([repool_states(part, n_tokens, self.compression_ratio, ratio) for part, n_tokens in parts])
         # The digest of what was pooled will do, beside the ratio: it is known already where a string was read.
         return _noted(replace(self, states=states, compression_ratio=ratio), self.digest)
 
     def metadata_length(self) -> int:
         """Return the length of `to_metadata()` in characters."""
         codec, _ = self._written()
-        return inline_length(self.n_tokens, self.compression_ratio, self.states.shape[1], codec)
+        return inline_length(self.n_tokens, self.compression_ratio, self.states.shape[1], codec, self.windows)
 
     def _written(self) -> tuple[str, bytes]:
         """Return a codec and a payload."""
         return write_states(self.states, self.codec) if self._payload is None else (self.codec, self._payload)
 
+    def _body(self, payload: bytes) -> bytes:
+        """Return what a string or a store holds of the states' bytes."""
+        return write_table(self.windows) + payload
+
     def _fields(self, codec: str) -> dict[str, Any]:
         shape = [int(size) for size in self.states.shape]
-        values = (self.fingerprint, self.text_hash, self.n_tokens, self.compression_ratio, shape, codec)
-        return dict(zip(HEADER_KEYS, values, strict=False))
+        facts = (self.fingerprint, self.text_hash, self.n_tokens, self.compression_ratio)
+        return _make_fields(*facts, shape, codec, self.windows)
 
 
-def inline_length(n_tokens: int, ratio: int, width: int, codec: str) -> int:
+def _make_fields(
+    fingerprint: str, text_hash: str, n_tokens: int, ratio: int, shape: list[int], codec: str, windows: Windows | None
+) -> dict[str, Any]:
+    """Return a header without its checksum."""
+    fields = dict(zip(HEADER_KEYS, (fingerprint, text_hash, n_tokens, ratio, shape, codec), strict=False))
+    return fields if windows is None else {**fields, "w": len(windows)}
+
+
+def inline_length(n_tokens: int, ratio: int, width: int, codec: str, windows: Windows | None = None) -> int:
     """Return the characters of the metadata string of a passage whose states the codec can hold."""
-    n_states = n_pooled_states(n_tokens, ratio)
-    fields = dict(zip(HEADER_KEYS, ("0" * 32, "0" * 32, n_tokens, ratio, [n_states, width], codec), strict=False))
+    n_states = n_pooled_states(n_tokens, ratio) if windows is None else n_states_of(windows, ratio)
+    fields = _make_fields("0" * 32, "0" * 32, n_tokens, ratio, [n_states, width], codec, windows)
     return len(PREFIX) + len(write_header(fields)) + base64_length(payload_bytes(fields)) + 2
 
 
@@ -299,23 +342,8 @@ def _noted(encoding: EncodedPassage, digest: str, payload: bytes | None = None) 
     return encoding
 
 
-def _check_expected(fields: dict[str, Any], expected: Expected | None) -> None:
-    """Compare what a header says with what is expected."""
-    if expected is None:
-        return
-    if fields["fp"] != expected.fingerprint or fields["s"][1] != expected.width:
-        msg = (
-            f"an encoding must carry this reranker's fingerprint {expected.fingerprint} and states of width {expected.width}, "
-            f"but has {fields['fp']} and {fields['s'][1]}; encode the text again, or pass Passage(text, encoding), which does "
-            "so by itself"
-        )
-        raise StaleEncodingError(msg)
-    if fields["n"] > expected.max_tokens:
-        refuse(f"be of at most max_passage_tokens={expected.max_tokens} tokens, but has {fields['n']}")
-
-
-def _fetch_payload(fields: dict[str, Any], store: Mapping[str, bytes] | None) -> tuple[str, bytes]:
-    """Return the checksum, in hex, and the payload that a reference refers to."""
+def _fetch_body(fields: dict[str, Any], store: Mapping[str, bytes] | None) -> tuple[str, bytes]:
+    """Return the checksum, in hex, and the body that a reference refers to."""
     key = _payload_key(fields)
     entry = None
     if store is not None:
@@ -326,10 +354,10 @@ def _fetch_payload(fields: dict[str, Any], store: Mapping[str, bytes] | None) ->
         refuse(f"have its payload under {key!r}, but {where}")
     if len(entry) != CHECKSUM_BYTES + payload_bytes(fields):
         refuse(f"have an entry of {CHECKSUM_BYTES + payload_bytes(fields)} bytes in the payload_store, but has {len(entry)}")
-    stored, payload = entry[:CHECKSUM_BYTES], entry[CHECKSUM_BYTES:]
-    if stored != checksum(without_checksum(fields), payload):
+    stored, body = entry[:CHECKSUM_BYTES], entry[CHECKSUM_BYTES:]
+    if stored != checksum(without_checksum(fields), body):
         refuse("have a payload that matches its checksum, but the one in the payload_store does not")
-    return stored.hex(), payload
+    return stored.hex(), body
 
 
 def _payload_key(fields: dict[str, Any]) -> str:

@@ -16,6 +16,8 @@ from kalm_integrations.errors import CorruptEncodingError
 
 MAX_HEADER_CHARS = 1024
 HEADER_KEYS = ("fp", "th", "n", "r", "s", "c", "x")
+WINDOWED_KEYS = ("fp", "th", "n", "r", "s", "c", "w", "x")
+"""Those of a passage that was encoded in windows: `w` is how many they are."""
 CHECKSUM_BYTES = 8
 
 
@@ -39,7 +41,7 @@ def check_header(fields: dict[str, Any], header: str, payload: bytes = b"") -> N
 
 def without_checksum(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that the checksum covers."""
-    return {key: fields[key] for key in HEADER_KEYS[:-1]}
+    return {key: value for key, value in fields.items() if key != "x"}
 
 
 def base64_length(n_bytes: int) -> int:
@@ -56,8 +58,8 @@ def read_header(text: str) -> dict[str, Any]:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:
         refuse(f"have a JSON header, but it cannot be read ({error})", error)
-    if not isinstance(fields, dict) or tuple(fields) != HEADER_KEYS:
-        refuse(f"have a header with the keys {', '.join(HEADER_KEYS)}")
+    if not isinstance(fields, dict) or tuple(fields) not in (HEADER_KEYS, WINDOWED_KEYS):
+        refuse(f"have a header with the keys {', '.join(HEADER_KEYS)}, and w before x if it has windows")
     _check_hex(fields, "x", 16, "checksum")
     check_fields(fields)
     return fields
@@ -79,11 +81,22 @@ def check_fields(fields: dict[str, Any]) -> None:
     if not all(1 <= number <= MAX_TOKENS for number in (n_tokens, ratio, width)):
         got = f"{shown(n_tokens)}, {shown(ratio)} and {shown(width)}"
         refuse(f"have whole numbers between 1 and {MAX_TOKENS} as tokens, compression ratio and width, but has {got}")
-    if n_states != n_pooled_states(n_tokens, ratio):
-        wanted = n_pooled_states(n_tokens, ratio)
-        refuse(f"have ceil(n / r) states, for n={n_tokens} and r={ratio} that is {wanted}, but has {n_states}")
+    fewest = n_pooled_states(n_tokens, ratio)
+    if "w" in fields:
+        _check_count(fields["w"], n_tokens, ratio, n_states)
+    elif n_states != fewest:
+        refuse(f"have ceil(n / r) states, for n={n_tokens} and r={ratio} that is {fewest}, but has {n_states}")
     if not isinstance(fields["c"], str) or fields["c"] not in PAYLOAD_BYTES:
         refuse(f"have a codec out of {', '.join(PAYLOAD_BYTES)}, but got {str(fields['c'])[:16]!r}")
+
+
+def _check_count(n_windows: object, n_tokens: int, ratio: int, n_states: int) -> None:
+    """Check how many windows there are, as far as that needs none of them; see `windows.check_windows`."""
+    if type(n_windows) is not int or not 1 <= n_windows <= n_tokens:
+        refuse(f"have 1 to n={n_tokens} windows, but has {shown(n_windows)}")
+    if not n_tokens <= n_states * ratio < n_tokens + n_windows * ratio:
+        wanted = f"n={n_tokens} tokens in w={n_windows} windows at r={ratio}"
+        refuse(f"have the states of {wanted}, of which each window rounds its own up, but has {n_states}")
 
 
 def _check_hex(fields: dict[str, Any], key: str, digits: int, name: str) -> None:

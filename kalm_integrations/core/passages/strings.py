@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kalm_integrations.core.passages.header import base64_length, check_header, from_base64, read_header, refuse
+from kalm_integrations.core.passages.windows import table_bytes
 from kalm_integrations.core.sizes import PAYLOAD_BYTES
 from kalm_integrations.core.text import without_surrogates
 from kalm_integrations.core.types import ENCODING_KEY
@@ -30,8 +31,19 @@ def hash_text(text: str) -> str:
 
 
 def payload_bytes(fields: Fields) -> int:
-    """Return the bytes of a payload, by its checked header."""
-    return PAYLOAD_BYTES[fields["c"]](*fields["s"])
+    """Return the bytes of a payload, by its checked header: of its states, and of the table of its windows if it has any."""
+    states = PAYLOAD_BYTES[fields["c"]](*fields["s"])
+    return states + table_bytes(fields["w"]) if "w" in fields else states
+
+
+def fingerprint_of(value: str) -> str:
+    """Return the fingerprint in the header of a string that was read before.
+
+    Raises:
+        CorruptEncodingError: it has no header.
+    """
+    found: str = read_header(value.split(".", 2)[1] if "." in value else "")["fp"]
+    return found
 
 
 def read_string(value: object, check: Callable[[Fields], None]) -> tuple[Fields, bytes | None]:
