@@ -26,7 +26,6 @@ from kalm_integrations.core.text import Range
 from kalm_integrations.core.types import ENCODING_KEY, Ranking
 from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.corpora.bm25 import BM25
-from kalm_integrations.corpora.first_stage import order
 from kalm_integrations.corpora.measures import measure
 from kalm_integrations.evaluation.differences import mean_differences
 
@@ -169,7 +168,8 @@ def ask(ways: Mapping[str, Way], questions: Sequence[Question], candidates: Mapp
             way.rankings[one.id] = [ids[ranked.index] for ranked in ranking]
             if name == WINDOWS:
                 [own] = [ranked for ranked in ranking if ids[ranked.index] == one.passage]
-                way.hits[one.id] = holds_answer(own.window or (0, len(passages[own.index].text)), one.answers)
+                assert own.window is not None, "a long passage must be read in windows"
+                way.hits[one.id] = holds_answer(own.window, one.answers)
             if done <= SLOW_QUESTIONS:
                 way.ask[SLOW].append(timed_ranking(way.slow, one.text, passages)[1])
         if not done % 100:
@@ -188,9 +188,7 @@ def holds_answer(window: Range, answers: Sequence[Range]) -> bool:
     return any(window[0] <= start and end <= window[1] for start, end in answers)
 
 
-def by_group(
-    questions: Sequence[Question], rankings: Mapping[str, Mapping[str, Sequence[str]]]
-) -> dict[str, dict[str, Any]]:
+def by_group(questions: Sequence[Question], rankings: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, dict[str, Any]]:
     """Return what each way's orders are worth in each group of questions, and how far those of `COMPARED` differ.
 
     Args:
@@ -240,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ways = {name: Way.open(options.model, settings) for name, settings in WAYS.items()}
     encode(ways, collection.passages)
     ask(ways, questions, candidates)
-    hits = ways[WINDOWS].hits
+    rankings = {FIRST_STAGE: candidates, **{name: way.rankings for name, way in ways.items()}}
     measured = {
         "machine": facts,
         "model": options.model,
@@ -248,11 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "tokens": fmean({one.passage: one.n_tokens for one in questions}.values()),
         "candidates": options.top_k,
         "recall": recall,
-        "groups": by_group(questions, {FIRST_STAGE: candidates, **{name: way.rankings for name, way in ways.items()}}),
+        "groups": by_group(questions, rankings),
+        "window_hits": fmean(ways[WINDOWS].hits.values()),
         "costs": costs(ways),
-        "window holds answer": {
-            group: fmean(hits[one.id] for one in questions if group in one.groups) for group in (ALL, *THIRDS)
-        },
     }
     trials.write(options.output, measured)
 

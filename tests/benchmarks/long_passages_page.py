@@ -1,8 +1,12 @@
-"""`python -m benchmarks.long_passages_page`: what the ways to read long passages are worth, as tables of their page."""
+"""`python -m benchmarks.long_passages_page`: what the ways to read long passages are worth, as tables of their page.
+
+With the path of other results, of another checkpoint for example, it prints their tables.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,8 @@ def quality(measured: dict[str, Any]) -> str:
         f"average, {measured['candidates']} candidates; {NDCG} / share of the questions whose own passage comes first:\n\n"
         f"{table([*head, *names], values)}\n\n"
         f"Differences in {NDCG}, with 95 % intervals:\n\n"
-        f"{table([*head, *(f'{way}, to {base}' for way, base in COMPARED)], differences)}"
+        f"{table([*head, *(f'{way}, to {base}' for way, base in COMPARED)], differences)}\n\n"
+        f"The best window of a question's own passage holds an answer for {100 * measured['window_hits']:.0f} % of the questions."
     )
 
 
@@ -54,13 +59,22 @@ def _group(name: str, row: dict[str, Any]) -> list[str]:
     return [name, f"{row['questions']:,}"]
 
 
+MAKERS = {"long passages": quality, "long passages' costs": costs}
+
+
 def updated(measured: dict[str, Any] | None = None) -> str:
     """Return the page with its tables as they were measured."""
     found = json.loads(MEASURED.read_text(encoding="utf-8")) if measured is None else measured
     text = PAGE.read_text(encoding="utf-8")
-    text = between_marks(text, "long passages", quality(found))
-    return between_marks(text, "long passages' costs", costs(found))
+    for name, make in MAKERS.items():
+        text = between_marks(text, name, make(found))
+    return text
 
 
 if __name__ == "__main__":
-    Path(PAGE).write_text(updated(), encoding="utf-8")
+    if paths := sys.argv[1:]:
+        for path in paths:
+            measured = json.loads(Path(path).read_text(encoding="utf-8"))
+            print("\n\n".join(make(measured) for make in MAKERS.values()))
+    else:
+        PAGE.write_text(updated(), encoding="utf-8")

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 from kalm_integrations import KalmReranker
 from kalm_integrations.core.checkpoint.prompts import passage_text
 from kalm_integrations.core.text import Range
+from kalm_integrations.core.windowing import passage_offsets
 
 MODEL = "pico"
 FEWEST_TOKENS, MOST_TOKENS = 2000, 8000
 BETWEEN = "\n\n"
-TEXT_STARTS = len(passage_text(""))
 
 Tokens = Callable[[str], list[Range]]
 """Returns where the tokens of a passage's text, as the encoder reads it, begin and end."""
@@ -99,7 +99,9 @@ def place_answers(
             yield {"_id": row["_id"], "passage": key, "answers": ranges, "token": token, "tokens": len(begins[key])}
 
 
-def write(folder: Path, passages: Mapping[str, Joined], answers: Sequence[Mapping[str, Any]], queries: Mapping[str, str]) -> None:
+def write(
+    folder: Path, passages: Mapping[str, Joined], answers: Sequence[Mapping[str, Any]], queries: Mapping[str, str]
+) -> None:
     """Write a BEIR folder with `answers.jsonl`."""
     (folder / "qrels").mkdir(parents=True)
     tables: dict[str, list[Mapping[str, Any]]] = {
@@ -132,8 +134,7 @@ def tokens_of(model: str) -> Tokens:
 
     def tokens(text: str) -> list[Range]:
         # No text has more tokens than bytes.
-        offsets = tokenizer.offsets(passage_text(text), len(passage_text(text).encode()))
-        return [(max(start - TEXT_STARTS, 0), max(end - TEXT_STARTS, 0)) for start, end in offsets]
+        return passage_offsets(tokenizer, text, len(passage_text(text).encode()))
 
     return tokens
 
