@@ -25,6 +25,8 @@
 | span_cost.py | what that costs a query: `python -m benchmarks.span_cost` |
 | batches.py | speed and memory of a GPU by batch size: `python -m benchmarks.batches` |
 | spans_page.py | tables of the last three: `python -m benchmarks.spans_page` |
+| long_passages.py | cut, windows or one long pass: `python -m benchmarks.long_passages FOLDER` |
+| long_passages_page.py | its tables: `python -m benchmarks.long_passages_page` |
 | machine.py | what the figures depend on |
 | render.py, bars.py, plots.py, tables.py, page.md | results to docs/benchmarks.md |
 """
