@@ -35,11 +35,11 @@ def quality(measured: dict[str, Any]) -> str:
     head = ["the answer lies in", "questions"]
     return (
         f"{groups[ALL]['questions']:,} questions, {measured['passages']:,} passages of {measured['tokens']:,.0f} tokens on "
-        f"average, {measured['candidates']} candidates; {NDCG} / share of the questions whose own passage comes first:\n\n"
-        f"{table([*head, *names], values)}\n\n"
+        f"average; BM25's {measured['candidates']} best have {100 * measured['recall']:.0f} % of the questions' own passages. "
+        f"{NDCG} / share of the questions whose own passage comes first:\n\n{table([*head, *names], values)}\n\n"
         f"Differences in {NDCG}, with 95 % intervals:\n\n"
         f"{table([*head, *(f'{way}, to {base}' for way, base in COMPARED)], differences)}\n\n"
-        f"The best window of a question's own passage holds an answer for {100 * measured['window_hits']:.0f} % of the questions."
+        f"For {100 * measured['window_hits']:.0f} % of the questions, the best window of their own passage holds an answer."
     )
 
 
@@ -52,7 +52,9 @@ def costs(measured: dict[str, Any]) -> str:
         for way, row in rows.items()
     ]
     head = ["way", "encode a passage: s", "metadata: kB", f"a query, {WARM}: ms", f"a query, {SLOW}: ms"]
-    return f"CPU seconds of one thread, {measured['machine']['cpu']}:\n\n{table(head, body)}"
+    facts = measured["machine"]
+    place = facts["gpu"] or f"one thread of {facts['cpu']}"
+    return f"{measured['model']}, {place}; in brackets, times what cut passages cost:\n\n{table(head, body)}"
 
 
 def _group(name: str, row: dict[str, Any]) -> list[str]:
