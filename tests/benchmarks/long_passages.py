@@ -33,8 +33,8 @@ FIRST_STAGE, CUT, WINDOWS, HALF, WHOLE = "BM25", "cut", "windows", "one pass, 4,
 WAYS: dict[str, dict[str, Any]] = {
     CUT: {"long_passages": "cut"},
     WINDOWS: {"long_passages": "windows"},
-    HALF: {"max_passage_tokens": 4096},
-    WHOLE: {"max_passage_tokens": 8192},
+    HALF: {"long_passages": "cut", "max_passage_tokens": 4096},
+    WHOLE: {"long_passages": "cut", "max_passage_tokens": 8192},
 }
 COMPARED = ((WINDOWS, CUT), (HALF, CUT), (WHOLE, CUT), (WINDOWS, HALF), (WINDOWS, WHOLE))
 """Ways whose differences are measured: of the first to the second."""
