@@ -106,10 +106,10 @@ class KalmReranker(Reranker):
                 store encodes the text again; see `flush`.
             max_store_bytes: what `write_through` lets an LMDB store grow to; the least recently used encodings go. None sets
                 no bound.
-            max_passage_tokens: longer passages are cut, as the reference does, or read in windows of so many tokens; 1,024 by
-                default.
-            long_passages: "cut" reads the first `max_passage_tokens` of a longer passage; "windows" encodes all of it, in
-                windows that overlap, and scores it by the best one. It changes no encoding of a shorter passage.
+            max_passage_tokens: longer passages are read in windows of so many tokens, or cut; 1,024 by default.
+            long_passages: "windows", the default, encodes all of a longer passage, in windows that overlap, and scores it by
+                the best one; "cut" reads its first `max_passage_tokens` only, as the reference does. Encodings of shorter
+                passages do not depend on it.
             max_windows: windows of a passage at most; what is behind them is not read. 64 by default.
             max_query_tokens: longer queries are cut; 512 by default.
             instruction: what makes a passage relevant; may also be given per query. Does not touch encodings.

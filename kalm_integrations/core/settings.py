@@ -29,8 +29,8 @@ COMPRESSION_RATIOS = (1, 2, 4, 8, 16, 32, 64, 128)
 MAX_TOKENS = 2**17
 """Tokens of a passage, and ratios, that the encoding format knows; the position limit that the model cards claim."""
 
-MIN_WINDOW_TOKENS = 32
-"""Windows of fewer tokens would be little more than the template's prefix."""
+MIN_WINDOW_TOKENS = 64
+"""A single character may take half of them, once it is normalised. Where passages are shorter, long ones are cut."""
 
 WINDOW_OVERLAP = 8
 """Which part of a window the next one repeats at most: an eighth, so that no sentence is cut in two in both."""
@@ -116,7 +116,7 @@ class EncoderSettings(_Settings):
 
     max_passage_tokens: int = Field(default=1024, ge=1, le=MAX_TOKENS)
     allow_special_tokens: bool = False
-    long_passages: Literal["cut", "windows"] = "cut"
+    long_passages: Literal["cut", "windows"] = "windows"
     max_windows: PositiveInt = 64
     """Of a passage, beside what `MAX_TOKENS` allows."""
 

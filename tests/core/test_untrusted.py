@@ -55,7 +55,7 @@ def test_states_that_no_encoder_can_give_are_made_anew_and_fail_no_query(make_re
 
 def test_one_value_beyond_the_bound_is_enough(reranker):
     [honest] = reranker.encode_passages(TEXTS[:1])
-    limit = reranker._ranker.reader._expected.limit
+    limit = reranker._ranker.reader.expected.limit
     for feature in range(0, honest.states.shape[1], 7):
         for factor, status in ((0.999, "stored"), (1.001, "corrupt")):
             states = honest.states.clone()

@@ -14,7 +14,10 @@ import torch
 from kalm_integrations import EncodedPassage
 from kalm_integrations.core.checkpoint.prompts import passage_text
 from kalm_integrations.core.passages.strings import hash_text
+from kalm_integrations.core.passages.windows import Window
 from tools.paths import TESTS
+
+Tokens = int | list[list[int]]
 
 GOLDEN = TESTS / "data" / "encodings_v1.json"
 
@@ -36,6 +39,12 @@ SHAPES = [
     ("rot2", 3, 2, 129, 3.0),
     ("rot2", 6, 2, 66, 0.1),
 ]
+# The same with windows instead of tokens: of each its start, its end and its tokens.
+WINDOWED_SHAPES = [
+    ("fp16", [[0, 40, 5], [31, 80, 4], [75, 90, 1]], 2, 3, 1.0),
+    ("fp32", [[0, 70_000, 3]], 4, 2, 1.0),
+    ("rot4", [[0, 300, 9], [280, 500, 7]], 4, 129, 0.1),
+]
 PLAIN_FACTOR = 0.1
 """With it the first state is one number all through, and the second is zero."""
 
@@ -48,18 +57,22 @@ def golden_states(n_states: int, width: int, factor: float) -> torch.Tensor:
     return states
 
 
-def make_case(codec: str, n_tokens: int, ratio: int, width: int, factor: float) -> dict[str, Any]:
-    text = f"{codec} {width}"
-    states = golden_states(-(-n_tokens // ratio), width, factor)
-    encoding = EncodedPassage(states, n_tokens, ratio, "0123456789abcdef" * 2, hash_text(passage_text(text)), codec)
+def make_case(codec: str, tokens: Tokens, ratio: int, width: int, factor: float) -> dict[str, Any]:
+    windows = None if isinstance(tokens, int) else tuple(Window(*window) for window in tokens)
+    text = text_of(codec, tokens, width)
+    counts = [tokens] if isinstance(tokens, int) else [n_tokens for _, _, n_tokens in tokens]
+    states = golden_states(sum(-(-n_tokens // ratio) for n_tokens in counts), width, factor)
+    facts = (sum(counts), ratio, "0123456789abcdef" * 2, hash_text(passage_text(text)), codec)
+    encoding = EncodedPassage(states, *facts, windows)
     store: dict[str, bytes] = {}
     value, reference = encoding.to_metadata(), encoding.to_metadata(store)
     [(key, entry)] = store.items()
     return {
         "text": text,
         "codec": codec,
-        "n_tokens": n_tokens,
+        "n_tokens": encoding.n_tokens,
         "compression_ratio": ratio,
+        **({} if windows is None else {"windows": tokens}),
         "written": states.tolist(),
         "value": value,
         "reference": reference,
@@ -68,10 +81,15 @@ def make_case(codec: str, n_tokens: int, ratio: int, width: int, factor: float) 
     }
 
 
+def text_of(codec: str, tokens: Tokens, width: int) -> str:
+    return f"{codec} {width}" if isinstance(tokens, int) else f"{codec} {width}, {len(tokens)} windows"
+
+
 def extended(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return cases with those behind them that they lack."""
     present = {case["text"] for case in cases}
-    return cases + [make_case(*shape) for shape in SHAPES if f"{shape[0]} {shape[3]}" not in present]
+    shapes: list[tuple[str, Tokens, int, int, float]] = [*SHAPES, *WINDOWED_SHAPES]
+    return cases + [make_case(*shape) for shape in shapes if text_of(shape[0], shape[1], shape[3]) not in present]
 
 
 if __name__ == "__main__":

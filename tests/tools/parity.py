@@ -48,6 +48,8 @@ class Parity:
             "dtype": dtype,
             "max_passage_tokens": max_passage_tokens,
             "max_query_tokens": max_query_tokens,
+            # As the reference does.
+            "long_passages": "cut",
             "allow_special_tokens": allow_special_tokens,
             "storage_codec": "fp32",
         }

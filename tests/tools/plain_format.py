@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -43,8 +43,13 @@ def write_reference(fields: Mapping[str, Any], payload: bytes) -> tuple[str, dic
     return f"kalm1r.{write_header(fields)}", {key: checksum(fields, payload) + payload}
 
 
+def write_table(windows: Sequence[Sequence[int]]) -> bytes:
+    """Return the table of windows: start, end and number of tokens of each."""
+    return struct.pack("<I", len(windows)) + b"".join(struct.pack("<III", *window) for window in windows)
+
+
 def read(value: str, store: Mapping[str, bytes] | None = None) -> tuple[dict[str, Any], list[list[float]]]:
-    """Return the header's fields and the states of a valid value."""
+    """Return the header's fields and the states of a valid value; of one with windows the fields have them as `windows`."""
     prefix, header, *body = value.split(".")
     fields = json.loads(read_base64(header))
     if prefix == "kalm1":
@@ -55,6 +60,11 @@ def read(value: str, store: Mapping[str, bytes] | None = None) -> tuple[dict[str
         entry = (store or {})["{fp}:{th}:{r}:{c}".format(**fields)]
         payload = entry[8:]
         assert entry[:8] == checksum(fields, payload)
+    if "w" in fields:
+        end = 4 + 12 * fields["w"]
+        assert struct.unpack_from("<I", payload) == (fields["w"],)
+        fields["windows"] = [list(window) for window in struct.iter_unpack("<III", payload[4:end])]
+        payload = payload[end:]
     return fields, READERS[fields["c"]](payload, *fields["s"])
 
 

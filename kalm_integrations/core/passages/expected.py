@@ -68,6 +68,8 @@ class Expected:
                 f"{fields['fp']} and {fields['s'][1]}; {remedy}"
             )
             raise StaleEncodingError(msg)
+        if "w" not in fields and fields["n"] > self.max_tokens:
+            refuse(f"be of at most max_passage_tokens={self.max_tokens} tokens, but has {fields['n']}")
         if not is_current(fields, self.fingerprint, self.windows_fingerprint, self.max_tokens):
             msg = (
                 f"an encoding of max_passage_tokens={self.max_tokens} tokens or more must be in windows and carry the "
@@ -75,8 +77,6 @@ class Expected:
                 f"{fields.get('w', 'no')} windows and {fields['fp']}; {remedy}"
             )
             raise StaleEncodingError(msg)
-        if "w" not in fields and fields["n"] > self.max_tokens:
-            refuse(f"be of at most max_passage_tokens={self.max_tokens} tokens, but has {fields['n']}")
         if fields.get("w", 1) > self.max_windows:
             refuse(f"be of at most max_windows={self.max_windows} windows, but has {fields['w']}")
 

@@ -24,6 +24,7 @@ from kalm_integrations.core.model.pooling import pool_states
 from kalm_integrations.core.passages import encoding as encoding_module
 from kalm_integrations.core.passages.codecs import CODECS, WRITERS
 from kalm_integrations.core.passages.strings import hash_text
+from kalm_integrations.core.passages.windows import Window
 from kalm_integrations.core.settings import MAX_TOKENS
 from kalm_integrations.core.sizes import n_pooled_states
 from kalm_integrations.errors import (
@@ -559,6 +560,10 @@ def test_what_is_stored_within_a_limit_is_what_was_scored(tiny_checkpoint, codec
 # --- the promise
 
 
+def windows_of(case: dict[str, Any]) -> tuple[Window, ...] | None:
+    return tuple(Window(*window) for window in case["windows"]) if "windows" in case else None
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["text"])
 def test_golden_values_are_read_as_ever(case):
     store = {key: bytes.fromhex(entry) for key, entry in case["store"].items()}
@@ -567,7 +572,9 @@ def test_golden_values_are_read_as_ever(case):
         assert read.states.tolist() == case["read"]
         assert (read.n_tokens, read.compression_ratio) == (case["n_tokens"], case["compression_ratio"])
         assert (read.fingerprint, read.text_hash) == (FINGERPRINT, hash_text(f"<Document>: {case['text']}"))
-        assert plain_format.read(value, store)[1] == case["read"]
+        assert read.windows == windows_of(case)
+        fields, states = plain_format.read(value, store)
+        assert (states, fields.get("windows")) == (case["read"], case.get("windows"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["text"])
@@ -581,7 +588,7 @@ def test_golden_values_that_were_read_are_written_as_they_were(case):
 @pytest.mark.parametrize("case", [case for case in CASES if case["codec"] in WRITERS], ids=lambda case: case["text"])
 def test_golden_values_are_still_written(case):
     text_hash = hash_text(f"<Document>: {case['text']}")
-    facts = (case["n_tokens"], case["compression_ratio"], FINGERPRINT, text_hash, case["codec"])
+    facts = (case["n_tokens"], case["compression_ratio"], FINGERPRINT, text_hash, case["codec"], windows_of(case))
     encoding = EncodedPassage(torch.tensor(case["written"]), *facts)
     assert encoding.as_stored().states.tolist() == case["read"]
     # The page leaves it to writers how they choose levels and scales, so that only what is read is held fast.
