@@ -8,7 +8,21 @@ from pathlib import Path
 
 import pytest
 from benchmarks import long_passages, long_passages_page
-from benchmarks.long_passages import CUT, FIRST_STAGE, HALF, NDCG, SLOW, TOP, WARM, WAYS, WHOLE, WINDOWS, Question
+from benchmarks.long_passages import (
+    COMPARED,
+    CUT,
+    FIRST_STAGE,
+    HALF,
+    NDCG,
+    REACHES,
+    SLOW,
+    TOP,
+    WARM,
+    WAYS,
+    WHOLE,
+    WINDOWS,
+    Question,
+)
 from benchmarks.span_cases import answered
 from tools import long_articles
 from tools.long_articles import FEWEST_TOKENS, MOST_TOKENS, divide
@@ -126,3 +140,17 @@ def test_the_page_shows_what_was_measured():
     assert long_passages_page.updated() == long_passages_page.PAGE.read_text(encoding="utf-8"), (
         "run, from tests/: python -m benchmarks.long_passages_page"
     )
+
+
+def test_the_words_of_the_page_are_those_of_the_figures():
+    """Windows find answers anywhere, lose nothing where the cut reads, and are above one pass; one pass is below the cut."""
+    groups = json.loads(long_passages_page.MEASURED.read_text(encoding="utf-8"))["groups"]
+    differences = {name: dict(zip(COMPARED, row["differences"], strict=True)) for name, row in groups.items()}
+    read_by_all, *behind = REACHES
+    assert min(row["ways"][WINDOWS][NDCG] for row in groups.values()) > 0.92
+    assert differences[read_by_all][WINDOWS, CUT]["high"] > 0
+    assert differences[read_by_all][WHOLE, CUT]["high"] < differences[read_by_all][HALF, CUT]["mean"] < 0
+    for name, found in differences.items():
+        assert min(found[WINDOWS, way]["low"] for way in (HALF, WHOLE)) > 0, name
+    for name in behind:
+        assert groups[name]["ways"][CUT][NDCG] < groups[name]["ways"][FIRST_STAGE][NDCG] - 0.2
