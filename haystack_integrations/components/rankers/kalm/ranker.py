@@ -140,8 +140,8 @@ class KalmRanker(KalmComponent):
             max_query_tokens: longer queries are cut; 512 by default.
             calibration: make scores probabilities: True takes what `kalm calibrate` saved beside the checkpoint, or give
                 `{"temperature": ..., "bias": ...}`.
-            highlight: return in `meta["relevant_spans"]` the sentences of `content` with their scores, best first. Of one that was
-                read in windows they are those of the best window, and `meta["relevant_window"]` says where it lies.
+            highlight: return in `meta["relevant_spans"]` the sentences of `content` with their scores, best first. Of one
+                that was read in windows they are those of the best window, and `meta["relevant_window"]` says where it lies.
             prune: return copies whose `content` is cut to the best sentence and to those that `prune_threshold` lets stay, all
                 of the best window if there are windows; `meta["kept_spans"]` says where in the original they lie.
             prune_threshold: part of the best sentence's odds, score / (1 - score), that a sentence must have for it; 0.001
