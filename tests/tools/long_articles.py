@@ -17,13 +17,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.corpora import write_collection
-
 from kalm_integrations import KalmReranker
 from kalm_integrations.core.checkpoint.prompts import passage_text
 from kalm_integrations.core.text import Range
 from kalm_integrations.core.windowing import passage_offsets
 from kalm_integrations.corpora.beir import Collection
+from tools.corpora import write_collection
 
 MODEL = "pico"
 FEWEST_TOKENS, MOST_TOKENS = 2000, 8000
