@@ -53,5 +53,10 @@ def prefix_dtypes(incomplete: str) -> list[str]:
     return _beginning(("float32", "bfloat16", "float16", "int8"), incomplete)
 
 
+def long_passages(incomplete: str) -> list[str]:
+    """Complete what becomes of long passages."""
+    return _beginning(("windows", "cut"), incomplete)
+
+
 def _beginning(values: Iterable[str], incomplete: str) -> list[str]:
     return [value for value in values if value.startswith(incomplete)]

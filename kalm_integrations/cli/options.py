@@ -63,6 +63,19 @@ Codec = Annotated[
     str | None,
     typer.Option(help="fp32, fp16, bf16, int8, rot4, rot3 or rot2.", show_default="rot4", autocompletion=completion.codecs),
 ]
+LongPassages = Annotated[
+    str | None,
+    typer.Option(
+        metavar="cut|windows",
+        help="What becomes of passages that are longer than the model's limit: windows encodes all of them, in windows that "
+        "overlap; cut reads their beginning only.",
+        show_default="windows",
+        autocompletion=completion.long_passages,
+    ),
+]
+MaxWindows = Annotated[
+    int | None, typer.Option(help="Windows of a passage at most; what is behind them is not read.", show_default="64")
+]
 PayloadStore = Annotated[
     Path | None, typer.Option(help="Folder of an LMDB store for encodings that are too long for their row.")
 ]
