@@ -54,8 +54,8 @@ def backfill(
         document_store: a store with `update_by_filter`.
         encoder: brings model and settings; `KalmDocumentEncoder()` for None.
         filters: restricts the work to documents that match, in Haystack's filter language.
-        check_texts: read every document. False believes `kalm_fp`: fewer documents are read, but an encoding that is damaged
-            or of another text is not found.
+        check_texts: read every document. False believes `kalm_fp`: fewer documents are read, but an encoding that is damaged,
+            of another text, or of a text that was cut before `long_passages` was set, is not found.
         batch_size: documents read, encoded and written at a time.
         documents_per_second: at most, so that queries have the store and the model; None goes as fast as it can.
         progress_bar: draw one.

@@ -29,6 +29,8 @@ RERANKED_KEY = "reranked"
 
 RELEVANT_SPANS_KEY = "relevant_spans"
 """Metadata key of a text's sentences with their scores, best first; see `highlight`."""
+RELEVANT_WINDOW_KEY = "relevant_window"
+"""Metadata key of where the window lies in a text that its sentences are of, if it was read in windows; see `highlight`."""
 KEPT_SPANS_KEY = "kept_spans"
 """Metadata key of the parts of the original that a pruned text has; see `prune`."""
 
@@ -38,6 +40,7 @@ RESERVED_KEYS = (
     KEPT_SPANS_KEY,
     RELEVANCE_SCORE_KEY,
     RELEVANT_SPANS_KEY,
+    RELEVANT_WINDOW_KEY,
     RERANKED_KEY,
     RETRIEVAL_SCORE_KEY,
 )
@@ -116,13 +119,19 @@ def without_marks(metadata: Mapping[Any, Any]) -> dict[Any, Any]:
     What others keep under these keys stays.
     """
     marks = {key for key in (KEPT_SPANS_KEY, RELEVANT_SPANS_KEY) if _is_of_spans(metadata.get(key))}
+    if _is_place(metadata.get(RELEVANT_WINDOW_KEY)):
+        marks.add(RELEVANT_WINDOW_KEY)
     if metadata.get(RERANKED_KEY) is False:
         marks.add(RERANKED_KEY)
     return {key: value for key, value in metadata.items() if key not in marks}
 
 
 def _is_of_spans(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, dict) and {"start", "end"} <= item.keys() for item in value)
+    return isinstance(value, list) and all(map(_is_place, value))
+
+
+def _is_place(value: object) -> bool:
+    return isinstance(value, dict) and {"start", "end"} <= value.keys()
 
 
 def added_metadata(place: RankedPassage) -> dict[str, float | bool]:

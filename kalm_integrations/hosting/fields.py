@@ -32,7 +32,15 @@ from kalm_integrations.core.types import ENCODING_KEY, FusionMethod, RankedPassa
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.hosting.documents import check_encoding_key
 from kalm_integrations.hosting.fetching import Fetch, Fetcher
-from kalm_integrations.hosting.models import FUNCTIONS, Opened, WithModel, check_model, check_model_kwargs, check_no_token
+from kalm_integrations.hosting.models import (
+    FUNCTIONS,
+    Opened,
+    WithModel,
+    check_model,
+    check_model_kwargs,
+    check_no_token,
+    fingerprints_of,
+)
 from kalm_integrations.hosting.pruning import (
     DEFAULT_PRUNE_THRESHOLD,
     Excerpt,
@@ -49,6 +57,8 @@ MODEL_FIELDS = (
     "storage_codec",
     "max_inline_bytes",
     "max_passage_tokens",
+    "long_passages",
+    "max_windows",
     "max_query_tokens",
     "system_instruction",
     "calibration",
@@ -174,7 +184,12 @@ class ModelFields(CheckedModel, WithModel):
     max_inline_bytes: Whole = None
     """If set, each encoding is pooled until its metadata string is not longer."""
     max_passage_tokens: Whole = None
-    """Longer passages are cut; 1,024 if not set."""
+    """Longer passages are cut, or read in windows of so many tokens; 1,024 if not set."""
+    long_passages: Literal["cut", "windows"] | None = None
+    """"cut" reads the first `max_passage_tokens` of a longer passage, "windows" all of it, in windows that overlap: its score
+    is that of the best one."""
+    max_windows: Whole = None
+    """Windows of a passage at most; 64 if not set."""
     model_kwargs: dict[str, Any] = Field(default_factory=dict, repr=False)
     """What else `KalmReranker.from_pretrained` takes: storage_mode, payload_store, cache_bytes, batch sizes, … A token belongs
     into HF_TOKEN, a saved login, or a reranker that is given as model."""
@@ -201,7 +216,7 @@ class ModelFields(CheckedModel, WithModel):
     @field_serializer("model")
     def _serialize_model(self, model: Any) -> str:
         # Caches are keyed by this: one reranker must not be served what another has encoded.
-        return f"{type(model).__name__}:{model.fingerprint}" if is_reranker(model) else os.fspath(model)
+        return ":".join((type(model).__name__, *fingerprints_of(model))) if is_reranker(model) else os.fspath(model)
 
     @field_serializer("model_kwargs")
     def _serialize_model_kwargs(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -257,10 +272,11 @@ class RerankFields(QueryFields, EncodingFields):
     fusion_weight: float | None = None
     """The reranker's share in a fusion, from 0 to 1."""
     highlight: bool = False
-    """Return in the metadata `relevant_spans` the sentences of a document's text with their scores, best first."""
+    """Return in the metadata `relevant_spans` the sentences of a document's text with their scores, best first. Of one that
+    was read in windows they are those of the best window, and `relevant_window` says where it lies."""
     prune: bool = False
-    """Return copies that are cut to the best sentence and to those that `prune_threshold` lets stay. The metadata `kept_spans`
-    say where in the original they lie."""
+    """Return copies that are cut to the best sentence and to those that `prune_threshold` lets stay, all of the best window if
+    there are windows. The metadata `kept_spans` say where in the original they lie."""
     prune_threshold: PruneThreshold = None
     """Part of the best sentence's odds, score / (1 - score), that a sentence must have for `prune`; None takes 0.001."""
     strip_encodings: bool = True

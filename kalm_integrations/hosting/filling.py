@@ -20,7 +20,8 @@ from kalm_integrations.core.passages.strings import hash_text, read_string
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, shown
 from kalm_integrations.errors import CorruptEncodingError, KalmError, SettingsError, StoreError
 from kalm_integrations.hosting.documents import fingerprint_key, under_key
-from kalm_integrations.hosting.ranking import encode_missing
+from kalm_integrations.hosting.models import fingerprints_of
+from kalm_integrations.hosting.ranking import encode_missing, kept_metadata
 from kalm_integrations.hosting.stores import (
     PAGE_SIZE,
     Addition,
@@ -127,14 +128,15 @@ def backfill(
         access: to the store.
         kind: how its documents are read.
         reranker: encodes them.
-        check_texts: read every document; otherwise those whose label says that they are of this reranker are believed.
+        check_texts: read every document; otherwise those whose label says that they are of this reranker are believed. The
+            label does not say whether a passage was cut, so a change of `long_passages` asks for a run that reads all.
         pace: how fast to go.
 
     Raises:
         EncodingTooLargeError: an encoding does not fit `max_inline_bytes`.
         StoreError: the store could not be read.
     """
-    label = kind.label(reranker.fingerprint)
+    label = kind.label(*fingerprints_of(reranker))
     counts: Counter[str] = Counter()
     written = Written()
     for ids in pace.batches(_ids(access, None if check_texts else label), "Encoding"):
@@ -145,11 +147,12 @@ def backfill(
             held[index][0]: Addition(held[index][1], under_key(metadata, kind.encoding_key))
             for index, metadata in made.items()
         }
+        kept = {index: kept_metadata(reranker, passages[index]) for index, status in enumerate(reading) if status == "stored"}
         # The encoding too: a host may have to hide both keys.
         labels = {
-            document_id: Addition(document, {kind.encoding_key: passage.encoding or "", label.key: label.fingerprint})
-            for (document_id, document), passage, status in zip(held, passages, reading, strict=True)
-            if status == "stored" and not label.is_on(kind.metadata(document))
+            held[index][0]: Addition(held[index][1], under_key(metadata, kind.encoding_key))
+            for index, metadata in kept.items()
+            if kind.metadata(held[index][1]).get(label.key) != metadata[FINGERPRINT_KEY]
         }
         written += add_encodings(access, kind, additions)
         add_encodings(access, kind, labels)

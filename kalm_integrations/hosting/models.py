@@ -16,6 +16,7 @@ from kalm_integrations.core.base import Reranker, is_reranker
 from kalm_integrations.core.forks import ForkSafeLock
 from kalm_integrations.core.passages.redis_store import is_redis_url, is_without_password
 from kalm_integrations.core.passages.stores import check_stores, check_stores_travel
+from kalm_integrations.core.passages.strings import fingerprint_of
 from kalm_integrations.core.settings import SETTING_NAMES, STORE_SETTINGS, build_settings, check_names
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.remote.address import check_address, is_address
@@ -63,6 +64,17 @@ def as_reranker(model: Reranker | str | os.PathLike[str], **settings: Any) -> Re
 @functools.cache
 def _notice_pico() -> None:
     logger.warning("using the small built-in checkpoint 'pico'; for production pass model='nano' or larger")
+
+
+def fingerprints_of(reranker: Reranker) -> tuple[str, ...]:
+    """Return all that a reranker's encodings may carry; somebody else's, of whatever class, may know of one only."""
+    return reranker.fingerprints if hasattr(type(reranker), "fingerprints") else (reranker.fingerprint,)
+
+
+def kept_fingerprint(reranker: Reranker, encoding: str) -> str:
+    """Return which of its fingerprints an encoding carries that a reranker has found valid."""
+    fingerprint, *others = fingerprints_of(reranker)
+    return fingerprint_of(encoding) if others else fingerprint
 
 
 def check_model(model: object, settings: Mapping[str, Any]) -> None:

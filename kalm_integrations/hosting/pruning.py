@@ -10,7 +10,7 @@ from typing import Any
 from kalm_integrations.core.text import Range, without_blanks
 from kalm_integrations.core.types import RankedPassage, Span, as_number, shown
 from kalm_integrations.errors import SettingsError
-from kalm_integrations.hosting.documents import KEPT_SPANS_KEY, RELEVANT_SPANS_KEY
+from kalm_integrations.hosting.documents import KEPT_SPANS_KEY, RELEVANT_SPANS_KEY, RELEVANT_WINDOW_KEY
 
 DEFAULT_PRUNE_THRESHOLD = 0.001
 """Part of the best sentence's odds that another must have to be kept, where none is given. By docs/spans.md."""
@@ -50,7 +50,7 @@ class Excerpt:
     """What spans make of a returned document."""
 
     metadata: dict[str, Any] = field(default_factory=dict)
-    """To add: the spans that were asked for."""
+    """To add: the spans that were asked for, and their window."""
     text: str | None = None
     """The text that is left; None: it stays as it is."""
 
@@ -61,19 +61,25 @@ def excerpt(text: str, place: RankedPassage, *, highlight: bool, threshold: floa
     Args:
         text: the document's own, as it came. What was judged may have had metadata around it.
         place: of the document, with its spans.
-        highlight: put the spans into the metadata.
+        highlight: put the spans into the metadata, and the window that they are of, if there are several.
         threshold: cut the text to the sentences that it lets stay, see `kept_ranges`; None leaves it whole.
     """
     if not place.is_scored:
         return Excerpt()
-    spans = own_spans(text, place.text or "", place.spans or ())
+    judged = place.text or ""
+    spans = own_spans(text, judged, place.spans or ())
+    windows = [] if place.window is None else own_spans(text, judged, [Span(*place.window, place.score)])
+    # There is none if it lies in the metadata around the text.
+    window = next(((window.start, window.end) for window in windows), None)
     metadata: dict[str, Any] = {}
     if highlight:
         metadata[RELEVANT_SPANS_KEY] = [span.to_dict() for span in spans]
+        if window is not None:
+            metadata[RELEVANT_WINDOW_KEY] = _to_dict(window)
     if threshold is None:
         return Excerpt(metadata)
-    kept = kept_ranges(text, spans, threshold)
-    metadata[KEPT_SPANS_KEY] = [{"start": start, "end": end} for start, end in kept]
+    kept = kept_ranges(text, spans, threshold, window)
+    metadata[KEPT_SPANS_KEY] = [_to_dict(part) for part in kept]
     pruned = cut_out(text, kept)
     return Excerpt(metadata, None if pruned == text else pruned)
 
@@ -109,22 +115,24 @@ def odds(score: float) -> float:
     return score / max(1 - score, _LEAST_DOUBT)
 
 
-def kept_ranges(text: str, spans: Sequence[Span], threshold: float) -> list[Range]:
+def kept_ranges(text: str, spans: Sequence[Span], threshold: float, window: Range | None = None) -> list[Range]:
     """Return which parts of a text are left if sentences are taken out whose odds are far below the best one's.
 
     The best sentence is kept in any case. Neighbours make one part with all that stands between them. What is behind the last
-    sentence was not read, and is kept too.
+    sentence was not read, and is kept too. Of a text that was read in windows only the best window is left.
 
     Args:
         text: the text.
-        spans: its sentences, of which none reach into each other, in any order; none keeps the whole text.
+        spans: its sentences, of which none reach into each other, in any order; none keeps all.
         threshold: part of the best sentence's odds that a sentence must have.
+        window: in which all spans lie; None where the text was read in one piece.
 
     Returns:
         In order; they do not touch each other. None of a text without characters.
     """
+    begin, stop = (0, len(text)) if window is None else window
     if not spans:
-        return [(0, len(text))] if text else []
+        return [(begin, stop)] if begin < stop else []
     least = threshold * max(odds(span.score) for span in spans)
     in_order = sorted(spans, key=lambda span: span.start)
     ranges: list[Range] = []
@@ -133,13 +141,18 @@ def kept_ranges(text: str, spans: Sequence[Span], threshold: float) -> list[Rang
         if is_kept:
             ranges.append((neighbours[0].start, neighbours[-1].end))
     if ranges[0][0] == in_order[0].start:
-        ranges[0] = (0, ranges[0][1])
+        ranges[0] = (begin, ranges[0][1])
     end = in_order[-1].end
     if ranges[-1][1] == end:
-        ranges[-1] = (ranges[-1][0], len(text))
-    elif unread := text[end:].lstrip():
-        ranges.append((len(text) - len(unread), len(text)))
+        ranges[-1] = (ranges[-1][0], stop)
+    elif unread := text[end:stop].lstrip():
+        ranges.append((stop - len(unread), stop))
     return ranges
+
+
+def _to_dict(place: Range) -> dict[str, int]:
+    start, end = place
+    return {"start": start, "end": end}
 
 
 def cut_out(text: str, ranges: Sequence[Range]) -> str:

@@ -17,7 +17,7 @@ from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata
 from kalm_integrations.errors import DeadlineExceededError, EncodingError, SettingsError
 from kalm_integrations.hosting.fetching import afetch, fetch
 from kalm_integrations.hosting.fields import RerankFields
-from kalm_integrations.hosting.models import WithModel
+from kalm_integrations.hosting.models import WithModel, kept_fingerprint
 from kalm_integrations.hosting.write_back import hand_over
 
 logger = logging.getLogger(__name__)
@@ -51,12 +51,16 @@ async def aencode(component: WithModel, passages: Sequence[Passage], *, show_pro
 
 
 def _with_kept(reranker: Reranker, passages: Sequence[Passage], made: Mapping[int, Metadata]) -> list[Metadata]:
-    # A kept encoding may come without its companion, from an export or another host.
-    fingerprint = reranker.fingerprint
-    return [
-        made.get(index, {ENCODING_KEY: passage.encoding or "", FINGERPRINT_KEY: fingerprint})
-        for index, passage in enumerate(passages)
-    ]
+    return [made[index] if index in made else kept_metadata(reranker, passage) for index, passage in enumerate(passages)]
+
+
+def kept_metadata(reranker: Reranker, passage: Passage) -> Metadata:
+    """Return what to store with a passage whose encoding was found valid: it may come without its companion.
+
+    An export, or another host, has left that out.
+    """
+    encoding = passage.encoding or ""
+    return {ENCODING_KEY: encoding, FINGERPRINT_KEY: kept_fingerprint(reranker, encoding)}
 
 
 def encode_missing(

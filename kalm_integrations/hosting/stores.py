@@ -35,10 +35,13 @@ class Label:
     """Of the metadata: `kalm_fp`, or `<encoding_key>_fp`."""
     fingerprint: str
     """The reranker's."""
+    others: tuple[str, ...] = ()
+    """What else its encodings carry: passages in windows have a fingerprint of their own. A store that asks for `fingerprint`
+    alone finds documents of these too; they are read, and left as they are."""
 
     def is_on(self, metadata: Mapping[str, Any]) -> bool:
         """Return whether a document's metadata has it."""
-        return metadata.get(self.key) == self.fingerprint
+        return metadata.get(self.key) in (self.fingerprint, *self.others)
 
 
 class PagedIds(Iterable[DocumentId]):
@@ -106,9 +109,9 @@ class DocumentKind(Generic[Doc]):
     """Whether what a store holds (first) still has the text of the document that was encoded (second)."""
     encoding_key: str
 
-    def label(self, fingerprint: str) -> Label:
-        """Return what tells whether a document has an encoding of a fingerprint."""
-        return Label(fingerprint_key(self.encoding_key), fingerprint)
+    def label(self, fingerprint: str, *others: str) -> Label:
+        """Return what tells whether a document has an encoding of a fingerprint, or of one of several."""
+        return Label(fingerprint_key(self.encoding_key), fingerprint, others)
 
 
 def encodings_of(access: Readable[Doc], kind: DocumentKind[Doc], ids: Sequence[DocumentId | None]) -> list[Any]:

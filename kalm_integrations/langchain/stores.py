@@ -106,8 +106,8 @@ def backfill(
     Args:
         store: what `write_back_to` takes.
         encoder: brings model and settings; `KalmPassageEncoder()` for None.
-        check_texts: read every document. False believes `kalm_fp`: fewer documents are read, but an encoding that is damaged
-            or of another text is not found.
+        check_texts: read every document. False believes `kalm_fp`: fewer documents are read, but an encoding that is damaged,
+            of another text, or of a text that was cut before `long_passages` was set, is not found.
         batch_size: documents read, encoded and written at a time.
         documents_per_second: at most, so that queries have the store and the model; None goes as fast as it can.
         show_progress: draw a progress bar.

@@ -11,6 +11,7 @@ from kalm_integrations.core.types import FUSED_SCORE_KEY, Metadata, Passage
 from kalm_integrations.hosting.documents import (
     KEPT_SPANS_KEY,
     RELEVANT_SPANS_KEY,
+    RELEVANT_WINDOW_KEY,
     RERANKED_KEY,
     RETRIEVAL_SCORE_KEY,
     encoding_keys,
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-_ADDED_KEYS = frozenset({FUSED_SCORE_KEY, KEPT_SPANS_KEY, RELEVANT_SPANS_KEY, RERANKED_KEY, RETRIEVAL_SCORE_KEY})
+_ADDED_KEYS = frozenset(
+    {FUSED_SCORE_KEY, KEPT_SPANS_KEY, RELEVANT_SPANS_KEY, RELEVANT_WINDOW_KEY, RERANKED_KEY, RETRIEVAL_SCORE_KEY}
+)
 
 
 class NodeFields(EncodingFields):

@@ -82,8 +82,8 @@ def backfill(
     Args:
         store: as in `write_back_to`.
         encoder: the encoder of the ingestion pipeline; `KalmPassageEncoder()` for None.
-        check_texts: read every node. False believes `kalm_fp`: fewer nodes are read, but an encoding that is damaged or of
-            another text is not found.
+        check_texts: read every node. False believes `kalm_fp`: fewer nodes are read, but an encoding that is damaged, of
+            another text, or of a text that was cut before `long_passages` was set, is not found.
         batch_size: nodes read, encoded and written at a time.
         documents_per_second: at most, so that queries have the store and the model; None goes as fast as it can.
         show_progress: draw a progress bar.

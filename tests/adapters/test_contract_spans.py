@@ -138,12 +138,14 @@ async def test_no_encoding_is_left_on_a_text_that_it_does_not_fit(host, use):
 
 async def test_spans_of_an_earlier_reranker_go(host, use):
     """They are of another query or text; what somebody else keeps under these keys stays."""
-    theirs = {"relevant_spans": [{"start": 0, "end": 3, "score": 0.5}], "kept_spans": [{"start": 0, "end": 3}]}
+    place = {"start": 0, "end": 3}
+    theirs = {"relevant_spans": [{**place, "score": 0.5}], "kept_spans": [place], "relevant_window": place}
     returned = await use(make(host), documents(host, **theirs))
     assert all(host.metadata(document).keys() == {"page"} for document in returned.values())
-    returned = await use(make(host), documents(host, relevant_spans="by hand", kept_spans=[1]))
+    returned = await use(make(host), documents(host, relevant_spans="by hand", kept_spans=[1], relevant_window=[0, 3]))
     assert all(host.metadata(document)["relevant_spans"] == "by hand" for document in returned.values())
     assert all(host.metadata(document)["kept_spans"] == [1] for document in returned.values())
+    assert all(host.metadata(document)["relevant_window"] == [0, 3] for document in returned.values())
     twice = await use(make(host, highlight=True), list((await use(make(host, prune=True), documents(host))).values()))
     assert all(host.metadata(document).keys() == {"page", "relevant_spans"} for document in twice.values())
 
@@ -211,6 +213,7 @@ async def test_a_reranker_that_ignores_spans_is_a_mistake_that_is_raised(host, u
         ({"highlight": True, "prune_threshold": 0.5}, "is for prune"),
         ({"encoding_key": "relevant_spans"}, "encoding_key must be"),
         ({"encoding_key": "kept_spans"}, "encoding_key must be"),
+        ({"encoding_key": "relevant_window"}, "encoding_key must be"),
     ],
 )
 def test_bad_settings_are_refused_when_a_component_is_made(host, settings, message):

@@ -72,6 +72,28 @@ def test_a_large_store_is_gone_through_page_by_page() -> None:
     assert filling.backfill(shelf, KIND, FakeReranker(), check_texts=False, pace=QUIET) == BackfillReport(0, 0, 0)
 
 
+def test_a_label_says_which_of_its_reranker_s_fingerprints_an_encoding_has(
+    make_reranker: Callable[..., KalmReranker],
+) -> None:
+    """A store that asks for the first one alone has its documents of the second read, and left as they are."""
+    settings = {"max_passage_tokens": 32, "long_passages": "windows"}
+    shelf, reranker = Shelf(["a wing", "a slender wing " * 30]), make_reranker(**settings)
+    assert filling.backfill(shelf, KIND, reranker, check_texts=False, pace=QUIET) == BackfillReport(2, 2, 0)
+    labels = [doc.metadata[FINGERPRINT_KEY] for doc in shelf.held.values()]
+    assert tuple(labels) == reranker.fingerprints
+    held = dict(shelf.held)
+    assert filling.backfill(shelf, KIND, make_reranker(**settings), check_texts=False, pace=QUIET) == BackfillReport(0, 0, 0)
+
+    class Plain(Shelf):
+        def find_ids(self, without: Label | None) -> PagedIds:
+            return super().find_ids(without and Label(without.key, without.fingerprint))
+
+    plain = Plain([])
+    plain.held = held
+    assert filling.backfill(plain, KIND, make_reranker(**settings), check_texts=False, pace=QUIET) == BackfillReport(1, 0, 0)
+    assert plain.held == shelf.held
+
+
 def test_a_run_that_a_store_stopped_is_continued_by_the_next() -> None:
     shelf, fake = Shelf(f"text {i}" for i in range(2 * PAGE_SIZE)), FakeReranker()
     shelf.fails_at = PAGE_SIZE

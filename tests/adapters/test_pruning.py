@@ -153,6 +153,41 @@ def test_an_excerpt_of_what_was_not_judged_is_the_whole():
     assert (unscored.metadata, unscored.text) == ({}, None)
 
 
+WINDOWED = "Old fish. One fish.\nTwo fish. Red fish. Blue fish."
+
+
+@pytest.mark.parametrize(
+    ("own", "metadata", "pruned"),
+    [
+        (WINDOWED, {"start": 10, "end": 39}, "Two fish."),
+        # Of the window, what the document's own text has.
+        ("fish.\nTwo fish. Red fish. Blue fish.", {"start": 0, "end": 25}, "Two fish."),
+        ("  Two fish. Red", {"start": 2, "end": 15}, "Two fish."),
+        # It lies in the metadata: nothing is known of the text.
+        ("Blue fish.", None, "Blue fish."),
+        ("Another text.", None, "Another text."),
+    ],
+)
+def test_of_a_text_in_windows_the_best_one_is_told_and_left(own, metadata, pruned):
+    found = (Span(20, 29, 0.9), Span(30, 39, 0.2), Span(10, 19, 0.1))
+    place = RankedPassage(0, 0.5, 0.5, text=WINDOWED, spans=found, window=(10, 40))
+    told = excerpt(own, place, highlight=True, threshold=0.5)
+    assert told.metadata.get("relevant_window") == metadata
+    assert (own if told.text is None else told.text) == pruned
+    assert "relevant_window" not in excerpt(own, place, highlight=False, threshold=0.5).metadata
+    assert excerpt(own, place, highlight=True, threshold=None).text is None
+
+
+@given(divided(), st.floats(0, 1), st.data())
+def test_the_rule_holds_inside_a_window(example, threshold, data):
+    text, found = example
+    start = data.draw(st.integers(0, min((span.start for span in found), default=len(text))))
+    end = data.draw(st.integers(max((span.end for span in found), default=start), len(text)))
+    shifted = [Span(span.start - start, span.end - start, span.score) for span in found]
+    within = kept_ranges(text[start:end], shifted, threshold)
+    assert kept_ranges(text, found, threshold, (start, end)) == [(start + first, start + stop) for first, stop in within]
+
+
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan"), "0.5", True, [0.5]])
 def test_a_threshold_is_a_number_from_0_to_1(threshold):
     with pytest.raises(SettingsError, match="prune_threshold must be a number from 0"):

@@ -53,6 +53,21 @@ def test_predict_scores_interleaved_pairs_in_their_order_and_encodes_each_passag
     np.testing.assert_allclose(scores, [expected[query][passage] for query, passage in pairs], atol=1e-6)
 
 
+def test_a_long_passage_is_cut_or_read_in_windows():
+    """And scores by the best one; settings go on to the reranker."""
+    filler = "The road to the market was closed. " * 40
+    texts = [f"{filler}Otters live on fish, crabs and frogs.", "The Rhine rises in the Swiss Alps."]
+    best = {}
+    for mode in ("cut", "windows"):
+        model = KalmCrossEncoder("pico", max_passage_tokens=128, long_passages=mode, max_windows=9)
+        best[mode] = model.rank("What do otters eat?", texts)[0]["corpus_id"]
+        scores = model.predict([("What do otters eat?", text) for text in texts])
+        assert scores.argmax() == best[mode]
+    assert best == {"cut": 1, "windows": 0}
+    with pytest.raises(SettingsError, match="long_passages"):
+        KalmCrossEncoder("pico", long_passages="split")
+
+
 def test_predict_takes_what_cross_encoder_takes_as_pairs(model):
     pairs = [("Who won?", "The Panthers won."), ("Who won?", "Nobody.")]
     scores = model.predict(pairs)

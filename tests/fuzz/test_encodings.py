@@ -34,9 +34,12 @@ TOLERANCE = 1e-5
 
 def make_texts() -> list[str]:
     rng = random.Random(0)
-    return [f"Passage number {i}: {' '.join(rng.choices(WORDS, k=rng.randint(3, 25)))}" for i in range(16)]
+    # Every fourth is read in windows.
+    lengths = [rng.randint(60, 150) if i % 4 == 3 else rng.randint(3, 25) for i in range(16)]
+    return [f"Passage number {i}: {' '.join(rng.choices(WORDS, k=length))}" for i, length in enumerate(lengths)]
 
 
+SETTINGS: dict[str, Any] = {"max_passage_tokens": 64}
 TEXTS = make_texts()
 
 
@@ -164,6 +167,21 @@ DAMAGE: dict[str, Mutation] = {
 }
 """What happens to strings, and what who knows no checksum may do to them."""
 
+
+def forged_table(case: Case, rng: random.Random) -> str:
+    """Return the string with windows of other places and lengths, or of a passage that has none."""
+    n_windows = case.fields.get("w", 0)
+    rows = [list(row) for row in struct.iter_unpack("<III", case.payload[4 : 4 + 12 * n_windows])] or [[0, 5, 1]]
+    row = rng.choice(rows)
+    row[rng.randrange(3)] = rng.choice([0, 1, 2**20, 2**32 - 1, row[0], row[1] + 1])
+    if rng.random() < 0.3:
+        rng.shuffle(rows)
+    table = struct.pack("<I", rng.choice([len(rows), 0, 2**32 - 1])) + b"".join(struct.pack("<III", *row) for row in rows)
+    n_tokens = sum(tokens for _, _, tokens in rows)
+    states = case.payload[4 + 12 * n_windows :] if n_windows else case.payload
+    return case.forged(table + states, n=rng.choice([n_tokens, case.fields["n"]]), w=len(rows))
+
+
 SIZES = [-1, 0, 1, 2**17, 2**40]
 
 FORGERIES: dict[str, Mutation] = {
@@ -173,6 +191,8 @@ FORGERIES: dict[str, Mutation] = {
     "tokens": lambda c, rng: c.forged(n=rng.choice([c.fields["n"] + 1, c.fields["n"] - 1, 1, 2**17, 2**17 + 1, 0, -5])),
     "width": lambda c, rng: c.with_states(torch.ones(c.fields["s"][0], rng.choice([1, 8, 47, 49, 96])), c.codec),
     "length": lambda c, rng: too_many_tokens(c, rng.choice([1025, 5000])),
+    "windows": forged_table,
+    "number of windows": lambda c, rng: c.forged(w=rng.choice([0, -1, 1, 2, 65, 2**17, 2**40, True, None, "2", 1.5, [2]])),
     "not finite": lambda c, rng: c.with_number(rng.choice([math.nan, math.inf, -math.inf])),
     "huge": lambda c, rng: c.with_states(
         torch.full(c.fields["s"], rng.choice([1e4, -1e9, 1e19, 3e38])), rng.choice(list(WRITERS))
@@ -208,10 +228,10 @@ class Truth:
 def truth(tiny_checkpoint: Path) -> Truth:
     strings, scores = {}, {}
     for codec in WRITERS:
-        reranker = KalmReranker.from_pretrained(tiny_checkpoint, storage_codec=codec, prefix_cache_bytes=0)
+        reranker = KalmReranker.from_pretrained(tiny_checkpoint, **SETTINGS, storage_codec=codec, prefix_cache_bytes=0)
         strings[codec] = [metadata["kalm_encoding"] for metadata in reranker.encode_to_metadata(TEXTS)]
         scores[codec] = reranker.score(QUERY, list(map(Passage, TEXTS, strings[codec])))
-    fresh = KalmReranker.from_pretrained(tiny_checkpoint, prefix_cache_bytes=0).score(QUERY, TEXTS)
+    fresh = KalmReranker.from_pretrained(tiny_checkpoint, **SETTINGS, prefix_cache_bytes=0).score(QUERY, TEXTS)
     for index, score in enumerate(fresh):
         assert min(abs(score - other) for other in (*fresh[:index], *fresh[index + 1 :])) > TOLERANCE
     return Truth(strings, scores, fresh)
@@ -233,7 +253,7 @@ def mutations(table: dict[str, Mutation], truth: Truth, seed: int, n: int) -> It
 @pytest.mark.parametrize("table", [DAMAGE, FORGERIES], ids=["damage", "forgeries"])
 def test_strings(truth: Truth, tiny_checkpoint: Path, table: dict[str, Mutation]) -> None:
     """One reranker serves them all, with its caches: what it was told by one string shows in no other's score."""
-    server = KalmReranker.from_pretrained(tiny_checkpoint, prefix_store={})
+    server = KalmReranker.from_pretrained(tiny_checkpoint, **SETTINGS, prefix_store={})
     accepted, wrong = Counter[str](), Counter[str]()
     torch.manual_seed(0)
     for batch in mutations(table, truth, 1, rounds(1000)):
@@ -288,7 +308,7 @@ DAMAGED_BYTES: dict[str, Change] = {
 
 def test_payload_entries(truth: Truth, tiny_checkpoint: Path) -> None:
     store: dict[str, Any] = {}
-    server = KalmReranker.from_pretrained(tiny_checkpoint, payload_store=store)
+    server = KalmReranker.from_pretrained(tiny_checkpoint, **SETTINGS, payload_store=store)
     references, entries = {}, {}
     for codec, strings in truth.strings.items():
         for index, string in enumerate(strings):
@@ -322,24 +342,27 @@ def forged_pairs(data: bytes, name: str, rng: random.Random) -> bytes:
 def test_prefix_values(truth: Truth, tiny_checkpoint: Path) -> None:
     """Each query reads them from the store; what is refused is replaced there."""
     store: dict[str, Any] = {}
-    server = KalmReranker.from_pretrained(tiny_checkpoint, prefix_store=store, prefix_cache_bytes=0)
-    honest: list[tuple[str, bytes]] = []
-    for text in TEXTS:
+    server = KalmReranker.from_pretrained(tiny_checkpoint, **SETTINGS, prefix_store=store, prefix_cache_bytes=0)
+    honest: dict[str, bytes] = {}
+    owners: dict[str, int] = {}
+    for index, text in enumerate(TEXTS):
         server.prepare([text])
-        honest += [item for item in store.items() if item not in honest]
+        owners |= {name: index for name in store if name not in honest}
+        honest = dict(store)
     torch.manual_seed(0)
     rng, n_tried, n_damaged, n_wrong = random.Random(3), 0, 0, 0
     while n_tried < rounds(500):
         is_forged = [rng.random() < 0.2 for _ in TEXTS]
-        for (name, value), forge in zip(honest, is_forged, strict=True):
-            others = [other for owner, other in honest if owner != name]
+        for name, value in honest.items():
+            others = [other for owner, other in honest.items() if owner != name]
+            forge = is_forged[owners[name]]
             change = DAMAGED_BYTES[rng.choice(list(DAMAGED_BYTES))]
             store[name] = forged_pairs(value, name, rng) if forge else change(value, others, rng)
         for score, right, forge in zip(server.score(QUERY, TEXTS), truth.fresh, is_forged, strict=True):
             is_right = abs(score - right) <= TOLERANCE
             assert is_right or forge
             n_wrong += not is_right
-        n_tried += len(TEXTS)
-        n_damaged += is_forged.count(False)
+        n_tried += len(honest)
+        n_damaged += sum(not is_forged[owner] for owner in owners.values())
     assert n_wrong > 0, "forgeries that no reader can tell"
     assert n_damaged <= server.stats.prefix_corrupt <= n_tried - n_wrong

@@ -21,6 +21,8 @@ from kalm_integrations import KalmReranker
 from kalm_integrations.core.checkpoint.prompts import passage_text
 from kalm_integrations.core.text import Range
 from kalm_integrations.core.windowing import passage_offsets
+from kalm_integrations.corpora.beir import Collection
+from tools.corpora import write_collection
 
 MODEL = "pico"
 FEWEST_TOKENS, MOST_TOKENS = 2000, 8000
@@ -99,29 +101,21 @@ def place_answers(
             yield {"_id": row["_id"], "passage": key, "answers": ranges, "token": token, "tokens": len(begins[key])}
 
 
-def write(
-    folder: Path, passages: Mapping[str, Joined], answers: Sequence[Mapping[str, Any]], queries: Mapping[str, str]
-) -> None:
-    """Write a BEIR folder with `answers.jsonl`."""
-    (folder / "qrels").mkdir(parents=True)
-    tables: dict[str, list[Mapping[str, Any]]] = {
-        "corpus": [{"_id": key, "text": passage.text} for key, passage in passages.items()],
-        "queries": [{"_id": row["_id"], "text": queries[row["_id"]]} for row in answers],
-        "answers": list(answers),
-    }
-    for name, rows in tables.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    judgements = "".join(f"{row['_id']}\t{row['passage']}\t1\n" for row in answers)
-    (folder / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judgements}", encoding="utf-8")
-
-
 def make(source: Path, folder: Path, tokens: Tokens) -> str:
     """Write a collection made of another, and return what it has and what was left out."""
     rows, answers, queries = (_rows(source / f"{name}.jsonl") for name in ("corpus", "answers", "queries"))
     joined, n_left_out = join(rows, tokens)
     passages = {f"long{number}": passage for number, passage in enumerate(joined)}
     placed = list(place_answers(passages, answers, tokens))
-    write(folder, passages, placed, {row["_id"]: row["text"] for row in queries})
+    asked = {row["_id"]: row["text"] for row in queries}
+    collection = Collection(
+        folder.name,
+        {key: passage.text for key, passage in passages.items()},
+        {row["_id"]: asked[row["_id"]] for row in placed},
+        {row["_id"]: {row["passage"]: 1} for row in placed},
+    )
+    write_collection(collection, folder)
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in placed), encoding="utf-8")
     return (
         f"{len(passages):,} passages, {len(placed):,} questions; left out: {n_left_out:,} paragraphs at the ends of articles, "
         f"{len(answers) - len(placed):,} questions about them"

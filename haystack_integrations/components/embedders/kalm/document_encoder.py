@@ -1,7 +1,7 @@
 """KalmDocumentEncoder: encodes documents at ingest."""
 
 import os
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from haystack import Document, component
 from haystack.utils import ComponentDevice, Secret
@@ -65,6 +65,8 @@ class KalmDocumentEncoder(KalmComponent):
         storage_codec: str | None = None,
         max_inline_bytes: int | None = None,
         max_passage_tokens: int | None = None,
+        long_passages: Literal["cut", "windows"] | None = None,
+        max_windows: int | None = None,
         encoding_key: str = ENCODING_KEY,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -85,7 +87,11 @@ class KalmDocumentEncoder(KalmComponent):
             compression_ratio: encoder tokens per stored state; 4 by default.
             storage_codec: fp32, fp16, bf16, int8, rot4, rot3 or rot2.
             max_inline_bytes: if set, the finest ratio whose string is not longer is chosen for each document.
-            max_passage_tokens: longer documents are cut; 1,024 by default; the same as the ranker's.
+            max_passage_tokens: longer documents are cut, or read in windows of so many tokens; 1,024 by default; the same as
+                the ranker's.
+            long_passages: "cut" reads the first `max_passage_tokens` of a longer document, "windows" all of it, in windows
+                that overlap: its score is that of the best one; the same as the ranker's.
+            max_windows: windows of a document at most; 64 by default; the same as the ranker's.
             encoding_key: meta key of the encoding.
             model_kwargs: further arguments of `KalmReranker.from_pretrained`, such as `storage_mode` and `payload_store`.
 
@@ -106,6 +112,8 @@ class KalmDocumentEncoder(KalmComponent):
             storage_codec=storage_codec,
             max_inline_bytes=max_inline_bytes,
             max_passage_tokens=max_passage_tokens,
+            long_passages=long_passages,
+            max_windows=max_windows,
             encoding_key=encoding_key,
             model_kwargs=model_kwargs,
         )

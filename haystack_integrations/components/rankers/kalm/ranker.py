@@ -91,6 +91,8 @@ class KalmRanker(KalmComponent):
         storage_codec: str | None = None,
         max_inline_bytes: int | None = None,
         max_passage_tokens: int | None = None,
+        long_passages: Literal["cut", "windows"] | None = None,
+        max_windows: int | None = None,
         max_query_tokens: int | None = None,
         calibration: bool | dict[str, float] | None = None,
         highlight: bool = False,
@@ -130,13 +132,18 @@ class KalmRanker(KalmComponent):
             compression_ratio: encoder tokens per state to score with; 4 by default. Finer stored encodings are pooled to it.
             storage_codec: of what is encoded: fp32, fp16, bf16, int8, rot4, rot3 or rot2.
             max_inline_bytes: bound of the strings that are written back.
-            max_passage_tokens: longer documents are cut; 1,024 by default; the same as the encoder's.
+            max_passage_tokens: longer documents are cut, or read in windows of so many tokens; 1,024 by default; the same as
+                the encoder's.
+            long_passages: "cut" reads the first `max_passage_tokens` of a longer document, "windows" all of it, in windows
+                that overlap: its score is that of the best one; the same as the encoder's.
+            max_windows: windows of a document at most; 64 by default; the same as the encoder's.
             max_query_tokens: longer queries are cut; 512 by default.
             calibration: make scores probabilities: True takes what `kalm calibrate` saved beside the checkpoint, or give
                 `{"temperature": ..., "bias": ...}`.
-            highlight: return in `meta["relevant_spans"]` the sentences of `content` with their scores, best first.
-            prune: return copies whose `content` is cut to the best sentence and to those that `prune_threshold` lets stay;
-                `meta["kept_spans"]` says where in the original they lie.
+            highlight: return in `meta["relevant_spans"]` the sentences of `content` with their scores, best first. Of one
+                that was read in windows they are those of the best window, and `meta["relevant_window"]` says where it lies.
+            prune: return copies whose `content` is cut to the best sentence and to those that `prune_threshold` lets stay, all
+                of the best window if there are windows; `meta["kept_spans"]` says where in the original they lie.
             prune_threshold: part of the best sentence's odds, score / (1 - score), that a sentence must have for it; 0.001
                 by default.
             strip_encodings: return documents without encodings, so that none reaches a prompt or a trace. They are never on
@@ -176,6 +183,8 @@ class KalmRanker(KalmComponent):
             storage_codec=storage_codec,
             max_inline_bytes=max_inline_bytes,
             max_passage_tokens=max_passage_tokens,
+            long_passages=long_passages,
+            max_windows=max_windows,
             max_query_tokens=max_query_tokens,
             calibration=calibration,
             highlight=highlight,
