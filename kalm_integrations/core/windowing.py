@@ -22,8 +22,7 @@ _COST_OF_A_SENTENCE = 10
 """Which part of a window may stay empty for it to end with a sentence."""
 
 _EXPECTED_COST, _EXPECTED_OVERLAP = 32, 10
-"""Which parts of a window stay empty, and are repeated, on average. Tokens that are read are off by 8 % at most, of passages in
-five languages at limits from 64 to 2,048, and by 2 % at 1,024 in English."""
+"""Which parts of a window stay empty, and are repeated, on average; plans are tested against real passages."""
 
 _TEXT_STARTS = len(passage_text(""))
 """Where the passage begins in what the encoder reads."""
