@@ -10,22 +10,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from kalm_integrations.bulk.outputs import FileOutput, NoRows, Output, StreamOutput, check_columns
 from kalm_integrations.bulk.places import check_place, file_output, is_same, n_bytes_of
-from kalm_integrations.bulk.reading import read_encoded
+from kalm_integrations.bulk.reading import are_encoded
 from kalm_integrations.bulk.repeats import RepeatedTexts
 from kalm_integrations.bulk.rows import RowCounts, RowEncoder
 from kalm_integrations.bulk.scanning import COMPRESSED, STORED, WHOLE, Scan, estimate_bytes, scan
 from kalm_integrations.bulk.sources import Block, Source, cut_windows, open_source
-from kalm_integrations.bulk.state import Progress, WorkFolder, check_same
+from kalm_integrations.bulk.state import Progress, WorkFolder, check_same, encoder_settings
 from kalm_integrations.bulk.threads import ReadAhead, WriteBehind
 from kalm_integrations.core.base import Reranker
 from kalm_integrations.core.openmp import release_helpers
-from kalm_integrations.core.types import FINGERPRINT_KEY, Metadata
+from kalm_integrations.core.types import Metadata
 from kalm_integrations.corpora.jsonl import PassageFields
 from kalm_integrations.corpora.text import STREAM
 from kalm_integrations.errors import EncodingTooLargeError, KalmError, OutputError, SettingsError
@@ -117,7 +117,7 @@ def encode_corpus(
     path = None if output is None else Path(output)
     check_columns(corpus.schema, path, corpus.name)
     given = {
-        "fingerprint": reranker.fingerprint,
+        **encoder_settings(reranker),
         "ratio": getattr(reranker, "compression_ratio", None),
         "codec": getattr(reranker, "storage_codec", None),
         **(settings or {}),
@@ -219,18 +219,10 @@ class _Run:
         Raises:
             SettingsError: it is something else.
         """
-        fingerprint = self._encoder.reranker.fingerprint
         try:
             if not self._corpus.is_stream:
-                passages = (row for block in self._corpus.scan(self._report) for row in block.candidates)
-                pairs = zip_longest(passages, read_encoded(target))
-                if all(
-                    passage is not None
-                    and row is not None
-                    and row.get(FINGERPRINT_KEY) == fingerprint
-                    and self._encoder.fields.read(row) == passage.text
-                    for passage, row in pairs
-                ):
+                texts = (row.text for block in self._corpus.scan(self._report) for row in block.candidates)
+                if are_encoded(target, texts, self._encoder.reranker, self._encoder.fields):
                     return
         except SettingsError:
             pass  # No rows, or other ones.

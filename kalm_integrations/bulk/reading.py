@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 from kalm_integrations.bulk.arrow import import_pyarrow
 from kalm_integrations.bulk.sources import ROWS_PER_BATCH, parquet_files
-from kalm_integrations.corpora.jsonl import Row, parse_lines, parse_object
+from kalm_integrations.core.base import Reranker
+from kalm_integrations.core.passages.header import read_header
+from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Passage
+from kalm_integrations.corpora.jsonl import PassageFields, Row, parse_lines, parse_object
 from kalm_integrations.corpora.text import open_lines
-from kalm_integrations.errors import SettingsError
+from kalm_integrations.errors import CorruptEncodingError, SettingsError
+from kalm_integrations.hosting.models import fingerprints_of
 
 
 def read_encoded(path: str | os.PathLike[str]) -> Iterator[Row]:
@@ -36,3 +41,39 @@ def read_encoded(path: str | os.PathLike[str]) -> Iterator[Row]:
     with open_lines(path) as lines:
         for _, row in parse_lines(lines, str(path), parse_object):
             yield row
+
+
+def are_encoded(path: Path, texts: Iterable[str], reranker: Reranker, fields: PassageFields) -> bool:
+    """Return whether an output has the rows of passages, in order, each with an encoding of a reranker, by its fingerprint.
+
+    Args:
+        path: of the output.
+        texts: the passages.
+        reranker: made the encodings.
+        fields: which fields of a row make its passage.
+
+    Raises:
+        SettingsError: it is no output of bulk encoding.
+    """
+    whole, *of_windows = fingerprints_of(reranker)
+    longest, n_tokens = None, 0
+    for text, row in zip_longest(texts, read_encoded(path)):
+        is_known = row is not None and row.get(FINGERPRINT_KEY) in (whole, *of_windows)
+        if text is None or row is None or not is_known or fields.read(row) != text:
+            return False
+        if of_windows and row[FINGERPRINT_KEY] == whole:
+            value = row.get(ENCODING_KEY)
+            n_of_row = _n_tokens(value)
+            if n_of_row > n_tokens:
+                longest, n_tokens = Passage(text, value), n_of_row
+    # One that was cut has the same fingerprint as one that was short, but is longer than any of these.
+    return longest is None or list(reranker.read([longest])) == ["stored"]
+
+
+def _n_tokens(value: object) -> int:
+    """Return the number of tokens that an encoding's header tells."""
+    try:
+        n_tokens: int = read_header(str(value).split(".", 2)[1])["n"]
+    except (IndexError, CorruptEncodingError):
+        return 0
+    return n_tokens

@@ -12,6 +12,7 @@ from kalm_integrations.core.passages.strings import REFERENCE_PREFIX
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Metadata, Passage
 from kalm_integrations.corpora.jsonl import PassageFields, Row
 from kalm_integrations.errors import EncodingTooLargeError, SettingsError
+from kalm_integrations.hosting.models import kept_fingerprint
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class RowCounts:
     """Of all encodings that went out."""
     references: int = 0
     """Encodings whose payload lies in the payload store."""
+    windowed: int = 0
+    """Texts that were encoded in several windows; a service keeps that to itself, and what is next."""
+    truncated: int = 0
+    """Texts that were encoded, but not to their end."""
 
     def plus(self, other: RowCounts) -> RowCounts:
         """Return the sums."""
@@ -109,7 +114,7 @@ class RowEncoder:
             )
         )
         # A kept encoding may come without its companion, from an export or another host.
-        return [{ENCODING_KEY: value, FINGERPRINT_KEY: reranker.fingerprint} for value in values]
+        return [{ENCODING_KEY: value, FINGERPRINT_KEY: kept_fingerprint(reranker, value)} for value in values]
 
     def fill_store(self, texts: Sequence[str]) -> None:
         """Have the reranker's payload store take the encodings that it lacks; there they are found by text.
@@ -142,6 +147,7 @@ class RowEncoder:
         """Return the encodings of texts, each of which has its first row's index."""
         if not indices:
             return {}
+        before = self.reranker.stats
         try:
             with tracing.encoding(self.reranker, len(indices)):
                 made = self.reranker.encode_to_metadata(list(indices))
@@ -150,4 +156,8 @@ class RowEncoder:
                 raise
             # The core counts the texts that it was given.
             raise EncodingTooLargeError(error.reason, index=list(indices.values())[error.index]) from error
+        after = self.reranker.stats
+        self.counts = self.counts.plus(
+            RowCounts(windowed=after.windowed - before.windowed, truncated=after.truncated - before.truncated)
+        )
         return {text: metadata[ENCODING_KEY] for text, metadata in zip(indices, made, strict=True)}

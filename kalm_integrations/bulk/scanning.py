@@ -101,12 +101,17 @@ def estimate_bytes(reranker: Reranker, found: Scan, max_inline_bytes: int | None
     # They load torch, which a service's client does without.
     from kalm_integrations.core.checkpoint.prompts import passage_text
     from kalm_integrations.core.passages.encoding import inline_length
+    from kalm_integrations.core.windowing import expected_windows
 
     opened = cast("KalmReranker", reranker)
     tokenizer = opened.runtime.tokenizer(allow_special_tokens=False)
-    token_ids = tokenizer.passages([passage_text(text) for text in found.sample], opened.max_passage_tokens)
+    token_ids = tokenizer.passages([passage_text(text) for text in found.sample], opened.max_tokens_read)
     width, ratio, codec = opened.runtime.checkpoint.encoder_config.hidden_width, opened.compression_ratio, opened.storage_codec
-    sizes = [inline_length(len(ids), ratio, width, codec) for ids in token_ids]
+    limit = opened.max_passage_tokens
+    sizes = []
+    for ids in token_ids:
+        windows = expected_windows(len(ids), limit, opened.max_tokens_read // limit) if len(ids) > limit else None
+        sizes.append(inline_length(len(ids), ratio, width, codec, windows))
     if max_inline_bytes is not None:
         sizes = [min(size, max_inline_bytes) for size in sizes]
     encodings = found.n_rows * sum(sizes) / len(sizes)

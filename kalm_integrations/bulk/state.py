@@ -12,12 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from kalm_integrations.bulk.rows import RowCounts
+from kalm_integrations.core.base import Reranker
 from kalm_integrations.errors import SettingsError
+from kalm_integrations.hosting.models import fingerprints_of
 
 SUFFIX = ".partial"
 """Of the folder beside an output in which it grows."""
 MANIFEST = "_manifest"
 VERSION = 1
+EARLIER = {"long_passages": "cut"}
+"""What a run did that was begun before its settings said so."""
+
+
+def encoder_settings(reranker: Reranker) -> dict[str, str | None]:
+    """Return the settings by which a run tells whether another one encodes as it does."""
+    whole, *of_windows = fingerprints_of(reranker)
+    if not of_windows:
+        return {"fingerprint": whole, "long_passages": "cut", "windows_fingerprint": None}
+    return {"fingerprint": whole, "long_passages": "windows", "windows_fingerprint": of_windows[0]}
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ class WorkFolder:
         try:
             found = json.loads(path.read_bytes())
             progress = dict(found["progress"])
-            return dict(found["settings"]), Progress(**{**progress, "counts": RowCounts(**progress["counts"])})
+            return {**EARLIER, **found["settings"]}, Progress(**{**progress, "counts": RowCounts(**progress["counts"])})
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:

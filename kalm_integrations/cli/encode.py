@@ -13,7 +13,7 @@ import typer
 
 from kalm_integrations.cli import options
 from kalm_integrations.cli.on_ray import Engine, encode_on_ray
-from kalm_integrations.cli.terminal import format_bytes, note, report_bad
+from kalm_integrations.cli.terminal import describe_windows, format_bytes, note, report_bad
 from kalm_integrations.corpora.jsonl import PassageFields
 from kalm_integrations.corpora.text import STREAM
 from kalm_integrations.errors import SettingsError
@@ -57,6 +57,8 @@ def encode(
     max_inline_bytes: Annotated[
         int | None, typer.Option(help="Take for each passage the finest ratio whose encoding is not longer.")
     ] = None,
+    long_passages: options.LongPassages = None,
+    max_windows: options.MaxWindows = None,
     payload_store: options.PayloadStore = None,
     store_only: Annotated[
         bool, typer.Option("--store-only", help="Write no rows: all encodings go into --payload-store, found there by text.")
@@ -114,6 +116,8 @@ def encode(
         "compression_ratio": ratio,
         "storage_codec": codec,
         "max_inline_bytes": max_inline_bytes,
+        "long_passages": long_passages,
+        "max_windows": max_windows,
         "payload_store": payload_store,
     }
     if engine is Engine.RAY:
@@ -237,9 +241,9 @@ def _summarise(
     is_coarser_allowed: bool,
 ) -> None:
     stats, counts = reranker.stats, report.counts
-    # A service keeps to itself what it had encoded before, and what it cut.
+    # A service keeps to itself what it had encoded before, and how.
     done = (
-        f"{stats.passages_encoded:,} passages encoded, {stats.truncated:,} of them cut to the model's limit"
+        f"{stats.passages_encoded:,} passages encoded, {describe_windows(stats.windowed, stats.truncated)}"
         if server is None
         else f"{stats.passages_encoded:,} passages sent to {server}"
     )

@@ -31,6 +31,8 @@ def explain(
     top_k: Annotated[int, typer.Option(min=1, help="How many of the best to explain; all are ranked.")] = 5,
     instruction: ranking.Instruction = None,
     ratio: options.Ratio = None,
+    long_passages: options.LongPassages = None,
+    max_windows: options.MaxWindows = None,
     text_field: options.TextField = "text",
     title_field: options.TitleField = "title",
     payload_store: options.PayloadStore = None,
@@ -54,7 +56,15 @@ def explain(
     with nullcontext() if html is None else open_output(html) as page:
         candidates = ranking.read_passages(passages, text_field, title_field, skip_bad=skip_bad)
         reranker = ranking.open_model(
-            model, api_key_env, payload_store, revision=revision, device=device, dtype=dtype, compression_ratio=ratio
+            model,
+            api_key_env,
+            payload_store,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            compression_ratio=ratio,
+            long_passages=long_passages,
+            max_windows=max_windows,
         )
         given = [candidate.passage for candidate in candidates]
         ranked = reranker.rank(query, given, instruction=instruction, spans=top_k)

@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from kalm_integrations.cli.terminal import note
+from kalm_integrations.cli.terminal import describe_windows, note
 
 
 class Engine(str, Enum):
@@ -26,7 +26,10 @@ def encode_on_ray(source: Path, output: Path, model: str, **settings: Any) -> No
     kept = f"; {result.n_kept:,} of them were there before" if result.n_kept else ""
     counts = result.counts
     note(f"{result.n_rows:,} rows are in {_address(output)}{kept}")
-    note(f"{counts.encoded:,} passages encoded in {result.seconds:.1f} s; {counts.passed_through:,} had a valid encoding")
+    note(
+        f"{counts.encoded:,} passages encoded in {result.seconds:.1f} s, {describe_windows(counts.windowed, counts.truncated)}; "
+        f"{counts.passed_through:,} had a valid encoding"
+    )
 
 
 def _address(path: Path) -> str:

@@ -30,6 +30,12 @@ def plan(
     ] = "nano",
     ratio: options.Ratio = None,
     codec: options.Codec = None,
+    max_passage_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a window, or where passages are cut.", show_default="the model's, 1,024 unless it says so"),
+    ] = None,
+    long_passages: options.LongPassages = None,
+    max_windows: options.MaxWindows = None,
     prefix_dtype: Annotated[
         str | None,
         typer.Option(
@@ -68,7 +74,19 @@ def plan(
     from kalm_integrations.planning.migration import plan_migration
     from kalm_integrations.planning.plans import make_plan
 
-    made = make_plan(model, passages, tokens, ratio=ratio, codec=codec, prefix_dtype=prefix_dtype, dtype=dtype, speed=speed)
+    made = make_plan(
+        model,
+        passages,
+        tokens,
+        ratio=ratio,
+        codec=codec,
+        prefix_dtype=prefix_dtype,
+        dtype=dtype,
+        speed=speed,
+        max_passage_tokens=max_passage_tokens,
+        long_passages=long_passages,
+        max_windows=max_windows,
+    )
     migration = None if migrate is None else plan_migration(migrate, made)
     if as_json:
         print_json(asdict(made) | ({} if migration is None else {"migration": asdict(migration)}))
@@ -84,12 +102,26 @@ def _facts(made: Plan) -> dict[str, object]:
     memory = made.memory
     return {
         "collection": f"{made.passages:,} passages of {made.tokens:,} tokens, {made.states:,} states each",
+        **_long_passages(made),
         "encodings": f"{made.model} at ratio {made.ratio} in {made.codec}",
         "metadata": f"{made.characters:,} characters a passage, {format_bytes(made.total)} in all",
         "encoding_in_memory": f"{format_bytes(memory.encoding)} a passage, {memory.encodings:,} in the default cache",
         "prefix_states": f"{format_bytes(memory.prefix)} a passage, {memory.prefixes:,} in the default cache",
         "prefix_dtype": memory.prefix_dtype,
     }
+
+
+def _long_passages(made: Plan) -> dict[str, object]:
+    """Return what is said of passages that are not read in one piece."""
+    reading = made.reading
+    unread = f"the last {reading.tokens_unread:,} are not read"
+    if reading.windows > 1:
+        said = f"about {reading.windows:,} windows each, of {reading.max_passage_tokens:,} tokens at most: "
+        said += f"{reading.tokens_read:,} tokens with what they repeat"
+        return {"long_passages": f"{said}; {unread}" if reading.tokens_unread else said}
+    if reading.tokens_unread:
+        return {"long_passages": f"cut to {reading.tokens_read:,} tokens: {unread}"}
+    return {}
 
 
 def _table(first: str, *others: str) -> Table:

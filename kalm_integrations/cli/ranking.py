@@ -81,7 +81,13 @@ def to_dict(passage: RankedPassage, candidate: Candidate) -> dict[str, Any]:
 
 def note_encodings(n_shown: int, n_passages: int, stats: RuntimeStats) -> None:
     """Say how many passages are shown, and where the encodings came from."""
-    oddities = (("coarser than asked for", stats.coarser), ("stale", stats.stale), ("corrupt", stats.corrupt))
+    oddities = (
+        ("of these in windows", stats.windowed),
+        ("of these not read to the end", stats.truncated),
+        ("coarser than asked for", stats.coarser),
+        ("stale", stats.stale),
+        ("corrupt", stats.corrupt),
+    )
     details = "".join(f", {count:,} {name}" for name, count in oddities if count)
     note(
         f"{n_shown:,} of {n_passages:,} passages; encodings: {stats.metadata_hits:,} stored ones used, "

@@ -35,6 +35,8 @@ def rerank(
         ),
     ] = None,
     ratio: options.Ratio = None,
+    long_passages: options.LongPassages = None,
+    max_windows: options.MaxWindows = None,
     text_field: options.TextField = "text",
     title_field: options.TitleField = "title",
     payload_store: options.PayloadStore = None,
@@ -53,7 +55,15 @@ def rerank(
     ranking.check_query(query)
     candidates = ranking.read_passages(passages, text_field, title_field, skip_bad=skip_bad)
     reranker = ranking.open_model(
-        model, api_key_env, payload_store, revision=revision, device=device, dtype=dtype, compression_ratio=ratio
+        model,
+        api_key_env,
+        payload_store,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        compression_ratio=ratio,
+        long_passages=long_passages,
+        max_windows=max_windows,
     )
     given = [candidate.passage for candidate in candidates]
     ranked = reranker.rank(query, given, top_k, score_threshold, instruction, spans=spans)

@@ -105,6 +105,11 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
+def describe_windows(n_windowed: int, n_truncated: int) -> str:
+    """Return how many of the passages that were encoded are in windows, and how many were not read to the end."""
+    return f"{n_windowed:,} of them in windows, {n_truncated:,} not read to the end"
+
+
 def format_bytes(n_bytes: float) -> str:
     """Return a size such as 7.3 MB."""
     size, unit = n_bytes, "B"

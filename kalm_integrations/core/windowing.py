@@ -21,6 +21,9 @@ from kalm_integrations.core.text import Range, without_surrogates
 _COST_OF_A_SENTENCE = 10
 """Which part of a window may stay empty for it to end with a sentence."""
 
+_EXPECTED_COST, _EXPECTED_OVERLAP = 32, 10
+"""Which parts of a window stay empty, and are repeated, on average; plans are tested against real passages."""
+
 _TEXT_STARTS = len(passage_text(""))
 """Where the passage begins in what the encoder reads."""
 
@@ -95,6 +98,24 @@ class Windower:
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.passages([passage_text(text)], self._max_tokens + 1)[0]
+
+
+def expected_windows(n_tokens: int, max_tokens: int, max_windows: int) -> Windows:
+    """Return the windows that a passage of so many tokens becomes, on average, without its text: places are in tokens.
+
+    Args:
+        n_tokens: of the passage, template included.
+        max_tokens: of a window.
+        max_windows: of a passage.
+    """
+    filled, repeated = max_tokens - max_tokens // _EXPECTED_COST, max_tokens // _EXPECTED_OVERLAP
+    windows: list[Window] = []
+    start = 0
+    while len(windows) < max_windows and (not windows or windows[-1].end < n_tokens):
+        size = n_tokens - start if n_tokens - start <= max_tokens else filled
+        windows.append(Window(start, start + size, size))
+        start += size - repeated
+    return tuple(windows)
 
 
 def passage_offsets(tokenizer: PromptTokenizer, text: str, max_tokens: int) -> list[Range]:

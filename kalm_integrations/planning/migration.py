@@ -37,7 +37,17 @@ def plan_migration(model: str, new: Plan) -> Migration:
         InvalidCheckpointError: the folder holds no checkpoint.
         SettingsError: the model is unknown.
     """
-    old = make_plan(model, new.passages, new.tokens, ratio=new.ratio, codec=new.codec, speed=new.seconds.scale)
+    old = make_plan(
+        model,
+        new.passages,
+        new.tokens,
+        ratio=new.ratio,
+        codec=new.codec,
+        speed=new.seconds.scale,
+        max_passage_tokens=new.reading.max_passage_tokens,
+        long_passages=new.reading.long_passages,
+        max_windows=new.reading.max_windows,
+    )
     return Migration(
         model=model,
         before=old.stores,

@@ -8,10 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kalm_integrations.core.settings import CODEC_NAMES, MAX_TOKENS, QuerySettings, StorageSettings, check_dtype, make_settings
-from kalm_integrations.core.sizes import n_pooled_states
+from kalm_integrations.core.settings import (
+    CODEC_NAMES,
+    MAX_TOKENS,
+    EncoderSettings,
+    QuerySettings,
+    StorageSettings,
+    check_dtype,
+    make_settings,
+)
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.planning import sizes
+from kalm_integrations.planning.reading import read_of
 from kalm_integrations.planning.shapes import shape_of
 from kalm_integrations.planning.speed import speed_at
 
@@ -33,7 +41,7 @@ class Memory:
     encodings: int
     """Passages whose encodings the cache's default holds."""
     prefix: int
-    """Bytes of a passage's prefix states."""
+    """Bytes of a passage's prefix states, those of all its windows."""
     prefixes: int
     """Passages whose prefix states the cache's default holds."""
     prefix_dtype: str
@@ -54,6 +62,21 @@ class Seconds:
 
 
 @dataclass(frozen=True)
+class LongPassages:
+    """What becomes of a passage that is longer than the limit."""
+
+    max_passage_tokens: int
+    long_passages: str
+    max_windows: int
+    windows: int
+    """Of a passage of this collection, as expected; 1 if it is read in one piece."""
+    tokens_read: int
+    """Of a passage; what windows repeat is counted each time."""
+    tokens_unread: int
+    """Of a passage: they are cut off."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a collection takes. Bytes are of encodings; text and vectors are not counted."""
 
@@ -62,6 +85,7 @@ class Plan:
     tokens: int
     ratio: int
     codec: str
+    reading: LongPassages
     states: int
     """Of a passage."""
     characters: int
@@ -89,6 +113,9 @@ def make_plan(
     prefix_dtype: str | None = None,
     dtype: str | None = None,
     speed: float | None = None,
+    max_passage_tokens: int | None = None,
+    long_passages: str | None = None,
+    max_windows: int | None = None,
 ) -> Plan:
     """Plan for a collection.
 
@@ -101,6 +128,9 @@ def make_plan(
         prefix_dtype: in which prefix states are kept; None is the precision of the run.
         dtype: precision of the run; None is float32, a CPU's default.
         speed: of the machine, in that of the benchmark's; None measures this one for a second.
+        max_passage_tokens: what a window holds, or where passages are cut; None is the checkpoint's default.
+        long_passages: "windows" or "cut"; None is the default.
+        max_windows: windows of a passage at most; None is the default.
 
     Raises:
         InvalidCheckpointError: the folder holds no checkpoint.
@@ -119,9 +149,16 @@ def make_plan(
     query = make_settings(QuerySettings, {"prefix_dtype": prefix_dtype})
     kept_in = query.prefix_dtype or dtype
     shape = shape_of(model)
-    lengths = sizes.lengths(shape, tokens, ratio)
-    characters, payload = lengths[ratio][codec], sizes.payload_bytes(shape, tokens, ratio, codec)
-    encoding, prefix = sizes.encoding_bytes(shape, tokens, ratio, codec), sizes.prefix_bytes(shape, tokens, ratio, kept_in)
+    limits = {
+        "max_passage_tokens": shape.max_passage_tokens if max_passage_tokens is None else max_passage_tokens,
+        "long_passages": long_passages,
+        "max_windows": max_windows,
+    }
+    encoder = make_settings(EncoderSettings, limits)
+    read = read_of(tokens, encoder)
+    lengths = sizes.lengths(shape, read, ratio)
+    characters, payload = lengths[ratio][codec], sizes.payload_bytes(shape, read, ratio, codec)
+    encoding, prefix = sizes.encoding_bytes(shape, read, ratio, codec), sizes.prefix_bytes(shape, read, ratio, kept_in)
     measured = read_measured()
     machine = speed_at(measured["speed"], dtype, speed)
     room = sizes.room_in(tokens)
@@ -131,7 +168,15 @@ def make_plan(
         tokens=tokens,
         ratio=ratio,
         codec=codec,
-        states=n_pooled_states(tokens, ratio),
+        reading=LongPassages(
+            max_passage_tokens=encoder.max_passage_tokens,
+            long_passages=encoder.long_passages,
+            max_windows=encoder.max_windows,
+            windows=read.n_parts,
+            tokens_read=read.n_tokens,
+            tokens_unread=read.n_unread,
+        ),
+        states=read.n_states(ratio),
         characters=characters,
         total=passages * characters,
         lengths=lengths,
@@ -142,9 +187,9 @@ def make_plan(
         seconds=Seconds(
             scale=machine.scale,
             dtype=dtype,
-            encoding=machine.encode_seconds(shape, passages, tokens),
-            passages_per_hour_and_core=machine.passages_per_hour_and_core(shape, tokens),
-            query=machine.query_seconds(shape, CANDIDATES, tokens, ratio),
+            encoding=machine.encode_seconds(shape, passages, read),
+            passages_per_hour_and_core=machine.passages_per_hour_and_core(shape, read),
+            query=machine.query_seconds(shape, CANDIDATES, read, ratio),
         ),
     )
 

@@ -37,6 +37,8 @@ class Shape:
     """Tokens of the prompt before the query, under the default instruction."""
     max_ratio: int
     """The coarsest ratio that the checkpoint was trained for."""
+    max_passage_tokens: int | None = None
+    """Its own limit, if it has one."""
 
 
 _HEAD_WIDTH = 256
@@ -85,4 +87,5 @@ def shape_of(model: str) -> Shape:
         checkpoint.decoder_config.n_kv_heads,
         len(prefix),
         checkpoint.defaults.max_compression_ratio or DEFAULT_MAX_RATIO,
+        checkpoint.defaults.max_passage_tokens,
     )

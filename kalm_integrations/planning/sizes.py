@@ -9,9 +9,11 @@ from kalm_integrations.core.model.prefix_states import kept_bytes
 from kalm_integrations.core.passages.codecs import CODECS, EXACT_CODECS
 from kalm_integrations.core.passages.encoding import inline_length
 from kalm_integrations.core.passages.prefixes import PREFIX_DTYPES
+from kalm_integrations.core.passages.windows import table_bytes
 from kalm_integrations.core.settings import CODEC_NAMES, COMPRESSION_RATIOS
 from kalm_integrations.core.sizes import n_pooled_states
 from kalm_integrations.hosting.limits import LUCENE_TERM_BYTES, MILVUS_VARCHAR_BYTES, PINECONE_METADATA_BYTES
+from kalm_integrations.planning.reading import PassageRead
 from kalm_integrations.planning.shapes import Shape
 
 QUEUED = 1_000
@@ -47,16 +49,20 @@ class StoreModel:
         return round(passages * (self.per_passage + self.per_byte * size) + queued)
 
 
-def lengths(shape: Shape, n_tokens: int, ratio: int) -> dict[int, dict[str, int]]:
+def length(shape: Shape, read: PassageRead, ratio: int, codec: str) -> int:
+    """Return the characters of a passage's metadata."""
+    return inline_length(read.n_tokens, ratio, shape.encoder.hidden_width, codec, read.windows)
+
+
+def lengths(shape: Shape, read: PassageRead, ratio: int) -> dict[int, dict[str, int]]:
     """Return the characters of a passage's metadata by ratio and codec; `ratio` is one of the ratios."""
     ratios = sorted({ratio, *(each for each in COMPRESSION_RATIOS if each <= shape.max_ratio)})
-    width = shape.encoder.hidden_width
-    return {each: {codec: inline_length(n_tokens, each, width, codec) for codec in CODEC_NAMES} for each in ratios}
+    return {each: {codec: length(shape, read, each, codec) for codec in CODEC_NAMES} for each in ratios}
 
 
-def payload_bytes(shape: Shape, n_tokens: int, ratio: int, codec: str) -> int:
-    """Return the bytes of a passage's states as a codec writes them."""
-    return CODECS[codec].n_bytes(n_pooled_states(n_tokens, ratio), shape.encoder.hidden_width)
+def payload_bytes(shape: Shape, read: PassageRead, ratio: int, codec: str) -> int:
+    """Return the bytes of a passage in a payload store: of its states as a codec writes them, and of what its windows are."""
+    return _state_bytes(shape, read, ratio, codec) + (0 if read.windows is None else table_bytes(len(read.windows)))
 
 
 def room_in(n_tokens: int) -> dict[str, int]:
@@ -70,14 +76,22 @@ def finest(by_ratio: dict[int, dict[str, int]], codecs: Iterable[str], room: int
     return {codec: next((ratio for ratio in by_ratio if by_ratio[ratio][codec] <= room), None) for codec in codecs}
 
 
-def encoding_bytes(shape: Shape, n_tokens: int, ratio: int, codec: str) -> int:
+def encoding_bytes(shape: Shape, read: PassageRead, ratio: int, codec: str) -> int:
     """Return the bytes of a passage's encoding in memory: float32 states, and their payload if it is kept."""
-    states = payload_bytes(shape, n_tokens, ratio, "fp32")
-    return states + (0 if codec in EXACT_CODECS else payload_bytes(shape, n_tokens, ratio, codec))
+    states = _state_bytes(shape, read, ratio, "fp32")
+    return states + (0 if codec in EXACT_CODECS else _state_bytes(shape, read, ratio, codec))
 
 
-def prefix_bytes(shape: Shape, n_tokens: int, ratio: int, dtype: str) -> int:
-    """Return the bytes of a passage's prefix states, kept in a dtype of `PREFIX_DTYPES`."""
+def prefix_bytes(shape: Shape, read: PassageRead, ratio: int, dtype: str) -> int:
+    """Return the bytes of a passage's prefix states, kept in a dtype of `PREFIX_DTYPES`: each window has its own."""
     n_layers, n_heads = len(shape.decoder.layer_types), shape.n_kv_heads
-    n_kept = n_pooled_states(n_tokens, ratio) + shape.n_prefix
-    return kept_bytes((n_layers, 2, n_heads, n_kept, shape.decoder.kv_width // n_heads), PREFIX_DTYPES[dtype])
+
+    def of_part(n_tokens: int) -> int:
+        n_kept = n_pooled_states(n_tokens, ratio) + shape.n_prefix
+        return kept_bytes((n_layers, 2, n_heads, n_kept, shape.decoder.kv_width // n_heads), PREFIX_DTYPES[dtype])
+
+    return sum(of_part(n_tokens) * n_parts for n_tokens, n_parts in read.sizes.items())
+
+
+def _state_bytes(shape: Shape, read: PassageRead, ratio: int, codec: str) -> int:
+    return CODECS[codec].n_bytes(read.n_states(ratio), shape.encoder.hidden_width)

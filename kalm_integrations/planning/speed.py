@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from kalm_integrations.core.model.packing import can_pack, multiply, pack
 from kalm_integrations.core.sizes import n_pooled_states
 from kalm_integrations.planning.arithmetic import decoder_multiply_adds, encoder_multiply_adds
+from kalm_integrations.planning.reading import PassageRead
 from kalm_integrations.planning.shapes import Shape
 
 PRODUCT = "gate_up"
@@ -45,22 +47,31 @@ class Speed:
     cores: int = BENCHMARK_CORES
     """That share the work."""
 
-    def encode_seconds(self, shape: Shape, passages: int, n_tokens: int) -> float:
+    def encode_seconds(self, shape: Shape, passages: int, read: PassageRead) -> float:
         """Return the seconds of encoding passages."""
+        return sum(self._encode_seconds(shape, passages * n_parts, n_tokens) for n_tokens, n_parts in read.sizes.items())
+
+    def passages_per_hour_and_core(self, shape: Shape, read: PassageRead) -> float:
+        """Return how many passages a core encodes in an hour."""
+        return 3600 / (self.encode_seconds(shape, 1, read) * self.cores)
+
+    def query_seconds(self, shape: Shape, candidates: int, read: PassageRead, ratio: int) -> dict[str, float]:
+        """Return the seconds of a query by what is kept of its candidates, all windows of which are scored."""
+        total: Counter[str] = Counter()
+        for n_tokens, n_parts in read.sizes.items():
+            total.update(self._query_seconds(shape, candidates * n_parts, n_tokens, ratio))
+        return dict(total)
+
+    def _encode_seconds(self, shape: Shape, passages: int, n_tokens: int) -> float:
         return self._seconds(ENCODE, passages * _sum(encoder_multiply_adds(shape.encoder, 1, n_tokens)), n_tokens)
 
-    def passages_per_hour_and_core(self, shape: Shape, n_tokens: int) -> float:
-        """Return how many passages a core encodes in an hour."""
-        return 3600 / (self.encode_seconds(shape, 1, n_tokens) * self.cores)
-
-    def query_seconds(self, shape: Shape, candidates: int, n_tokens: int, ratio: int) -> dict[str, float]:
-        """Return the seconds of a query by what is kept of its candidates."""
+    def _query_seconds(self, shape: Shape, candidates: int, n_tokens: int, ratio: int) -> dict[str, float]:
         n_states = n_pooled_states(n_tokens, ratio)
         whole = decoder_multiply_adds(shape.decoder, candidates, n_states, 0, shape.n_prefix + N_NEW)
         rest = decoder_multiply_adds(shape.decoder, candidates, n_states, shape.n_prefix, N_NEW)
         pooled = self._seconds(POOLED, _sum(whole), n_tokens)
         return {
-            "nothing": self.encode_seconds(shape, candidates, n_tokens) + pooled,
+            "nothing": self._encode_seconds(shape, candidates, n_tokens) + pooled,
             "encodings": pooled,
             "prefix states": self._seconds(PREFIX, _sum(rest), n_tokens),
         }

@@ -21,11 +21,12 @@ from transformers import T5Gemma2DecoderConfig
 
 from kalm_integrations import EncodedPassage, KalmReranker
 from kalm_integrations.core.checkpoint.t5gemma2 import stack_config
-from kalm_integrations.core.settings import CODEC_NAMES, MAX_TOKENS, QuerySettings
+from kalm_integrations.core.settings import CODEC_NAMES, MAX_TOKENS, EncoderSettings, QuerySettings
 from kalm_integrations.corpora.beir import Collection
 from kalm_integrations.errors import SettingsError
 from kalm_integrations.planning.arithmetic import Widths
 from kalm_integrations.planning.plans import CANDIDATES, MEASURED, Plan, make_plan, read_measured
+from kalm_integrations.planning.reading import read_of
 from kalm_integrations.planning.shapes import PUBLISHED, shape_of
 from kalm_integrations.planning.sizes import QUEUED
 from kalm_integrations.planning.speed import BENCHMARK_CORES, Speed, product_rate
@@ -154,9 +155,10 @@ def test_seconds_are_those_of_the_benchmark_on_its_machine():
             )
             one, two = (Speed(scale, speed[dtype]["rates"]) for scale in (1, 2))
             expected = {"nothing": cold, "encodings": pooled, "prefix states": prefix}
-            assert one.query_seconds(nano, CANDIDATES, n_tokens, 4) == pytest.approx(expected, rel=1e-3)
-            assert one.encode_seconds(nano, 1000, n_tokens) == pytest.approx(10 * (cold - pooled), rel=1e-3)
-            assert two.encode_seconds(nano, 500, n_tokens) == pytest.approx(one.encode_seconds(nano, 250, n_tokens))
+            read = read_of(n_tokens, EncoderSettings())
+            assert one.query_seconds(nano, CANDIDATES, read, 4) == pytest.approx(expected, rel=1e-3)
+            assert one.encode_seconds(nano, 1000, read) == pytest.approx(10 * (cold - pooled), rel=1e-3)
+            assert two.encode_seconds(nano, 500, read) == pytest.approx(one.encode_seconds(nano, 250, read))
 
 
 def test_larger_models_and_longer_passages_take_longer():

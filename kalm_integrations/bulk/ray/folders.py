@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from kalm_integrations.bulk.state import EARLIER
 from kalm_integrations.errors import EngineError, SettingsError
 
 Kind: TypeAlias = Literal["jsonl", "parquet", "datasets"]
@@ -112,9 +113,10 @@ class Output:
         if filesystem.get_file_info(f"{place}/{MANIFEST}").type == fs.FileType.File:
             with filesystem.open_input_stream(f"{place}/{MANIFEST}") as file:
                 kept = json.loads(file.read())
-            differing = [name for name, value in plan.items() if kept["plan"].get(name) != value]
+            begun = {**EARLIER, **kept["plan"]}
+            differing = [name for name, value in plan.items() if begun.get(name) != value]
             if differing:
-                was = ", ".join(f"{name}={kept['plan'].get(name)!r}" for name in differing)
+                was = ", ".join(f"{name}={begun.get(name)!r}" for name in differing)
                 now = ", ".join(f"{name}={plan[name]!r}" for name in differing)
                 msg = f"a run must go on as it was begun, but {self.path!r} was begun with {was}, not {now}; name a new folder"
                 raise SettingsError(msg)

@@ -17,6 +17,7 @@ from kalm_integrations.bulk.ray.cluster import connected, early_ends_explained, 
 from kalm_integrations.bulk.ray.folders import Output, find_source
 from kalm_integrations.bulk.ray.reading import check_rows, name_of, needed_columns, read_rows, select
 from kalm_integrations.bulk.rows import RowCounts, RowEncoder
+from kalm_integrations.bulk.state import encoder_settings
 from kalm_integrations.core.reranker import KalmReranker
 from kalm_integrations.core.settings import SETTING_NAMES, check_names
 from kalm_integrations.core.types import ENCODING_KEY, shown
@@ -110,7 +111,7 @@ def encode_with_ray(
         "source": found.path,
         "fields": asdict(fields),
         "id_field": id_field,
-        "fingerprint": reranker.fingerprint,
+        **encoder_settings(reranker),
         "compression_ratio": reranker.compression_ratio,
         "storage_codec": reranker.storage_codec,
         "max_inline_bytes": settings.get("max_inline_bytes"),

@@ -21,9 +21,9 @@ def check_stores(model: str, revision: str | None, tokens: int, ratio: int | Non
         codec: how states are written; None is the default.
     """
     from kalm_integrations.core.checkpoint.locate import ALIASES, cached_folder, place_of
-    from kalm_integrations.core.passages.encoding import inline_length
     from kalm_integrations.core.settings import EncoderSettings, StorageSettings, make_settings
     from kalm_integrations.planning import sizes
+    from kalm_integrations.planning.reading import read_of
     from kalm_integrations.planning.shapes import shape_of
 
     stored = make_settings(StorageSettings, {"compression_ratio": ratio, "storage_codec": codec})
@@ -39,18 +39,23 @@ def check_stores(model: str, revision: str | None, tokens: int, ratio: int | Non
             return
         model = str(folder)
     shape = shape_of(model)
-    lengths = sizes.lengths(shape, tokens, ratio)
+    encoder = make_settings(EncoderSettings, {"max_passage_tokens": shape.max_passage_tokens})
+    lengths = sizes.lengths(shape, read_of(tokens, encoder), ratio)
     length = lengths[ratio][codec]
-    longest = EncoderSettings().max_passage_tokens
+    limit, n_windows = encoder.max_passage_tokens, encoder.n_windows or 1
+    longest = limit * n_windows
     yield ok("encodings", f"{length:,} characters for a passage of {tokens:,} tokens, at ratio {ratio} in {codec}")
     for store, room in sizes.room_in(tokens).items():
 
         def is_too_long(n_tokens: int, store: str = store) -> bool:
-            made = inline_length(n_tokens, ratio, shape.encoder.hidden_width, codec)
+            made = sizes.length(shape, read_of(n_tokens, encoder), ratio, codec)
             return made > sizes.room_in(n_tokens)[store]
 
         most = bisect_left(range(1, longest + 1), True, key=is_too_long)
-        passages = f"of up to {most:,} tokens" if most < longest else f"of any length, cut at {longest:,} tokens"
+        if most == longest:
+            passages = f"of any length, of which {n_windows:,} windows of {limit:,} tokens are read at most"
+        else:
+            passages = f"of up to {most:,} tokens" if most <= limit else f"of up to about {most:,} tokens, in windows"
         found = f"takes {room:,} characters: passages {passages}"
         if length <= room:
             yield ok(store, found)
