@@ -88,7 +88,7 @@ def calibrate(
     if save:
         note(f"saved into {save_calibration(model, report.calibration)}")
     if as_json:
-        print_json({"model": model, "fingerprint": reranker.fingerprint, **report.to_dict()})
+        print_json({"model": model, **options.fingerprints(reranker), **report.to_dict()})
         return
     print_facts(values)
     print()

@@ -103,7 +103,7 @@ def beir(
 
     # At the coarsest ratio: says before any work what cannot be opened, and what was not trained for it.
     opened = [
-        {"label": label, "model": model, **_made_by(open_at(model, max(chosen_ratios)))}
+        {"label": label, "model": model, **options.fingerprints(open_at(model, max(chosen_ratios)))}
         for label, model in labels.items()
     ]
     openers = {label: partial(open_at, model, math.gcd(*chosen_ratios)) for label, model in labels.items()}
@@ -322,15 +322,10 @@ def fusion(
         if not as_json:
             print_table(report.to_table())
     if as_json:
-        print_json({"model": model, **_made_by(reranker), "collections": reports})
+        print_json({"model": model, **options.fingerprints(reranker), "collections": reports})
         return
     stats = reranker.stats
     _note_times(stats.passages_encoded, stats.encode_seconds, stats.score_seconds)
-
-
-def _made_by(reranker: KalmReranker) -> dict[str, Any]:
-    """Return what encodings were made by, for JSON."""
-    return {"fingerprint": reranker.fingerprint, "windows_fingerprint": next(iter(reranker.fingerprints[1:]), None)}
 
 
 def _note_times(n_encoded: int, encode_seconds: float, score_seconds: float) -> None:
