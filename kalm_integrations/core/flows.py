@@ -95,7 +95,7 @@ class Driver:
 
     def _start(self, flow: Flow[Answer], n_items: int) -> Future[Answer]:
         """Have a light flow driven by the engine's thread."""
-        request: _Request[Answer] = _Request(self._engine, flow, n_items)
+        request: _Request[Answer] = _Request(self._engine, flow, n_items, self._max_queued)
         self._engine.reserve(request, self._max_queued)
         self._engine.call(request.advance)
         return request
@@ -116,9 +116,10 @@ class Driver:
 class _Request(Future[Answer]):
     """The answer of a flow that the engine's thread drives. Cancelling it takes its job out of the queue."""
 
-    def __init__(self, engine: Engine, flow: Flow[Answer], n_items: int) -> None:
+    def __init__(self, engine: Engine, flow: Flow[Answer], n_items: int, max_queued: int) -> None:
         super().__init__()
         self.n_reserved = n_items
+        self._max_queued = max_queued
         self._engine = engine
         self._flow = flow
         self._job: AnyJob | None = None
@@ -140,11 +141,13 @@ class _Request(Future[Answer]):
             if self.cancelled():
                 return
             next_job, answer = _advance(self._flow, None if job is None else job.result())
+            # Passages may have more windows than were counted.
+            is_larger = job is None and next_job is not None and len(next_job.pending) > self.n_reserved
             self._engine.release(self)
             if next_job is not None:
                 self._job = next_job
                 next_job.n_threads = self._n_threads
-                self._engine.submit(next_job)
+                self._engine.submit(next_job, self._max_queued if is_larger else None)
                 next_job.add_done_callback(self._resume)
                 if self.cancelled():
                     next_job.cancel()

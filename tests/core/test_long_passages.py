@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tools import plain_format
+from tools.holding import Held
 from tools.parity import Parity
 
 from kalm_integrations import EncodedPassage, KalmReranker, Passage
@@ -18,7 +19,7 @@ from kalm_integrations.core import writing
 from kalm_integrations.core.passages.windows import Window
 from kalm_integrations.core.settings import CODEC_NAMES
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY
-from kalm_integrations.errors import SettingsError, StaleEncodingError
+from kalm_integrations.errors import QueueFullError, SettingsError, StaleEncodingError
 
 MakeReranker = Callable[..., KalmReranker]
 
@@ -304,6 +305,22 @@ def test_windows_too_small_to_hold_anything_are_not_made(make_reranker):
 def test_settings_out_of_range_are_refused(make_reranker, settings):
     with pytest.raises(SettingsError, match=next(iter(settings))):
         make_reranker(**settings)
+
+
+async def test_windows_count_in_the_queue(make_reranker):
+    """How many a request has is known when its turn comes; it is refused then, if there are too many."""
+    reranker = make_reranker(**SETTINGS, max_queued_pairs=12)
+    right = reranker.score(QUERY, LONG[:1])
+    [encoding] = reranker.encode_passages(LONG[:1])
+    assert 6 < len(encoding.windows or ()) <= 12
+    with Held(reranker):
+        waiting = [asyncio.create_task(reranker.ascore(QUERY, LONG[:1])) for _ in range(2)]
+        while reranker.runtime.engine.n_queued < 3:
+            await asyncio.sleep(0.01)
+    answers = await asyncio.gather(*waiting, return_exceptions=True)
+    assert answers[0] == pytest.approx(right, abs=1e-6)
+    assert isinstance(answers[1], QueueFullError)
+    assert await reranker.ascore(QUERY, LONG[:1]) == pytest.approx(right, abs=1e-6)
 
 
 def test_memory_keeps_passages_and_no_windows_and_many_callers_encode_each_once(make_reranker):
