@@ -39,6 +39,8 @@ def calibrate(
         Path | None,
         typer.Option(help="Picture to draw the reliability diagram in, such as calibration.svg.", show_default=False),
     ] = None,
+    long_passages: options.LongPassages = None,
+    max_windows: options.MaxWindows = None,
     revision: options.Revision = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -67,7 +69,15 @@ def calibrate(
         judged = judge_candidates(collection, find_candidates(collection, first_stage, top_k, queries, seed))
     else:
         judged = read_judged(data)
-    reranker = options.open_reranker(model, revision=revision, device=device, dtype=dtype, compression_ratio=ratio)
+    reranker = options.open_reranker(
+        model,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        compression_ratio=ratio,
+        long_passages=long_passages,
+        max_windows=max_windows,
+    )
     report = fit(reranker, judged, seed=seed, show_progress=sys.stderr.isatty())
     values = report.calibration.model_dump()
     if diagram is not None:
@@ -78,7 +88,7 @@ def calibrate(
     if save:
         note(f"saved into {save_calibration(model, report.calibration)}")
     if as_json:
-        print_json({"model": model, "fingerprint": reranker.fingerprint, **report.to_dict()})
+        print_json({"model": model, **options.fingerprints(reranker), **report.to_dict()})
         return
     print_facts(values)
     print()

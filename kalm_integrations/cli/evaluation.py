@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -72,6 +72,8 @@ def beir(
     queries: options.Queries = None,
     seed: options.Seed = 0,
     runs: Annotated[Path | None, typer.Option(help="Folder to write every order to, as TREC run files.")] = None,
+    long_passages: options.LongPassages = None,
+    max_windows: options.MaxWindows = None,
     revision: options.Revision = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -96,11 +98,12 @@ def beir(
 
     def open_at(model: str, compression_ratio: int) -> KalmReranker:
         settings = {"revision": revision, "device": device, "dtype": dtype, "storage_codec": "fp32", "cache_bytes": 0}
-        return options.open_reranker(model, compression_ratio=compression_ratio, **settings)
+        long = {"long_passages": long_passages, "max_windows": max_windows}
+        return options.open_reranker(model, compression_ratio=compression_ratio, **settings, **long)
 
     # At the coarsest ratio: says before any work what cannot be opened, and what was not trained for it.
     opened = [
-        {"label": label, "model": model, "fingerprint": open_at(model, max(chosen_ratios)).fingerprint}
+        {"label": label, "model": model, **options.fingerprints(open_at(model, max(chosen_ratios)))}
         for label, model in labels.items()
     ]
     openers = {label: partial(open_at, model, math.gcd(*chosen_ratios)) for label, model in labels.items()}
@@ -128,7 +131,7 @@ def beir(
         if not as_json:
             print_table(report.to_table())
     if as_json:
-        first = {name: opened[0][name] for name in ("model", "fingerprint")}
+        first = {name: value for name, value in opened[0].items() if name != "label"}
         print_json({**first, "models": opened, "collections": [report.to_dict() for report in reports]})
         return
     n_encoded = len(opened) * sum(report.n_passages for report in reports)
@@ -160,6 +163,8 @@ def mteb(
     ratio: options.Ratio = 4,
     codec: options.Codec = "rot4",
     label: Annotated[str | None, typer.Option(help="Name of the summary.", show_default="the benchmark's or task's")] = None,
+    long_passages: options.LongPassages = None,
+    max_windows: options.MaxWindows = None,
     revision: options.Revision = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -174,7 +179,10 @@ def mteb(
     from kalm_integrations.evaluation.mteb import MtebReranker, choose_tasks, rerank_tasks, to_summary
 
     tasks = choose_tasks(benchmark, task or (), without or ())
-    settings = {"compression_ratio": ratio, "storage_codec": codec, **({} if dtype is None else {"dtype": dtype})}
+    given = {"dtype": dtype, "long_passages": long_passages, "max_windows": max_windows}
+    settings: dict[str, Any] = {"compression_ratio": ratio, "storage_codec": codec}
+    # Results are filed under what was given.
+    settings |= {name: value for name, value in given.items() if value is not None}
     reranker = MtebReranker(model, revision, device, encodings=output / "encodings", **settings)
     scores = rerank_tasks(reranker, tasks, output, first_stage=first_stage, top_k=top_k)
     name = label or benchmark or "-".join(task or ())
@@ -204,6 +212,8 @@ def compression(
     queries: options.Queries = None,
     seed: options.Seed = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of timing.")] = 5,
+    long_passages: options.LongPassages = None,
+    max_windows: options.MaxWindows = None,
     revision: options.Revision = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -227,6 +237,8 @@ def compression(
         "compression_ratio": 1,
         "storage_codec": "fp32",
         "cache_bytes": 0,
+        "long_passages": long_passages,
+        "max_windows": max_windows,
     }
     # Prefix states in float32, too, so that the codecs to be measured are all that is lossy.
     reranker = options.open_reranker(model, **settings, prefix_dtype="float32")
@@ -268,6 +280,8 @@ def fusion(
     top_k: options.TopK = 20,
     queries: options.Queries = None,
     seed: options.Seed = 0,
+    long_passages: options.LongPassages = None,
+    max_windows: options.MaxWindows = None,
     revision: options.Revision = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -283,7 +297,14 @@ def fusion(
     shares = options.parse_list(weights, "--weights", "numbers from 0 to 1 such as 0.4,0.6", float)
     collections = options.read_collections(folders, split, [first_stage], skip_missing_queries=skip_missing_queries)
     reranker = options.open_reranker(
-        model, revision=revision, device=device, dtype=dtype, compression_ratio=ratio, cache_bytes=0
+        model,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        compression_ratio=ratio,
+        cache_bytes=0,
+        long_passages=long_passages,
+        max_windows=max_windows,
     )
     reports = []
     for collection in collections:
@@ -301,7 +322,7 @@ def fusion(
         if not as_json:
             print_table(report.to_table())
     if as_json:
-        print_json({"model": model, "fingerprint": reranker.fingerprint, "collections": reports})
+        print_json({"model": model, **options.fingerprints(reranker), "collections": reports})
         return
     stats = reranker.stats
     _note_times(stats.passages_encoded, stats.encode_seconds, stats.score_seconds)

@@ -6,8 +6,9 @@ import html
 import unicodedata
 from collections.abc import Sequence
 
-from kalm_integrations.cli.explanation import ENCODINGS, LEVELS, Explained, Explanation, level_of
+from kalm_integrations.cli.explanation import ENCODINGS, LEVELS, OUTSIDE, Explained, Explanation, level_of
 from kalm_integrations.core.text import without_surrogates
+from kalm_integrations.core.types import Span
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --text: #1c1b19; --quiet: #5c5953; --line: #d9d5cc; --link: #0b57a4;
@@ -115,21 +116,22 @@ def _article(one: Explained) -> str:
     best = max((span.score for span in one.spans), default=None)
     pieces = []
     for text, span in one.pieces():
-        if span is not None:
+        if isinstance(span, Span):
             kind, title = f"s{level_of(span.score)}", f"score {span.score:.4f}"
             if span.score == best:
                 kind, title = f"{kind} best", f"{title}, the passage's best"
             pieces.append(f'<mark class="{kind}" title="{title}"><b>{span.score:.2f}</b>{_escape(text)}</mark>')
         elif text.strip():
-            title = "behind what the model reads of a passage"
-            pieces.append(f'<span class="unread" title="{title}">[not read:] {_escape(text)}</span>')
+            title = "not in the window that scores best" if span == OUTSIDE else "behind what the model reads of a passage"
+            pieces.append(f'<span class="unread" title="{title}">[{span}:] {_escape(text)}</span>')
         else:
             pieces.append(_escape(text))
     facts = f"Score {passage.score:.4f}, margin {passage.margin:+.2f}; came as {one.place}, {one.move}"
+    window = f"<br>{one.window.capitalize()}." if one.window else ""
     return (
         f'<article id="rank-{one.rank}" aria-labelledby="name-{one.rank}">'
         f'<h3 id="name-{one.rank}">{one.rank}. <bdi>{_escape(one.name)}</bdi></h3>'
-        f'<div class="quiet">{facts}.<br>Encoding: {ENCODINGS[one.status]}.</div>'
+        f'<div class="quiet">{facts}.<br>Encoding: {ENCODINGS[one.status]}.{window}</div>'
         f'<p class="passage" dir="auto">{"".join(pieces)}</p></article>'
     )
 

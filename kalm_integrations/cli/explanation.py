@@ -21,6 +21,11 @@ ENCODINGS: dict[Status, str] = {
 """Where a passage's encoding came from."""
 
 
+OUTSIDE = "outside"
+"""What is said of text that is not in the window that scores best."""
+UNREAD = "not read"
+
+
 @dataclass(frozen=True)
 class Explained:
     """A passage with its place before and after."""
@@ -49,16 +54,31 @@ class Explained:
         """Its sentences, best first; none if they were not scored."""
         return self.passage.spans or ()
 
-    def pieces(self) -> Iterator[tuple[str, Span | None]]:
-        """Yield the text in order: sentences, and what lies between and behind them."""
+    @property
+    def window(self) -> str:
+        """Where the window lies that scores best; empty if the passage was read in one piece."""
+        if self.passage.window is None:
+            return ""
+        start, end = self.passage.window
+        return f"best window: characters {start:,} to {end:,} of {len(self.text):,}"
+
+    def pieces(self) -> Iterator[tuple[str, Span | str]]:
+        """Yield the text in order: sentences, and what lies between and around them, with the reason why that is none."""
         place = 0
         for span in sorted(self.spans, key=lambda span: span.start):
-            if place < span.start:
-                yield self.text[place : span.start], None
+            yield from self._between(place, span.start)
             yield self.text[span.start : span.end], span
             place = span.end
-        if place < len(self.text):
-            yield self.text[place:], None
+        yield from self._between(place, len(self.text))
+
+    def _between(self, start: int, end: int) -> Iterator[tuple[str, str]]:
+        first, stop = self.passage.window or (0, len(self.text))
+        parts = (
+            (start, min(end, first), OUTSIDE),
+            (max(start, first), min(end, stop), UNREAD),
+            (max(start, stop), end, OUTSIDE),
+        )
+        yield from ((self.text[a:b], reason) for a, b, reason in parts if a < b)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def info(
         "model": model,
         "folder": str(checkpoint.folder),
         "checkpoint": checkpoint.identity,
-        "fingerprint": reranker.fingerprint,
+        **options.fingerprints(reranker),
         "encoder_layers": len(checkpoint.encoder_config.layer_types),
         "decoder_layers": len(checkpoint.decoder_config.layer_types),
         "width": checkpoint.encoder_config.hidden_width,

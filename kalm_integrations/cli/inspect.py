@@ -73,7 +73,11 @@ def inspect(
         name: f"{total:,} ({total / n:,.1f} on average)" if n > 1 else f"{total:,}"
         for name, total in (("tokens", summary.n_tokens), ("characters", summary.n_characters))
     }
-    print_facts({**summary.facts(), **means})
+    facts = summary.facts()
+    n_windows = facts.pop("windows")
+    if n_windows:
+        means["in_windows"] = f"{facts['in_windows']:,}, of {n_windows:,} windows"
+    print_facts({**facts, **means})
     if lengths:
         print()
         print_table(_to_table(lengths))

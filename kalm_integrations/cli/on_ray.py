@@ -27,8 +27,8 @@ def encode_on_ray(source: Path, output: Path, model: str, **settings: Any) -> No
     counts = result.counts
     note(f"{result.n_rows:,} rows are in {_address(output)}{kept}")
     note(
-        f"{counts.encoded:,} passages encoded in {result.seconds:.1f} s, {describe_windows(counts.windowed, counts.truncated)}; "
-        f"{counts.passed_through:,} had a valid encoding"
+        f"{counts.encoded:,} passages encoded in {result.seconds:.1f} s, "
+        f"{describe_windows(counts.windowed, counts.truncated)}; {counts.passed_through:,} had a valid encoding"
     )
 
 

@@ -123,6 +123,11 @@ def open_reranker(model: str, **settings: Any) -> KalmReranker:
     return cast("KalmReranker", as_reranker(model, **settings))
 
 
+def fingerprints(reranker: KalmReranker) -> dict[str, str | None]:
+    """Return what encodings were made by, for JSON; a reranker that cuts passages makes none in windows."""
+    return {"fingerprint": reranker.fingerprint, "windows_fingerprint": next(iter(reranker.fingerprints[1:]), None)}
+
+
 def read_collections(
     folders: Sequence[Path], split: str, first_stages: Sequence[str], *, skip_missing_queries: bool
 ) -> list[Collection]:

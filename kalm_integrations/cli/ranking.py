@@ -75,6 +75,8 @@ def names_of(candidates: Sequence[Candidate]) -> tuple[str, list[str]]:
 def to_dict(passage: RankedPassage, candidate: Candidate) -> dict[str, Any]:
     """Return a result for JSON: numbers plain, the row without its encoding; the text is in the row."""
     numbers = {name: value for name, value in passage.to_dict().items() if name != "text"}
+    if passage.window is not None:
+        numbers["window"] = dict(zip(("start", "end"), passage.window, strict=True))
     row = {key: value for key, value in candidate.row.items() if key not in (ENCODING_KEY, FINGERPRINT_KEY)}
     return {**numbers, "line": candidate.number, "row": row}
 

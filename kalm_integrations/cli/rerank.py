@@ -50,7 +50,8 @@ def rerank(
     """Rank passages for a query, best first.
 
     A row that carries an encoding (made by `kalm encode` or by an adapter) is scored from it, without running the encoder.
-    Rows without one, or with one of another text or model, are encoded now.
+    Rows without one, or with one of another text or model, are encoded now. Of a passage in windows, the characters of the
+    window that scores best are shown.
     """
     ranking.check_query(query)
     candidates = ranking.read_passages(passages, text_field, title_field, skip_bad=skip_bad)
@@ -82,14 +83,19 @@ def _to_table(ranked: Sequence[RankedPassage], candidates: Sequence[Candidate]) 
 
     kind, names = ranking.names_of(candidates)
     table = make_table()
-    for name in ("rank", "score", "margin", kind):
+    has_windows = any(passage.window is not None for passage in ranked)
+    for name in ("rank", "score", "margin", *(["window"] if has_windows else ()), kind):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("passage")
     for rank, passage in enumerate(ranked, 1):
         shown = candidates[passage.index].text
         if passage.spans:
             shown = shown[passage.spans[0].start : passage.spans[0].end]
-        numbers = (str(rank), f"{passage.score:.4f}", f"{passage.margin:+.2f}")
+        elif passage.window is not None:
+            shown = shown[slice(*passage.window)]
+        numbers = [str(rank), f"{passage.score:.4f}", f"{passage.margin:+.2f}"]
+        if has_windows:
+            numbers.append("" if passage.window is None else "{:,}-{:,}".format(*passage.window))
         # Cut in the cell, not by the column, so that a narrow terminal leaves the numbers whole.
         text = Text(printable(shown), no_wrap=True, overflow="ellipsis")
         table.add_row(*numbers, Text(printable(names[passage.index])), text)

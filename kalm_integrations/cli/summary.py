@@ -19,13 +19,15 @@ class EncodingSummary:
     n_encodings: int = 0
     n_tokens: int = 0
     n_characters: int = 0
+    n_windows: Counter[int] = field(default_factory=Counter)
+    """How many encodings have how many windows; those of passages that were read in one piece have one."""
     values: dict[str, Counter[str | int]] = field(default_factory=lambda: {name: Counter() for name in FACTS})
     """How many encodings have which value, for each of FACTS."""
     totals: Counter[tuple[int, str]] = field(default_factory=Counter)
     """Characters of all encodings at a ratio and codec."""
     n_at_ratio: Counter[int] = field(default_factory=Counter)
     """Encodings that can be pooled to a ratio."""
-    _lengths: dict[tuple[int, int, int], dict[tuple[int, str], int]] = field(default_factory=dict)
+    _lengths: dict[tuple[tuple[int, ...], bool, int, int], dict[tuple[int, str], int]] = field(default_factory=dict)
 
     def add(self, length: int, encoding: EncodedPassage) -> None:
         """Add an encoding whose metadata string has `length` characters."""
@@ -36,8 +38,11 @@ class EncodingSummary:
         facts: tuple[str | int, ...] = (encoding.fingerprint, ratio, encoding.codec, width)
         for counter, value in zip(self.values.values(), facts, strict=True):
             counter[value] += 1
-        # Lengths follow from these three (states that overflow a codec aside), and most files have few different ones.
-        key = (encoding.n_tokens, ratio, width)
+        windows = encoding.windows
+        tokens = (encoding.n_tokens,) if windows is None else tuple(window.n_tokens for window in windows)
+        self.n_windows[len(tokens)] += 1
+        # Lengths follow from these (states that overflow a codec aside), and most files have few different ones.
+        key = (tokens, windows is None, ratio, width)
         if key not in self._lengths:
             self._lengths[key] = dict(_lengths(encoding))
         self.totals.update(self._lengths[key])
@@ -46,7 +51,15 @@ class EncodingSummary:
     def facts(self) -> dict[str, object]:
         """Return what the encodings have in common, or how many have what; at least one must have been added."""
         values = {name: _describe(counter) for name, counter in self.values.items()}
-        return {"encodings": self.n_encodings, **values, "tokens": self.n_tokens, "characters": self.n_characters}
+        in_windows = {n: count for n, count in self.n_windows.items() if n > 1}
+        return {
+            "encodings": self.n_encodings,
+            **values,
+            "in_windows": sum(in_windows.values()),
+            "windows": sum(n * count for n, count in in_windows.items()),
+            "tokens": self.n_tokens,
+            "characters": self.n_characters,
+        }
 
     def lengths(self) -> dict[int, dict[str, float]]:
         """Return the mean length by ratio and codec, for the ratios that every encoding can be pooled to."""

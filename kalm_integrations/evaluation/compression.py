@@ -293,9 +293,12 @@ def to_report(model: str, reranker: KalmReranker, collections: Sequence[Collecti
         for cost in row["costs"]:
             cost["is_pareto"] = (cost["ratio"], cost["codec"]) in line
         rows.append(row)
-    facts = {"model": model, "fingerprint": reranker.fingerprint, "device": str(reranker.runtime.device)}
+    fingerprint, *of_windows = reranker.fingerprints
     return {
-        **facts,
+        "model": model,
+        "fingerprint": fingerprint,
+        "windows_fingerprint": of_windows[0] if of_windows else None,
+        "device": str(reranker.runtime.device),
         "dtype": str(reranker.runtime.dtype).removeprefix("torch."),
         "recommended": recommended,
         "collections": rows,

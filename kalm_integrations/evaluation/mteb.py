@@ -19,17 +19,21 @@ from kalm_integrations.core.types import AnyPassage
 from kalm_integrations.errors import MissingExtraError, SettingsError
 from kalm_integrations.evaluation.stored import StoredEncodings
 from kalm_integrations.hosting import as_reranker
+from kalm_integrations.hosting.models import fingerprints_of
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.models.model_meta import ModelMeta
 
+    from kalm_integrations.core.reranker import KalmReranker
+
 
 class MtebReranker:
     """Scores the pairs of an mteb task, encoding each passage once.
 
-    The scores are those of mteb's own `KaLMRerankerWrapper`, which encodes a passage anew for every pair.
+    With `long_passages="cut"`, or where no passage is longer than `max_passage_tokens`, the scores are those of mteb's own
+    `KaLMRerankerWrapper`, which encodes a passage anew for every pair.
 
     ```python
     mteb.evaluate(MtebReranker("nano"), mteb.get_task("AskUbuntuDupQuestions"))
@@ -73,12 +77,14 @@ class MtebReranker:
             stored_as = {**settings, "payload_store": encodings, "storage_mode": "reference"}
             self.reranker = as_reranker(model, revision=revision, device=device, **stored_as)
             storage = make_settings(StorageSettings, settings)
-            self._stored = StoredEncodings(self.reranker, encodings, f"{storage.compression_ratio}:{storage.storage_codec}")
+            # A service would have refused the settings.
+            opened = cast("KalmReranker", self.reranker)
+            self._stored = StoredEncodings(opened, encodings, f"{storage.compression_ratio}:{storage.storage_codec}")
         name = Path(model).name if isinstance(model, (str, os.PathLike)) else type(model).__name__
         facts = {
             "name": f"kalm-integrations/{name}",
             # Results of other weights, or of other encoder settings, are filed apart.
-            "revision": self.reranker.fingerprint,
+            "revision": fingerprints_of(self.reranker)[-1],
             "experiment_kwargs": settings or None,
             "model_type": ["cross-encoder"],
         }

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from kalm_integrations.core.base import Reranker
+from kalm_integrations.core.passages.expected import is_current
+from kalm_integrations.core.passages.header import read_header
 from kalm_integrations.core.passages.stores import LmdbPayloadStore
-from kalm_integrations.core.passages.strings import hash_text
+from kalm_integrations.core.passages.strings import fingerprint_of, hash_text
 from kalm_integrations.core.types import ENCODING_KEY, AnyPassage, Passage
+
+if TYPE_CHECKING:
+    from kalm_integrations.core.reranker import KalmReranker
 
 PASSAGES_PER_BLOCK = 512
 """Passages that are encoded before what they gave is written: what an interrupted run may lose."""
 
 
 class StoredEncodings:
-    """Encodings of passages in an LMDB folder, each made once for a fingerprint, ratio and codec."""
+    """Encodings of passages in an LMDB folder, each made once for a fingerprint, ratio and codec.
 
-    def __init__(self, reranker: Reranker, folder: str | os.PathLike[str], setting: str) -> None:
+    Short passages have the same fingerprint whether long ones are cut or read in windows, and are made once for both.
+    """
+
+    def __init__(self, reranker: KalmReranker, folder: str | os.PathLike[str], setting: str) -> None:
         """Open or create the folder.
 
         Args:
@@ -29,28 +37,41 @@ class StoredEncodings:
         """
         self._reranker = reranker
         self._store = LmdbPayloadStore(folder)
-        self._prefix = f"passage:{reranker.fingerprint}:{setting}"
+        self._setting = setting
 
     def get_many(self, texts: Iterable[str], show_progress: bool = False) -> dict[str, AnyPassage]:
         """Return texts with their encodings, by text; those that are not there yet are encoded and kept."""
         found: dict[str, AnyPassage] = {}
         missing = []
         for text in dict.fromkeys(texts):
-            value = self._store.get(self._key(text))
+            value = self._find(text)
             if value is None:
                 missing.append(text)
             else:
-                found[text] = Passage(text, value.decode())
+                found[text] = Passage(text, value)
         with tqdm(total=len(missing), desc="Encoding", unit="passage", disable=not show_progress) as progress:
             # By length, so that no block, and no batch in it, is padded to one long passage.
             missing.sort(key=len)
             for start in range(0, len(missing), PASSAGES_PER_BLOCK):
                 block = missing[start : start + PASSAGES_PER_BLOCK]
                 values = [metadata[ENCODING_KEY] for metadata in self._reranker.encode_to_metadata(block)]
-                self._store.update({self._key(text): value.encode() for text, value in zip(block, values, strict=True)})
+                named = ((self._key(text, fingerprint_of(value)), value) for text, value in zip(block, values, strict=True))
+                self._store.update({key: value.encode() for key, value in named})
                 found.update({text: Passage(text, value) for text, value in zip(block, values, strict=True)})
                 progress.update(len(block))
         return found
 
-    def _key(self, text: str) -> str:
-        return f"{self._prefix}:{hash_text(text)}"
+    def _find(self, text: str) -> str | None:
+        """Return a text's encoding, or None if there is none that the reranker would make."""
+        whole, *of_windows = self._reranker.fingerprints
+        for fingerprint in (*of_windows, whole):
+            stored = self._store.get(self._key(text, fingerprint))
+            if stored is not None:
+                value = stored.decode()
+                fields = read_header(value.split(".", 2)[1])
+                if is_current(fields, whole, of_windows[0] if of_windows else None, self._reranker.max_passage_tokens):
+                    return value
+        return None
+
+    def _key(self, text: str, fingerprint: str) -> str:
+        return f"passage:{fingerprint}:{self._setting}:{hash_text(text)}"

@@ -33,7 +33,8 @@ def load_teacher(model: str, kind: TeacherKind) -> Teacher:
         CheckpointError: a KaLM reranker cannot be used.
     """
     if kind == "kalm":
-        return _by_reranker(KalmReranker.from_pretrained(model, storage_codec="fp32"))
+        # Who learns from the margins is given the beginning of a long passage.
+        return _by_reranker(KalmReranker.from_pretrained(model, storage_codec="fp32", long_passages="cut"))
     return _by_cross_encoder(model) if kind == "cross-encoder" else _by_bi_encoder(model)
 
 

@@ -195,6 +195,6 @@ def say_cuts(config: TrainConfig, sets: Mapping[str, TrainingSet], tokenizer: Pa
                 some = "" if len(counted) == n_passages else f" drawn from {n_passages:,}"
                 lines.append(
                     f"phase {index + 1}: {many}{some} of {collection.name} are cut to max_passage_tokens = "
-                    f"{limit}; in use, {tokenizer.max_passage_tokens} are read at once"
+                    f"{limit}; in use, {tokenizer.max_passage_tokens} tokens are read at a time"
                 )
     return lines

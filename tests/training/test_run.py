@@ -334,7 +334,7 @@ def test_what_bites_is_said_before_training(tmp_path, lines, caplog):
     log = messages(caplog)
     assert "the learning rate warms up over 60 steps, but there are 3, so it never gets to its full height" in log
     assert re.search(
-        r"phase 1: \d of 4 passages of lines are cut to max_passage_tokens = 9; in use, 1024 are read at once", log
+        r"phase 1: \d of 4 passages of lines are cut to max_passage_tokens = 9; in use, 1024 tokens are read at a time", log
     )
     caplog.clear()
     train(configuration(tmp_path / "whole", lines, phase={"steps": 20, "warmup_steps": None}))
