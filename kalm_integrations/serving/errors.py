@@ -42,7 +42,7 @@ MEANINGS = {
     401: "The key is missing or wrong.",
     404: "The model has another name.",
     408: "The body did not come in time.",
-    413: "The body is too large, or holds too many texts.",
+    413: "The body is too large, or holds too many texts, or one that is longer than is read and must not be cut.",
     422: "The body breaks a rule.",
     429: "Too much waits already; ask again after the seconds in Retry-After.",
     500: "The service failed; its log says why.",

@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
@@ -21,6 +21,9 @@ from kalm_integrations.remote.protocol import ServiceFacts
 from kalm_integrations.serving.errors import INTERNAL
 from kalm_integrations.serving.metrics import Metrics, as_kalm
 from kalm_integrations.serving.settings import ServiceSettings
+
+if TYPE_CHECKING:
+    from kalm_integrations.core.passages.encoding import EncodedPassage
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +62,8 @@ class Question:
     instruction: str | None = None
     max_tokens: int | None = None
     """Of each text, its first ones."""
+    must_be_whole: bool = False
+    """Whether a text that is not read to its end is refused."""
     spans: bool = False
     """Whether the texts that are returned come with their spans."""
 
@@ -146,7 +151,7 @@ class Service:
 
     @property
     def max_tokens_read(self) -> int | None:
-        """How much of a text is read; None for a reranker that is not loaded, or none of ours."""
+        """How many tokens of a text are read at most; None for a reranker that is not loaded, or none of ours."""
         kalm = None if self._reranker is None else as_kalm(self._reranker)
         return None if kalm is None else kalm.max_tokens_read
 
@@ -185,7 +190,28 @@ class Service:
         if question.max_tokens is not None and texts:
             texts = await asyncio.to_thread(truncate, reranker, texts, question.max_tokens)
         spans = len(texts) if question.spans and texts else None
-        return await self.rank(request, question.query, texts, question.instruction, question.top_n or None, spans=spans)
+        ranking = await self.rank(request, question.query, texts, question.instruction, question.top_n or None, spans=spans)
+        if question.must_be_whole:
+            await self._check_whole(texts)
+        return ranking
+
+    async def _check_whole(self, texts: list[str]) -> None:
+        """Check that texts have been read to their ends.
+
+        Raises:
+            HTTPException: one was not.
+        """
+        kalm = as_kalm(self.reranker)
+        if kalm is None:
+            return
+        # What has just been ranked is in memory.
+        for index, (text, encoding) in enumerate(zip(texts, await kalm.aencode_passages(texts), strict=True)):
+            if not _is_whole(text, encoding, kalm.max_passage_tokens):
+                msg = (
+                    f"texts.{index} must be read to its end if truncate is false, but is too long: at most "
+                    f"{kalm.max_tokens_read:,} tokens are read, less where windows overlap; send parts of it, or let it be cut"
+                )
+                raise HTTPException(413, msg)
 
     async def rank(
         self,
@@ -235,6 +261,14 @@ class Service:
 def note(request: Request, **facts: Any) -> None:
     """Have the access log say something about a request: numbers and names, no texts."""
     request.scope.setdefault(NOTES, {}).update(facts)
+
+
+def _is_whole(text: str, encoding: EncodedPassage, max_passage_tokens: int) -> bool:
+    """Return whether a text was read to its end; of one that fills its only window nobody can tell, so it was not."""
+    if encoding.windows is None:
+        return encoding.n_tokens < max_passage_tokens
+    # JSON leaves lone surrogates only, each of which is read as one character.
+    return encoding.windows[-1].end >= len(text.rstrip())
 
 
 def truncate(reranker: Reranker, texts: list[str], max_tokens: int) -> list[str]:

@@ -178,6 +178,18 @@ def test_sentences_are_shaded_by_their_scores(serve: Serve, open_page: Open, pic
 # --- compression
 
 
+def test_the_best_window_of_a_long_passage_is_named(serve: Serve, open_page: Open):
+    settings = {"long_passages": "windows", "max_passage_tokens": 64}
+    long = "The Rhine rises in the Swiss Alps and flows north. " * 12 + TEXTS[2]
+    page = open_page(serve(model_settings=settings))
+    ask(page, [TEXTS[0], long])
+    ranked = KalmReranker.from_pretrained("pico", **settings).rank(QUERY, [TEXTS[0], long])
+    start, end = next(passage.window for passage in ranked if passage.index == 1)
+    said = page.locator("#after > li .hint").filter(has_text="best window")
+    expect(said).to_have_count(1)
+    expect(said).to_contain_text(f"best window: characters {start + 1} to {end}")
+
+
 def test_ratio_and_codec_change_bytes_and_scores(serve: Serve, open_page: Open):
     page = open_page(serve())
     ask(page, TEXTS)

@@ -30,7 +30,7 @@ class TeiRequest(Body):
     texts: list[str] = Field(description="None at all give an empty list.")
     raw_scores: bool = Field(default=False, description="Margins, logit(yes) - logit(no), instead of P(yes).")
     return_text: bool = Field(default=False, description="Whether results hold the texts.")
-    truncate: bool | None = Field(default=None, description="Texts are read up to /info's max_input_length in any case.")
+    truncate: bool | None = Field(default=None, description="False refuses texts that are not read to their end.")
     truncation_direction: Literal["Right", "right"] | None = Field(
         default=None, description="The model reads texts from their start."
     )
@@ -54,7 +54,7 @@ class TeiInfo(Answer):
     )
     max_client_batch_size: int
     max_input_length: int | None = Field(
-        description="Tokens of a text that are read, in windows if need be; known once the model is loaded."
+        description="Tokens of a text that are read at most, in windows or not; known once the model is loaded."
     )
     auto_truncate: bool = True
     version: str = __version__
@@ -84,7 +84,8 @@ def routes(service: Service) -> APIRouter:
         """Score all texts for a query, best first; a body with `documents` is answered as /v1/rerank does."""
         if isinstance(body, JinaRequest):
             return await answer(service, request, body)
-        ranking = await service.answer(request, Question(body.query, body.texts, instruction=body.instruction))
+        question = Question(body.query, body.texts, instruction=body.instruction, must_be_whole=body.truncate is False)
+        ranking = await service.answer(request, question)
 
         def result(passage: RankedPassage) -> TeiResult:
             text = printable(body.texts[passage.index]) if body.return_text else None

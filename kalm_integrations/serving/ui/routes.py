@@ -106,6 +106,8 @@ class Shown(Answer):
     n_text_bytes: int
     spans: list[SentSpan] | None
     """In the text's order."""
+    window: tuple[int, int] | None
+    """Where the best window lies in the text, in code points, of a passage that has several."""
 
 
 class RankAnswer(Answer):
@@ -260,6 +262,7 @@ def _shown(names: Sequence[str], passages: Sequence[Passage], ranking: Ranking) 
             n_bytes=len(made[ranked.index][ENCODING_KEY] if ranked.index in made else passages[ranked.index].encoding or ""),
             n_text_bytes=len(passages[ranked.index].text.encode("utf-8", "replace")),
             spans=_sentences(ranked),
+            window=ranked.window,
         )
         for rank, ranked in enumerate(ranking, 1)
     ]

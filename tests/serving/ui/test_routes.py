@@ -174,6 +174,20 @@ def test_the_collection_is_asked_where_no_passages_are_sent(make_page, make_coll
     assert [passage["text"] for passage in rank(client, texts=["otters"])["passages"]] == ["otters"]
 
 
+def test_the_best_window_of_a_long_passage(make_page):
+    """Places count code points of what is shown, and sentences lie in it."""
+    settings = {"long_passages": "windows", "max_passage_tokens": 64}
+    texts = [*TEXTS, "\U0001f9a6 The Rhine rises in the Alps and flows north. " * 12 + TEXTS[1]]
+    answer = rank(make_page(model="pico", model_settings=settings), texts=texts, spans=len(texts))
+    places = {ranked.index: ranked.window for ranked in KalmReranker.from_pretrained("pico", **settings).rank(QUERY, texts)}
+    *short, long = answer["passages"]
+    assert [passage["window"] for passage in short] == [None] * len(TEXTS)
+    assert tuple(long["window"]) == places[len(TEXTS)]
+    start, end = long["window"]
+    assert texts[-1][start:end].endswith(TEXTS[1])
+    assert all(start <= span["start"] < span["end"] <= end for span in long["spans"])
+
+
 def test_sentences_of_the_best_come_with_their_scores(make_page, pico):
     answer = rank(make_page(model="pico"), spans=2)
     for right in pico.rank(QUERY, TEXTS, spans=2):

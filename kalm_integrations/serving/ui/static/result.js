@@ -114,6 +114,10 @@ function afterItem(passage) {
   );
   const facts = [`${passage.status}: ${STATUSES[passage.status]}`, bytes(passage.n_bytes)];
   if (passage.name !== null) facts.unshift(passage.name);
+  if (passage.window !== null) {
+    const [start, end] = passage.window;
+    facts.push(`best window: characters ${number(start + 1)} to ${number(end)}`);
+  }
   const foot = make("p", { class: "hint" }, facts.join(" · "));
   return make("li", { id: `after-${passage.rank}`, tabindex: "-1" }, head, ...text(passage), foot);
 }
