@@ -81,9 +81,10 @@ def test_inspect_counts_windows(run: Run, short_model: Any, rows: Path, make_sho
     assert whole.n_tokens > one.n_tokens
     lines = f"{encodings[1].to_metadata()}\n{whole.to_metadata()}"
     both = json.loads(run("inspect", "--json", stdin=lines).stdout)
-    assert both["lengths"]["32"]["fp16"] == sum(
-        json.loads(run("inspect", "--json", line).stdout)["lengths"]["32"]["fp16"] for line in lines.split()
-    ) / 2
+    assert (
+        both["lengths"]["32"]["fp16"]
+        == sum(json.loads(run("inspect", "--json", line).stdout)["lengths"]["32"]["fp16"] for line in lines.split()) / 2
+    )
 
 
 def test_rerank_says_which_window_it_was(
@@ -162,7 +163,5 @@ def test_plan_and_doctor_know_the_limit_of_a_checkpoint(run: Run, short_model: A
     findings = json.loads(run("doctor", *short_model, "--codec", "fp16", "--json").stdout)["findings"]
     found = {finding["name"]: finding["found"] for finding in findings}
     most = int(found["OpenSearch, Elasticsearch"].split("up to about ")[1].split(" tokens, in windows")[0].replace(",", ""))
-    characters = [
-        make_plan(str(short_model[1]), 1, tokens, codec="fp16", speed=1.0).characters for tokens in (most, most + 1)
-    ]
+    characters = [make_plan(str(short_model[1]), 1, tokens, codec="fp16", speed=1.0).characters for tokens in (most, most + 1)]
     assert characters[0] <= 32_766 < characters[1]
