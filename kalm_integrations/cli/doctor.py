@@ -26,7 +26,7 @@ NAME_WIDTH = 24
 
 def doctor(
     model: options.ModelOrService = "pico",
-    tokens: Annotated[int, typer.Option(min=1, max=1024, help="Tokens of a passage whose encoding is to fit.")] = 256,
+    tokens: Annotated[int, typer.Option(min=1, max=131_072, help="Tokens of a passage whose encoding is to fit.")] = 256,
     ratio: options.Ratio = None,
     codec: options.Codec = None,
     revision: options.Revision = None,

@@ -23,6 +23,8 @@ def test_inspect_tells_what_an_encoding_holds(run: Run, make_reranker: Callable[
         "ratio": 8,
         "codec": "int8",
         "width": 48,
+        "in_windows": 0,
+        "windows": 0,
         "tokens": encoding.n_tokens,
         "characters": len(encoding.to_metadata()),
     }

@@ -142,7 +142,7 @@ class BagOfWords:
 def test_two_stages_give_the_wrapper_s_ndcg_and_are_not_run_twice(tiny_checkpoint, wrapper, tmp_path):
     """From encodings kept on disk; what is done is read from the output folder the next time."""
     first_stage = BagOfWords()
-    settings = {"encodings": tmp_path / "encodings", "storage_codec": "fp32"}
+    settings = {"encodings": tmp_path / "encodings", "storage_codec": "fp32", "long_passages": "cut"}
     model = MtebReranker(tiny_checkpoint, **settings)
     [scores] = rerank_tasks(model, [SampleRetrieval()], tmp_path, first_stage=first_stage, top_k=6)
     assert (scores.task, first_stage.n_searches) == ("SampleRetrieval", 1)
