@@ -13,6 +13,7 @@ from kalm_integrations.core.passages.header import read_header
 from kalm_integrations.core.passages.stores import LmdbPayloadStore
 from kalm_integrations.core.passages.strings import fingerprint_of, hash_text
 from kalm_integrations.core.types import ENCODING_KEY, AnyPassage, Passage
+from kalm_integrations.errors import CorruptEncodingError
 
 if TYPE_CHECKING:
     from kalm_integrations.core.reranker import KalmReranker
@@ -66,12 +67,16 @@ class StoredEncodings:
         whole, *of_windows = self._reranker.fingerprints
         for fingerprint in (*of_windows, whole):
             stored = self._store.get(self._key(text, fingerprint))
-            if stored is not None:
-                value = stored.decode()
-                fields = read_header(value.split(".", 2)[1])
-                if is_current(fields, whole, of_windows[0] if of_windows else None, self._reranker.max_passage_tokens):
-                    return value
+            if stored is not None and self._is_current(value := stored.decode("ascii", "replace"), whole, *of_windows):
+                return value
         return None
+
+    def _is_current(self, value: str, whole: str, of_windows: str | None = None) -> bool:
+        try:
+            fields = read_header(value.partition(".")[2].partition(".")[0])
+        except CorruptEncodingError:
+            return False
+        return is_current(fields, whole, of_windows, self._reranker.max_passage_tokens)
 
     def _key(self, text: str, fingerprint: str) -> str:
         return f"passage:{fingerprint}:{self._setting}:{hash_text(text)}"

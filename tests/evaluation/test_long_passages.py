@@ -110,6 +110,17 @@ def test_stored_encodings_of_short_passages_serve_both_ways(tmp_path: Path, coll
     assert again.stats.passages_encoded == 0
 
 
+@pytest.mark.parametrize("value", [b"", b"kalm1", b"kalm1.x.y", b"\xff.\xff.\xff"])
+def test_what_is_damaged_in_the_folder_is_made_anew(tmp_path: Path, value: bytes) -> None:
+    reranker = _open()
+    stored = StoredEncodings(reranker, tmp_path, "4:fp32")
+    made = stored.get_many(["a short passage"])
+    [name] = [key for key in stored._store if key.startswith("passage:")]
+    stored._store[name] = value
+    assert stored.get_many(["a short passage"]) == made
+    assert stored.get_many(["a short passage"]) == made
+
+
 def test_mteb_s_second_run_encodes_no_windows(tmp_path: Path, collection: Collection) -> None:
     texts = list(collection.passages.values())[:3]
     inputs = [[{"text": ["who won?"] * 3}], [{"text": texts}]]
