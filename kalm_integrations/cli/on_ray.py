@@ -26,9 +26,10 @@ def encode_on_ray(source: Path, output: Path, model: str, **settings: Any) -> No
     kept = f"; {result.n_kept:,} of them were there before" if result.n_kept else ""
     counts = result.counts
     note(f"{result.n_rows:,} rows are in {_address(output)}{kept}")
-    long = describe_windows(counts.windowed, counts.truncated)
-    done = f"{counts.encoded:,} passages encoded in {result.seconds:.1f} s, {long}"
-    note(f"{done}; {counts.passed_through:,} had a valid encoding")
+    note(
+        f"{counts.encoded:,} passages encoded in {result.seconds:.1f} s, "
+        f"{describe_windows(counts.windowed, counts.truncated)}; {counts.passed_through:,} had a valid encoding"
+    )
 
 
 def _address(path: Path) -> str:

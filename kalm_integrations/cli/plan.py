@@ -32,9 +32,7 @@ def plan(
     codec: options.Codec = None,
     max_passage_tokens: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens of a window, or where passages are cut.", show_default="the model's, 1,024 unless it says so"
-        ),
+        typer.Option(help="Tokens of a window, or where passages are cut.", show_default="the model's, or 1,024"),
     ] = None,
     long_passages: options.LongPassages = None,
     max_windows: options.MaxWindows = None,

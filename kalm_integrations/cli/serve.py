@@ -62,8 +62,11 @@ def serve(
     codec: options.Codec = None,
     instruction: Instruction = None,
     max_passage_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longer passages are cut.", show_default="1024")
+        int | None,
+        typer.Option(min=1, help="Longer passages are read in windows of so many tokens, or cut.", show_default="1024"),
     ] = None,
+    long_passages: options.LongPassages = None,
+    max_windows: options.MaxWindows = None,
     revision: options.Revision = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -86,6 +89,8 @@ def serve(
         "storage_codec": codec,
         "instruction": instruction,
         "max_passage_tokens": max_passage_tokens,
+        "long_passages": long_passages,
+        "max_windows": max_windows,
         "revision": revision,
         "device": device,
         "dtype": dtype,

@@ -41,6 +41,18 @@ class Work(Generic[Item, Result]):
         return n_fitting
 
 
+def in_passages(report: Callable[[int], object], n_items: int, n_passages: int) -> Callable[[int], object]:
+    """Return what a job tells of its items, of which a passage may have several, and what tells of passages in turn."""
+    done = 0
+
+    def tell(n: int) -> None:
+        nonlocal done
+        before, done = done, done + n
+        report(done * n_passages // n_items - before * n_passages // n_items)
+
+    return tell
+
+
 class Canceller(Protocol):
     """Where a job waits."""
 

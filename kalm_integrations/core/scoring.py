@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from kalm_integrations.core.flows import Flow
 from kalm_integrations.core.forks import kept_property
-from kalm_integrations.core.jobs import Job, Work
+from kalm_integrations.core.jobs import Job, Work, in_passages
 from kalm_integrations.core.model.prefix_states import PrefixStates
 from kalm_integrations.core.passages.caches import BoundedCache
 from kalm_integrations.core.passages.encoding import EncodedPassage
@@ -144,11 +144,13 @@ class Scorer:
             msg = "prepare needs somewhere to keep prefix states, but prefix_cache_bytes is 0 and there is no prefix_store"
             raise SettingsError(msg)
         check_vocabulary([list(prefix.token_ids)], self._runtime.checkpoint.decoder_config)
-        rows = [Row([], candidate, prefix) for encoding in encodings for candidate in candidates_of(encoding)]
+        parts = [candidates_of(encoding) for encoding in encodings]
+        rows = [Row([], candidate, prefix) for candidates in parts for candidate in candidates]
         rows.sort(key=lambda row: -len(row.candidate.states))
-        with tqdm(total=len(rows), desc="Prefill", unit="window", disable=not show_progress) as progress:
+        with tqdm(total=len(parts), desc="Prefill", unit="passage", disable=not show_progress) as progress:
             work = prepare_work(self._runtime, self._query.score_batch_size)
-            yield from self._run(work, rows, prefix, is_bulk=True, report=progress.update)
+            report = in_passages(progress.update, len(rows), len(parts))
+            yield from self._run(work, rows, prefix, is_bulk=True, report=report)
 
     def _run(
         self, work: Work[Row, Any], rows: Sequence[Row], prefix: Prefix | None, **settings: Any

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from kalm_integrations.core.checkpoint.prompts import passage_text
 from kalm_integrations.core.flows import Flow
-from kalm_integrations.core.jobs import Job, Work
+from kalm_integrations.core.jobs import Job, Work, in_passages
 from kalm_integrations.core.passages.caches import BoundedCache
 from kalm_integrations.core.passages.encoding import EncodedPassage
 from kalm_integrations.core.passages.windows import Windows
@@ -275,7 +275,7 @@ class Writer:
         # Like lengths together, so that little is padded.
         rows.sort(key=lambda row: -len(row.token_ids))
         work = _encode_work(self._runtime, ratio, self._batch_size)
-        job = Job(work, rows, is_bulk=is_bulk, report=report and _by_passage(report, len(rows), len(texts)))
+        job = Job(work, rows, is_bulk=is_bulk, report=report and in_passages(report, len(rows), len(texts)))
         results: list[tuple[EncodedPassage, bool]] = yield job
         check_states([encoding.states for encoding, _ in results], self._runtime)
         encodings = {row.key: encoding for row, (encoding, _) in zip(rows, results, strict=True)}
@@ -353,15 +353,3 @@ def _slices(texts: Sequence[tuple[Hashable, str]]) -> Iterator[dict[Hashable, st
         some[key] = text
     if some:
         yield some
-
-
-def _by_passage(report: Callable[[int], object], n_rows: int, n_passages: int) -> Callable[[int], object]:
-    """Return what is told of rows, of which a passage may have several, and tells of passages."""
-    done = 0
-
-    def tell(n: int) -> None:
-        nonlocal done
-        before, done = done, done + n
-        report(done * n_passages // n_rows - before * n_passages // n_rows)
-
-    return tell

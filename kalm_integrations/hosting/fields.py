@@ -184,10 +184,10 @@ class ModelFields(CheckedModel, WithModel):
     max_inline_bytes: Whole = None
     """If set, each encoding is pooled until its metadata string is not longer."""
     max_passage_tokens: Whole = None
-    """Longer passages are cut, or read in windows of so many tokens; 1,024 if not set."""
+    """Longer passages are read in windows of so many tokens, or cut; 1,024 if not set."""
     long_passages: Literal["cut", "windows"] | None = None
-    """"cut" reads the first `max_passage_tokens` of a longer passage, "windows" all of it, in windows that overlap: its score
-    is that of the best one."""
+    """"windows", the default, reads all of a longer passage, in windows that overlap: its score is that of the best one. "cut"
+    reads its first `max_passage_tokens`."""
     max_windows: Whole = None
     """Windows of a passage at most; 64 if not set."""
     model_kwargs: dict[str, Any] = Field(default_factory=dict, repr=False)

@@ -36,16 +36,30 @@ class _Answer(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
 
 
-class ServiceFacts(_Answer):
+class _OfModel(_Answer):
+    """What says of which encodings it is."""
+
+    fingerprint: str
+    windows_fingerprint: str | None = None
+    """Of passages in windows; None where they are cut, as all services did once."""
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """All that encodings may carry."""
+        return (self.fingerprint,) if self.windows_fingerprint is None else (self.fingerprint, self.windows_fingerprint)
+
+
+class ServiceFacts(_OfModel):
     """Answer of `GET /v1/kalm`: what the service's encodings are."""
 
     model: str
-    fingerprint: str
     compression_ratio: int
     storage_codec: str
     version: str
     spans: bool = False
     """Whether it scores sentences too; services before that said nothing."""
+    max_passage_tokens: int | None = None
+    """Of a passage that is read in one piece; told by services that read windows."""
 
 
 class SentPassage(_Request):
@@ -77,10 +91,13 @@ class SentSpan(_Answer):
     score: Score
 
 
-class ScoreAnswer(_Answer):
+SentWindow = tuple[Annotated[int, Field(ge=0)], int]
+"""Where a window begins and ends in the text that was sent, in code points."""
+
+
+class ScoreAnswer(_OfModel):
     """Answer of `POST /v1/score`; the lists are as long as the passages, or empty if something is wanted."""
 
-    fingerprint: str
     margins: list[float] = Field(default_factory=list)
     scores: list[Score] = Field(default_factory=list)
     statuses: list[Status] = Field(default_factory=list)
@@ -89,6 +106,8 @@ class ScoreAnswer(_Answer):
     """Indices of the passages whose encoding is to be sent; of those that hold one and did not bring it."""
     spans: list[list[SentSpan]] = Field(default_factory=list)
     """Those of each passage, best first, if they were asked for."""
+    windows: list[SentWindow | None] = Field(default_factory=list)
+    """The best window of each passage that was read in several; empty if none was."""
 
 
 class EncodingsRequest(_Request):

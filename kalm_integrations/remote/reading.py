@@ -13,6 +13,7 @@ from typing import Any
 
 from kalm_integrations.core.checkpoint.prompts import passage_text
 from kalm_integrations.core.passages.caches import BoundedCache
+from kalm_integrations.core.passages.expected import is_current
 from kalm_integrations.core.passages.strings import Fields, hash_text, read_string
 from kalm_integrations.core.types import Passage, Reading, Status, plain
 from kalm_integrations.errors import CorruptEncodingError, SettingsError, StaleEncodingError
@@ -63,7 +64,7 @@ class Reader:
             # Metadata may hold anything; what is no string may not be hashable either.
             name = value if value is None or isinstance(value, str) else id(value)
             if name not in worth:
-                worth[name] = _worth(value, facts.fingerprint)
+                worth[name] = _worth(value, facts)
             status = _status(worth[name], key)
             if status == "stored":
                 found.setdefault(key, value)
@@ -103,7 +104,7 @@ class Reader:
 
 def name_of(facts: ServiceFacts) -> str:
     """Return what a reading is of."""
-    return f"{facts.fingerprint}:{facts.compression_ratio}"
+    return f"{':'.join(facts.fingerprints)}:{facts.compression_ratio}"
 
 
 def _parts(passage: Any) -> tuple[str, Any, Hashable | None]:
@@ -120,13 +121,13 @@ def _parts(passage: Any) -> tuple[str, Any, Hashable | None]:
     return text, plain(given.encoding), given.origin
 
 
-def _worth(value: Any, fingerprint: str) -> str | Status:
+def _worth(value: Any, facts: ServiceFacts) -> str | Status:
     """Return the hash of the text that a valid encoding is of, or what the value is instead."""
     if value is None:
         return "missing"
 
     def check(fields: Fields) -> None:
-        if fields["fp"] != fingerprint:
+        if not is_current(fields, facts.fingerprint, facts.windows_fingerprint, facts.max_passage_tokens):
             raise StaleEncodingError
 
     try:

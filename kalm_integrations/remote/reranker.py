@@ -17,7 +17,7 @@ from kalm_integrations.core.base import RankRequest, Reranker
 from kalm_integrations.core.fallback import check_timeout, too_late
 from kalm_integrations.core.forks import ForkSafeLock
 from kalm_integrations.core.ranking import RankRules
-from kalm_integrations.core.text import without_surrogates
+from kalm_integrations.core.text import Range, ranges_in, without_surrogates
 from kalm_integrations.core.types import (
     ENCODING_KEY,
     FINGERPRINT_KEY,
@@ -115,6 +115,15 @@ class RemoteReranker(Reranker):
             EngineError: the service was not asked yet, and cannot be.
         """
         return self._known().fingerprint
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """All that the service's encodings may carry; see `Reranker`.
+
+        Raises:
+            EngineError: the service was not asked yet, and cannot be.
+        """
+        return self._known().fingerprints
 
     @property
     def compression_ratio(self) -> int:
@@ -230,7 +239,7 @@ class RemoteReranker(Reranker):
     ) -> Conversation[tuple[Reading, Scored, list[RankedPassage]]]:
         """Return the reading of passages, what the service says of them, and their order.
 
-        Should the service get another model meanwhile, all is done anew.
+        Should the service get another model or read long passages in another way meanwhile, all is done anew.
         """
         is_read = isinstance(given, Reading)
         for is_last in (is_read, True):
@@ -249,7 +258,7 @@ class RemoteReranker(Reranker):
                     "the passages again"
                 )
                 raise ServiceError(msg)
-            asked: Query = yield Aside(partial(Query.of, self._to, facts.fingerprint, query, request.instruction, reading))
+            asked: Query = yield Aside(partial(Query.of, self._to, facts.fingerprints, query, request.instruction, reading))
             try:
                 scored = yield from asked.score(deadline)
                 ranked = _apply(request.rules, reading, scored, first_stage)
@@ -353,7 +362,16 @@ def _apply(rules: RankRules, reading: Reading, scored: Scored, first_stage: list
     """Return passages in the order that a service's scores give them."""
     keys = reading.keys
     margins, scores = [scored.margins[key] for key in keys], [scored.scores[key] for key in keys]
-    return rules.apply(margins, scores, reading.texts, first_stage)
+    ranked = rules.apply(margins, scores, reading.texts, first_stage)
+    return [_with_window(passage, scored.windows.get(keys[passage.index])) for passage in ranked]
+
+
+def _with_window(passage: RankedPassage, window: Range | None) -> RankedPassage:
+    """Return a passage with the place of its best window, if it has several."""
+    if window is None:
+        return passage
+    [place] = ranges_in(passage.text or "", [window])
+    return replace(passage, window=place)
 
 
 def _check_spans(facts: ServiceFacts, url: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from kalm_integrations.core.text import ranges_in, without_surrogates
+from kalm_integrations.core.text import Range, ranges_in, without_surrogates
 from kalm_integrations.core.types import RankedPassage, Reading, Span, Status
 from kalm_integrations.errors import ServiceError
 from kalm_integrations.remote.conversation import Call, Conversation, Deadline, ask, not_ours
@@ -27,7 +27,7 @@ Item = TypeVar("Item")
 
 
 class OtherModelError(ServiceError):
-    """The service has another model than the one for which passages were read."""
+    """The service has another model, or reads long passages in another way, than the one for which passages were read."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Scored:
     """Whose encoding was sent."""
     spans: dict[Hashable, list[SentSpan]] = field(default_factory=dict)
     """Those of the texts as they were sent, if they were asked for."""
+    windows: dict[Hashable, Range] = field(default_factory=dict)
+    """The best ones of texts that were read in several, in the texts as they were sent."""
 
     def status(self, key: Hashable, read: Status) -> Status:
         """Return a passage's status: what its metadata are worth, if there are any, or else what the service had.
@@ -85,7 +87,7 @@ class Query:
     """A query, and its passages by key: one for each text."""
 
     to: Service
-    fingerprint: str
+    fingerprints: tuple[str, ...]
     """For which the passages were read."""
     query: str
     instruction: str | None
@@ -98,14 +100,14 @@ class Query:
     """Whether the spans of the passages are asked for too."""
 
     @classmethod
-    def of(cls, to: Service, fingerprint: str, query: str, instruction: str | None, reading: Reading) -> Query:
+    def of(cls, to: Service, fingerprints: tuple[str, ...], query: str, instruction: str | None, reading: Reading) -> Query:
         """Take what has been read."""
         texts = {key: without_surrogates(text or "") for key, text in zip(reading.keys, reading.texts, strict=True)}
         # What fills a request alone is made anew instead.
         encodings = {key: value for key, value in reading.encodings.items() if len(value) <= MAX_CHARACTERS // 2}
         plain_instruction = None if instruction is None else without_surrogates(instruction)
         names = {key: name_encoding(value) for key, value in encodings.items()}
-        return cls(to, fingerprint, without_surrogates(query), plain_instruction, texts, encodings, names)
+        return cls(to, fingerprints, without_surrogates(query), plain_instruction, texts, encodings, names)
 
     def score(self, deadline: Deadline | None) -> Conversation[Scored]:
         """Return what the service says of all passages.
@@ -148,8 +150,11 @@ class Query:
         )
         call = Call(SCORE_PATH, ScoreAnswer, body, MAX_SPANS_BYTES) if self.spans else Call(SCORE_PATH, ScoreAnswer, body)
         answer = yield from ask(call, self.to.url, deadline or self.to.deadline(), self.to.max_retries)
-        if answer.fingerprint != self.fingerprint:
-            msg = f"the service at {self.to.url} must keep its model during a query, but has another one now; ask again"
+        if answer.fingerprints != self.fingerprints:
+            msg = (
+                f"the service at {self.to.url} must keep its model, and its way to read long passages, during a query, but "
+                "has another one now; ask again"
+            )
             raise OtherModelError(msg)
         if not answer.wanted:
             self._take(keys, sent, answer, scored)
@@ -175,6 +180,8 @@ class Query:
         scored.scores.update(zip(keys, answer.scores, strict=True))
         scored.statuses.update(zip(keys, answer.statuses, strict=True))
         scored.sent.update(sent)
+        if answer.windows:
+            self._take_windows(keys, answer, scored)
         if self.spans:
             if len(answer.spans) != len(keys):
                 raise not_ours(self.to.url, f"sent spans of {len(answer.spans)} passages for {len(keys)} passages")
@@ -182,6 +189,15 @@ class Query:
                 if not all(span.start < span.end <= len(self.texts[key]) for span in spans):
                     raise not_ours(self.to.url, "sent spans that lie outside their texts")
                 scored.spans[key] = spans
+
+    def _take_windows(self, keys: Sequence[Hashable], answer: ScoreAnswer, scored: Scored) -> None:
+        if len(answer.windows) != len(keys):
+            raise not_ours(self.to.url, f"sent windows of {len(answer.windows)} passages for {len(keys)} passages")
+        windows = {key: window for key, window in zip(keys, answer.windows, strict=True) if window is not None}
+        # What somebody encoded for another text may have empty ones in this one.
+        if not all(start <= end <= len(self.texts[key]) for key, (start, end) in windows.items()):
+            raise not_ours(self.to.url, "sent windows that lie outside their texts")
+        scored.windows.update(windows)
 
     def _slices(self, keys: Iterable[Hashable], sent: frozenset[Hashable]) -> Iterator[list[Hashable]]:
         def size(key: Hashable) -> int:

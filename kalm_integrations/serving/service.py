@@ -145,10 +145,16 @@ class Service:
         return model or names[0]
 
     @property
-    def max_passage_tokens(self) -> int | None:
+    def max_tokens_read(self) -> int | None:
         """How much of a text is read; None for a reranker that is not loaded, or none of ours."""
         kalm = None if self._reranker is None else as_kalm(self._reranker)
-        return None if kalm is None else kalm.max_passage_tokens
+        return None if kalm is None else kalm.max_tokens_read
+
+    @property
+    def windows_fingerprint(self) -> str | None:
+        """What encodings of passages in windows carry; None where they are cut, and for a reranker that is none of ours."""
+        kalm = as_kalm(self.reranker)
+        return None if kalm is None else (*kalm.fingerprints, None)[1]
 
     def facts(self) -> ServiceFacts:
         """Return what the service's encodings are."""
@@ -157,10 +163,12 @@ class Service:
         return ServiceFacts(
             model=self.settings.names[0],
             fingerprint=reranker.fingerprint,
+            windows_fingerprint=self.windows_fingerprint,
             compression_ratio=1 if kalm is None else kalm.compression_ratio,
             storage_codec="fp32" if kalm is None else kalm.storage_codec,
             version=__version__,
             spans=True,
+            max_passage_tokens=None if kalm is None else kalm.max_passage_tokens,
         )
 
     async def answer(self, request: Request, question: Question) -> Ranking:
@@ -232,6 +240,6 @@ def note(request: Request, **facts: Any) -> None:
 def truncate(reranker: Reranker, texts: list[str], max_tokens: int) -> list[str]:
     """Return texts cut to their first tokens, if the reranker is one of ours and would read more."""
     kalm = as_kalm(reranker)
-    if kalm is None or max_tokens >= kalm.max_passage_tokens:
+    if kalm is None or max_tokens >= kalm.max_tokens_read:
         return texts
     return kalm.truncate(texts, max_tokens)

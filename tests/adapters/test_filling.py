@@ -76,7 +76,7 @@ def test_a_label_says_which_of_its_reranker_s_fingerprints_an_encoding_has(
     make_reranker: Callable[..., KalmReranker],
 ) -> None:
     """A store that asks for the first one alone has its documents of the second read, and left as they are."""
-    settings = {"max_passage_tokens": 32, "long_passages": "windows"}
+    settings = {"max_passage_tokens": 64, "long_passages": "windows"}
     shelf, reranker = Shelf(["a wing", "a slender wing " * 30]), make_reranker(**settings)
     assert filling.backfill(shelf, KIND, reranker, check_texts=False, pace=QUIET) == BackfillReport(2, 2, 0)
     labels = [doc.metadata[FINGERPRINT_KEY] for doc in shelf.held.values()]

@@ -12,18 +12,21 @@ from kalm_integrations.core.passages.header import from_base64, to_base64
 from kalm_integrations.remote.protocol import ServiceFacts
 from kalm_integrations.remote.reading import Reader
 
-TEXTS = ["Denver won.", "Lift and drag."]
+TEXTS = ["Denver won.", "Lift and drag.", "A wing stalls. " * 30]
 CHARACTERS = st.sampled_from("ABCxyz019-_.{}+/= kñ\n\0")
 
 
 @pytest.fixture(scope="module")
 def reranker(tmp_path_factory) -> KalmReranker:
-    return KalmReranker.from_pretrained(make_checkpoint(tmp_path_factory.mktemp("tiny")), storage_codec="fp32", cache_bytes=0)
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp("tiny"))
+    return KalmReranker.from_pretrained(checkpoint, storage_codec="fp32", cache_bytes=0, max_passage_tokens=64)
 
 
 @pytest.fixture(scope="module")
 def facts(reranker) -> ServiceFacts:
-    return ServiceFacts(model="tiny", fingerprint=reranker.fingerprint, compression_ratio=4, storage_codec="fp32", version="0")
+    own, windows = reranker.fingerprints
+    told = {"model": "tiny", "compression_ratio": 4, "storage_codec": "fp32", "version": "0", "max_passage_tokens": 64}
+    return ServiceFacts(fingerprint=own, windows_fingerprint=windows, **told)
 
 
 @pytest.fixture(scope="module")

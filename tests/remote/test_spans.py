@@ -152,6 +152,7 @@ def test_what_a_service_says_of_spans_is_checked(tiny, spans) -> None:
     answer = ScoreAnswer.model_validate(
         {
             "fingerprint": remote.fingerprint,
+            "windows_fingerprint": remote.fingerprints[1],
             "margins": [ranking[0].margin],
             "scores": [ranking[0].score],
             "statuses": ["cached"],

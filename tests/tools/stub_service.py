@@ -37,6 +37,8 @@ class Service:
     ratio: int = 4
     spans: bool = True
     """Whether it says that it scores sentences."""
+    windows: bool = True
+    """Whether it says how it reads long passages."""
     requests: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)
     """Path, headers and body of each."""
     instead: deque[Callable[[Any], Answer | None]] = field(default_factory=deque)
@@ -55,6 +57,8 @@ class Service:
                 storage_codec="fp32",
                 version="0",
                 spans=self.spans,
+                windows_fingerprint=self.windows_fingerprint,
+                max_passage_tokens=getattr(self.reranker, "max_passage_tokens", None) if self.windows else None,
             )
             return as_json(facts)
         if path == self.prefix + "/v1/encodings":
@@ -69,17 +73,24 @@ class Service:
         reading = self.reranker.read([Passage(passage.text, passage.encoding) for passage in asked.passages])
         wanted = [index for index, passage in enumerate(asked.passages) if passage.held and reading[index] == "missing"]
         if wanted:
-            return ScoreAnswer(fingerprint=self.reranker.fingerprint, wanted=wanted)
+            return self._of_model(wanted=wanted)
         spans = len(reading) if asked.spans else None
         ranking = self.reranker.rank(asked.query, reading, instruction=asked.instruction, spans=spans)
         ranked = sorted(ranking, key=lambda place: place.index)
-        return ScoreAnswer(
-            fingerprint=self.reranker.fingerprint,
+        return self._of_model(
             margins=[place.margin for place in ranked],
             scores=[place.score for place in ranked],
             statuses=list(reading),
             spans=[[SentSpan(**span.to_dict()) for span in place.spans] for place in ranked if place.spans is not None],
+            windows=[place.window for place in ranked] if self.windows else [],
         )
+
+    @property
+    def windows_fingerprint(self) -> str | None:
+        return (*self.reranker.fingerprints, None)[1] if self.windows else None
+
+    def _of_model(self, **told: Any) -> ScoreAnswer:
+        return ScoreAnswer(fingerprint=self.reranker.fingerprint, windows_fingerprint=self.windows_fingerprint, **told)
 
 
 def as_json(message: Any, status: int = 200) -> Answer:

@@ -64,7 +64,12 @@ Instruction = Annotated[str | None, Field(description="What makes a document rel
 Model = Annotated[str | None, Field(description="One of the names that /v1/models lists; none is the model that there is.")]
 
 MaxTokens = Annotated[
-    int | None, Field(ge=1, description="Documents are cut to their first tokens, if that is less than the model reads.")
+    int | None,
+    Field(
+        ge=1,
+        description="Documents are cut to their first tokens, if that is less than the model reads; what is left of them is "
+        "read in windows.",
+    ),
 ]
 
 

@@ -70,7 +70,7 @@ def routes(service: Service) -> APIRouter:
         ]
         reranker = service.reranker
         reading = await reranker.aread(passages)
-        fingerprint = reranker.fingerprint
+        fingerprint, windows_fingerprint = reranker.fingerprint, service.windows_fingerprint
         wanted = [
             index
             for index, (key, passage) in enumerate(zip(reading.keys, body.passages, strict=True))
@@ -78,16 +78,19 @@ def routes(service: Service) -> APIRouter:
         ]
         if wanted:
             note(request, n_wanted=len(wanted))
-            return ScoreAnswer(fingerprint=fingerprint, wanted=wanted)
+            return ScoreAnswer(fingerprint=fingerprint, windows_fingerprint=windows_fingerprint, wanted=wanted)
         spans = len(reading) if body.spans and reading else None
         ranking = await service.rank(request, body.query, reading, body.instruction, spans=spans)
         ordered = sorted(ranking, key=lambda passage: passage.index)
+        windows = [passage.window for passage in ordered]
         return ScoreAnswer(
             fingerprint=fingerprint,
+            windows_fingerprint=windows_fingerprint,
             margins=[passage.margin for passage in ordered],
             scores=[passage.score for passage in ordered],
             statuses=list(reading.statuses),
             spans=[[SentSpan(**span.to_dict()) for span in passage.spans] for passage in ordered if passage.spans is not None],
+            windows=windows if any(windows) else [],
         )
 
     @router.post(

@@ -30,7 +30,7 @@ class TeiRequest(Body):
     texts: list[str] = Field(description="None at all give an empty list.")
     raw_scores: bool = Field(default=False, description="Margins, logit(yes) - logit(no), instead of P(yes).")
     return_text: bool = Field(default=False, description="Whether results hold the texts.")
-    truncate: bool | None = Field(default=None, description="Too long texts are cut in any case.")
+    truncate: bool | None = Field(default=None, description="Texts are read up to /info's max_input_length in any case.")
     truncation_direction: Literal["Right", "right"] | None = Field(
         default=None, description="The model reads texts from their start."
     )
@@ -53,7 +53,9 @@ class TeiInfo(Answer):
         default_factory=lambda: {"reranker": {"id2label": {"0": "relevance"}, "label2id": {"relevance": 0}}}
     )
     max_client_batch_size: int
-    max_input_length: int | None = Field(description="Tokens of a text that are read; known once the model is loaded.")
+    max_input_length: int | None = Field(
+        description="Tokens of a text that are read, in windows if need be; known once the model is loaded."
+    )
     auto_truncate: bool = True
     version: str = __version__
 
@@ -96,7 +98,7 @@ def routes(service: Service) -> APIRouter:
         return TeiInfo(
             model_id=service.settings.names[0],
             max_client_batch_size=service.settings.max_documents,
-            max_input_length=service.max_passage_tokens,
+            max_input_length=service.max_tokens_read,
         )
 
     return router

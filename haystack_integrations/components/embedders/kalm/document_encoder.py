@@ -87,10 +87,10 @@ class KalmDocumentEncoder(KalmComponent):
             compression_ratio: encoder tokens per stored state; 4 by default.
             storage_codec: fp32, fp16, bf16, int8, rot4, rot3 or rot2.
             max_inline_bytes: if set, the finest ratio whose string is not longer is chosen for each document.
-            max_passage_tokens: longer documents are cut, or read in windows of so many tokens; 1,024 by default; the same as
+            max_passage_tokens: longer documents are read in windows of so many tokens, or cut; 1,024 by default; the same as
                 the ranker's.
-            long_passages: "cut" reads the first `max_passage_tokens` of a longer document, "windows" all of it, in windows
-                that overlap: its score is that of the best one; the same as the ranker's.
+            long_passages: "windows", the default, reads all of a longer document, in windows that overlap: its score is
+                that of the best one; "cut" reads its first `max_passage_tokens`; the same as the ranker's.
             max_windows: windows of a document at most; 64 by default; the same as the ranker's.
             encoding_key: meta key of the encoding.
             model_kwargs: further arguments of `KalmReranker.from_pretrained`, such as `storage_mode` and `payload_store`.

@@ -132,10 +132,10 @@ class KalmRanker(KalmComponent):
             compression_ratio: encoder tokens per state to score with; 4 by default. Finer stored encodings are pooled to it.
             storage_codec: of what is encoded: fp32, fp16, bf16, int8, rot4, rot3 or rot2.
             max_inline_bytes: bound of the strings that are written back.
-            max_passage_tokens: longer documents are cut, or read in windows of so many tokens; 1,024 by default; the same as
+            max_passage_tokens: longer documents are read in windows of so many tokens, or cut; 1,024 by default; the same as
                 the encoder's.
-            long_passages: "cut" reads the first `max_passage_tokens` of a longer document, "windows" all of it, in windows
-                that overlap: its score is that of the best one; the same as the encoder's.
+            long_passages: "windows", the default, reads all of a longer document, in windows that overlap: its score is
+                that of the best one; "cut" reads its first `max_passage_tokens`; the same as the encoder's.
             max_windows: windows of a document at most; 64 by default; the same as the encoder's.
             max_query_tokens: longer queries are cut; 512 by default.
             calibration: make scores probabilities: True takes what `kalm calibrate` saved beside the checkpoint, or give
