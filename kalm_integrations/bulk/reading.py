@@ -66,7 +66,7 @@ def are_encoded(path: Path, texts: Iterable[str], reranker: Reranker, fields: Pa
             n_of_row = _n_tokens(value)
             if n_of_row > n_tokens:
                 longest, n_tokens = Passage(text, value), n_of_row
-    # One that was cut has the same fingerprint as one that was short, but is longer than any of these.
+    # A passage that was cut has the fingerprint of short ones, but more tokens than any of them.
     return longest is None or list(reranker.read([longest])) == ["stored"]
 
 

@@ -35,7 +35,7 @@ class RowCounts:
     references: int = 0
     """Encodings whose payload lies in the payload store."""
     windowed: int = 0
-    """Texts that were encoded in several windows; a service keeps that to itself, and what is next."""
+    """Texts that were encoded in several windows. This and `truncated` are 0 where a service encodes."""
     truncated: int = 0
     """Texts that were encoded, but not to their end."""
 

@@ -156,10 +156,10 @@ def test_memory_does_not_grow_with_the_corpus() -> None:
 
 def test_the_command_goes_on_after_kill_and_stop(tiny_checkpoint: Path) -> None:
     """With a model, in processes of their own: kill -9, then SIGTERM, then to the end; bytes as of one run."""
-    # So long that two rows are a window.
+    # So long that two rows are encoded together, and quick for all that.
     long = " ".join(TEXTS * 5_000)
     source = write_jsonl(Path("corpus.jsonl"), [{"text": f"{number} {long}"} for number in range(12)])
-    command = ["encode", str(source), "--model", str(tiny_checkpoint), "--codec", "fp32"]
+    command = ["encode", str(source), "--model", str(tiny_checkpoint), "--codec", "fp32", "--long-passages", "cut"]
     assert run_process(*command, "-o", "one.jsonl").returncode == 0
     manifest = Path("out.jsonl.partial/_manifest")
     for stop, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)):

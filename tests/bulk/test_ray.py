@@ -26,7 +26,7 @@ from kalm_integrations import KalmReranker, Passage
 from kalm_integrations.bulk import RowEncoder
 from kalm_integrations.bulk.ray import cluster as clusters
 from kalm_integrations.bulk.ray import encode_with_ray, running
-from kalm_integrations.bulk.ray.folders import Output, find_source
+from kalm_integrations.bulk.ray.folders import MANIFEST, Output, find_source
 from kalm_integrations.bulk.ray.reading import check_rows, read_rows
 from kalm_integrations.cli import app
 from kalm_integrations.cli.on_ray import _address
@@ -206,6 +206,29 @@ def test_bad_rows_are_refused_before_anything_is_encoded(rows, message, tmp_path
 
 
 # --- what else is refused
+
+
+def test_long_passages_are_read_in_windows_and_a_run_that_cuts_them_is_another(rows, tmp_path):
+    """They are counted; each row carries the fingerprint of its own encoding."""
+    short = {"id": "short", "title": None, "text": "a few words", "nr": -1}
+    few, output = [*rows[:3], short], tmp_path / "out"
+    path, settings = write_lines(tmp_path / "in.jsonl", *few), {"max_passage_tokens": 64}
+    result = encode(path, output, actors=1, **settings)
+    assert (result.counts.windowed, result.counts.truncated) == (3, 0)
+    reranker = KalmReranker.from_pretrained("pico", storage_codec="fp32", **settings)
+    check_output(output, few, reranker)
+    found = {row["id"]: row["kalm_fp"] for row in pq.read_table(output).to_pylist()}
+    whole, in_windows = reranker.fingerprints
+    assert found == {**{row["id"]: in_windows for row in rows[:3]}, "short": whole}
+    with pytest.raises(SettingsError, match="was begun with long_passages='windows', .*, not long_passages='cut'"):
+        encode(path, output, actors=1, long_passages="cut", **settings)
+    manifest = output / MANIFEST
+    begun = json.loads(manifest.read_text())
+    # As an earlier version has left it.
+    for name in ("long_passages", "windows_fingerprint"):
+        del begun["plan"][name]
+    manifest.write_text(json.dumps(begun))
+    assert encode(path, output, actors=1, long_passages="cut", **settings).n_rows == 4
 
 
 def test_a_passage_that_does_not_fit_is_named(tmp_path):
