@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from kalm_integrations.planning.migration import Migration
     from kalm_integrations.planning.plans import Plan
 
+_LONG = 1_000_000
+"""Characters from which on the table counts thousands."""
+
 
 def plan(
     passages: Annotated[int, typer.Option(help="How many passages the collection has.")] = 1_000_000,
@@ -134,9 +137,12 @@ def _table(first: str, *others: str) -> Table:
 
 def _lengths(made: Plan) -> Table:
     codecs = list(made.lengths[made.ratio])
-    table = _table("characters at ratio", *codecs)
+    # A terminal of 80 columns has no room for more digits.
+    is_long = max(made.lengths[min(made.lengths)].values()) >= _LONG
+    table = _table("1,000 characters at ratio" if is_long else "characters at ratio", *codecs)
     for ratio, by_codec in made.lengths.items():
-        table.add_row(str(ratio), *(f"{by_codec[codec]:,}" for codec in codecs))
+        lengths = (by_codec[codec] / 1000 if is_long else by_codec[codec] for codec in codecs)
+        table.add_row(str(ratio), *(f"{length:,.0f}" for length in lengths))
     return table
 
 

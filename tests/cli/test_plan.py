@@ -60,6 +60,16 @@ def test_plan_prints_plain_numbers_and_the_same_as_tables(run: Run) -> None:
     assert f"{planned['memory']['prefixes']:,} in the default cache" in shown
 
 
+def test_plan_counts_the_characters_of_long_passages_in_thousands(run: Run) -> None:
+    """No number is cut where the terminal has 80 columns."""
+    planned = plan_of(run, "--tokens", 4000, "--long-passages", "windows")
+    shown = run("plan", "--speed", 1, "--tokens", 4000, "--long-passages", "windows").stdout
+    assert "1,000 characters at ratio" in shown
+    assert "…" not in shown
+    assert all(f"{length / 1000:,.0f}" in shown for by_codec in planned["lengths"].values() for length in by_codec.values())
+    assert "1,000 characters" not in run("plan", "--speed", 1).stdout
+
+
 def test_plan_follows_its_options(run: Run) -> None:
     small, large = (
         plan_of(run, "--model", "small", "--prefix-dtype", dtype, "--dtype", "bfloat16") for dtype in ("float16", "float32")

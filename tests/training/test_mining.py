@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from kalm_integrations.cli import app
 from kalm_integrations.corpora.bm25 import BM25
 from kalm_integrations.training.config import CollectionConfig
 from kalm_integrations.training.sources import read_training_set
-from kalm_integrations.training.teachers import SIMILARITY_SCALE
+from kalm_integrations.training.teachers import SIMILARITY_SCALE, load_teacher
 
 
 def mined(tmp_path: Path, source: Path, *options: object) -> list[dict[str, Any]]:
@@ -106,6 +107,15 @@ def test_a_teacher_s_margins_are_written(tmp_path, tiny_checkpoint, cross_encode
             similarities = encoder.similarity(encoder.encode([line["query"]]), encoder.encode(passages))
             expected = [SIMILARITY_SCALE * similarity for similarity in similarities[0].tolist()]
         assert line["positive_scores"] + line["negative_scores"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_teacher_reads_of_a_long_passage_what_is_trained_on():
+    """The beginning: the answer is behind the cut."""
+    passage = "The Rhine rises in the Swiss Alps and flows north. " * 150 + "Otters live on fish."
+    query, open_pico = "What do otters eat?", partial(KalmReranker.from_pretrained, "pico", storage_codec="fp32")
+    [[cut], [whole]] = [open_pico(long_passages=way).rank(query, [passage]) for way in ("cut", "windows")]
+    assert load_teacher("pico", "kalm")(query, [passage], None) == [cut.margin]
+    assert whole.margin > cut.margin
 
 
 def test_candidates_that_the_teacher_finds_too_good_are_left_out(tmp_path, tiny_checkpoint):
