@@ -220,7 +220,7 @@ def test_long_passages_are_read_in_windows_and_a_run_that_cuts_them_is_another(r
     found = {row["id"]: row["kalm_fp"] for row in pq.read_table(output).to_pylist()}
     whole, in_windows = reranker.fingerprints
     assert found == {**{row["id"]: in_windows for row in rows[:3]}, "short": whole}
-    with pytest.raises(SettingsError, match="was begun with long_passages='windows', .*, not long_passages='cut'"):
+    with pytest.raises(SettingsError, match=r"was begun with long_passages='windows', .*, not long_passages='cut'"):
         encode(path, output, actors=1, long_passages="cut", **settings)
     manifest = output / MANIFEST
     begun = json.loads(manifest.read_text())
