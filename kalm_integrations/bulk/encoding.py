@@ -175,9 +175,14 @@ class _Run:
         begun = None if self._folder is None else self._folder.load()
         if self._folder is not None and begun is not None and begun[1].is_complete:
             # Ended between the last row and the last step; the corpus may be replaced by the output by now.
+            output = file_output(self._folder, None)
             kept = {name: begun[0].get(name) for name in self._settings}
-            if kept == self._settings:
-                self._publish(self._folder, file_output(self._folder, None))
+            if not output.grown.exists() and not self._folder.target.exists():
+                # Somebody has removed what was in place already.
+                self._folder.clear()
+                begun = None
+            elif kept == self._settings:
+                self._publish(self._folder, output)
                 return None
         if not self._corpus.is_stream:
             with tempfile.TemporaryDirectory(prefix="kalm-") as temporary:

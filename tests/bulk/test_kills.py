@@ -27,6 +27,23 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_an_output_that_is_removed_before_the_last_step_is_made_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run was killed when its output was in place and its folder was not gone yet."""
+    source, output = Path("corpus.jsonl"), Path(name)
+    write_rows(source, 20, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "remove", lambda self: None)
+        encode_with_stub(source, output)
+    expected = content(output)
+    for path in [output] if output.is_file() else output.iterdir():
+        path.unlink()
+    if output.exists():
+        output.rmdir()
+    encode_with_stub(source, output)
+    assert content(output) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_runs_that_are_killed_end_as_one_run_does(name: str) -> None:
     """kill -9 at random moments: every row once, in order, and every byte as if nothing had happened."""
     source = Path("corpus.jsonl")
