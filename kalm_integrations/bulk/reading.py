@@ -10,7 +10,7 @@ from pathlib import Path
 from kalm_integrations.bulk.arrow import import_pyarrow
 from kalm_integrations.bulk.sources import ROWS_PER_BATCH, parquet_files
 from kalm_integrations.core.base import Reranker
-from kalm_integrations.core.passages.header import read_header
+from kalm_integrations.core.passages.strings import header_of
 from kalm_integrations.core.types import ENCODING_KEY, FINGERPRINT_KEY, Passage
 from kalm_integrations.corpora.jsonl import PassageFields, Row, parse_lines, parse_object
 from kalm_integrations.corpora.text import open_lines
@@ -73,7 +73,7 @@ def are_encoded(path: Path, texts: Iterable[str], reranker: Reranker, fields: Pa
 def _n_tokens(value: object) -> int:
     """Return the number of tokens that an encoding's header tells."""
     try:
-        n_tokens: int = read_header(str(value).split(".", 2)[1])["n"]
-    except (IndexError, CorruptEncodingError):
+        n_tokens: int = header_of(str(value))["n"]
+    except CorruptEncodingError:
         return 0
     return n_tokens

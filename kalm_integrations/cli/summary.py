@@ -38,11 +38,10 @@ class EncodingSummary:
         facts: tuple[str | int, ...] = (encoding.fingerprint, ratio, encoding.codec, width)
         for counter, value in zip(self.values.values(), facts, strict=True):
             counter[value] += 1
-        windows = encoding.windows
-        tokens = (encoding.n_tokens,) if windows is None else tuple(window.n_tokens for window in windows)
+        tokens = encoding.window_tokens
         self.n_windows[len(tokens)] += 1
         # Lengths follow from these (states that overflow a codec aside), and most files have few different ones.
-        key = (tokens, windows is None, ratio, width)
+        key = (tokens, encoding.windows is None, ratio, width)
         if key not in self._lengths:
             self._lengths[key] = dict(_lengths(encoding))
         self.totals.update(self._lengths[key])

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from kalm_integrations.core.passages.expected import is_current
-from kalm_integrations.core.passages.header import read_header
 from kalm_integrations.core.passages.stores import LmdbPayloadStore
-from kalm_integrations.core.passages.strings import fingerprint_of, hash_text
+from kalm_integrations.core.passages.strings import fingerprint_of, hash_text, header_of
 from kalm_integrations.core.types import ENCODING_KEY, AnyPassage, Passage
 from kalm_integrations.errors import CorruptEncodingError
 
@@ -73,7 +72,7 @@ class StoredEncodings:
 
     def _is_current(self, value: str, whole: str, of_windows: str | None = None) -> bool:
         try:
-            fields = read_header(value.partition(".")[2].partition(".")[0])
+            fields = header_of(value)
         except CorruptEncodingError:
             return False
         return is_current(fields, whole, of_windows, self._reranker.max_passage_tokens)

@@ -103,11 +103,14 @@ class EncodedPassage:
             check_windows(self.windows, fields)
 
     @property
+    def window_tokens(self) -> tuple[int, ...]:
+        """The tokens of each window; all of them where the passage was read in one piece."""
+        return (self.n_tokens,) if self.windows is None else tuple(window.n_tokens for window in self.windows)
+
+    @property
     def window_states(self) -> list[torch.Tensor]:
         """The states of each window, which are scored on their own; all of them where the passage was read in one piece."""
-        if self.windows is None:
-            return [self.states]
-        sizes = [n_pooled_states(window.n_tokens, self.compression_ratio) for window in self.windows]
+        sizes = [n_pooled_states(n_tokens, self.compression_ratio) for n_tokens in self.window_tokens]
         return list(torch.split(self.states, sizes))
 
     @property
@@ -294,8 +297,7 @@ class EncodedPassage:
         if ratio == self.compression_ratio:
             # A copy would have to be rounded once more before it is written.
             return self
-        tokens = [self.n_tokens] if self.windows is None else [window.n_tokens for window in self.windows]
-        parts = zip(self.window_states, tokens, strict=True)
+        parts = zip(self.window_states, self.window_tokens, strict=True)
         states = torch.cat([repool_states(part, n_tokens, self.compression_ratio, ratio) for part, n_tokens in parts])
         # The digest of what was pooled will do, beside the ratio: it is known already where a string was read.
         return _noted(replace(self, states=states, compression_ratio=ratio), self.digest)

@@ -36,13 +36,18 @@ def payload_bytes(fields: Fields) -> int:
     return states + table_bytes(fields["w"]) if "w" in fields else states
 
 
-def fingerprint_of(value: str) -> str:
-    """Return the fingerprint in the header of a string that was read before.
+def header_of(value: str) -> Fields:
+    """Return the header of a string that was read before; nothing else of it is checked.
 
     Raises:
         CorruptEncodingError: it has no header.
     """
-    found: str = read_header(value.split(".", 2)[1] if "." in value else "")["fp"]
+    return read_header(value.partition(".")[2].partition(".")[0])
+
+
+def fingerprint_of(value: str) -> str:
+    """Return the fingerprint in the header of a string; see `header_of`."""
+    found: str = header_of(value)["fp"]
     return found
 
 
